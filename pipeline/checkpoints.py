@@ -1,0 +1,94 @@
+"""Save and load weights together with their description, in one safetensors file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from pipeline.data.prepared import Dataset
+from pipeline.errors import UserError
+from pipeline.files import write_whole
+from pipeline.models import Classifier, build
+
+
+class Epoch(BaseModel):
+    """One pass over the training images. Losses are means per image; accuracies are shares of the images, 0-1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train_loss: float  # the loss that was minimised, while the weights were changing
+    train_accuracy: float  # likewise
+    val_loss: float  # cross-entropy after the epoch, whatever was minimised
+    val_accuracy: float
+
+
+class Description(BaseModel):
+    """Everything about a checkpoint that its weights do not say. Equal trainings have equal descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str  # the role: simple_cnn, resnet18, teacher, student_distilled, student_alone
+    architecture: str  # a name in models.ARCHITECTURES
+    arguments: dict[str, Any]  # of that architecture
+    dataset: Dataset  # classes, input scaling and fingerprint among it
+    seed: int
+    parameters: dict[str, Any]  # of the training, by their key in params.yaml
+    history: list[Epoch]
+    best_epoch: int  # 1-based; the weights are those after this epoch
+
+
+def new_classifier(architecture: str, arguments: dict[str, Any], dataset: Dataset, seed: int) -> Classifier:
+    """A classifier for `dataset` whose random weights `seed` alone determines."""
+    torch.manual_seed(seed)
+    height, width, channels = dataset.image_shape
+    network = build(
+        architecture,
+        **arguments,
+        in_channels=channels,
+        image_size=(height, width),
+        num_classes=len(dataset.classes),
+    )
+    return Classifier(network, dataset.mean, dataset.std)
+
+
+def save_checkpoint(path: Path, classifier: Classifier, description: Description) -> None:
+    """Write weights and description to `path`: the whole file or, when that fails, none. Equal input, equal bytes."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
+    # One metadata entry: safetensors does not keep the order of several.
+    write_whole(path, save(tensors, {"description": description.model_dump_json()}))
+
+
+def load_checkpoint(path: Path, device: torch.device) -> tuple[Classifier, Description]:
+    """Read a checkpoint, ready for inference on `device`.
+
+    Raises UserError for a file that is missing, truncated or no checkpoint, and for weights that do not fit their description.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        description = Description.model_validate_json(metadata["description"])
+        dataset = description.dataset
+        classifier = new_classifier(description.architecture, description.arguments, dataset, description.seed)
+        classifier.network.load_state_dict(tensors)
+    except KeyError as error:
+        raise UserError(f"{path}: no checkpoint of this project: its description is missing") from error
+    except (OSError, SafetensorError, ValidationError, RuntimeError) as error:
+        raise UserError(f"{path}: damaged, or weights that do not fit their description: {error}") from error
+    return classifier.to(device).eval(), description
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of one model, by seed. Raises UserError if there are none."""
+    paths = sorted(folder.glob("seed*.safetensors"), key=lambda path: int(path.stem.removeprefix("seed")))
+    if not paths:
+        raise UserError(f"{folder}: no checkpoints: run the stage that trains this model first (dvc repro)")
+    return paths
+
+
+def checkpoint_path(folder: Path, seed: int) -> Path:
+    """Where the checkpoint of one seed lies."""
+    return folder / f"seed{seed}.safetensors"

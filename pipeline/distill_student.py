@@ -1,0 +1,36 @@
+"""Stage distill_student: train the student on the labels and on its seed's teacher, once per seed.
+
+The teacher does not change, so its logits for the training images are computed once. Weights and batches start as those of
+train_student_alone with the same seed, so that the two students can be compared in pairs.
+"""
+
+from pathlib import Path
+
+from pipeline.checkpoints import checkpoint_path, load_checkpoint
+from pipeline.data.prepared import load_training_data
+from pipeline.distillation import DistillationLoss
+from pipeline.errors import command
+from pipeline.files import md5
+from pipeline.inference import choose_device, predict
+from pipeline.params import load_params
+from pipeline.runs import distillation_recipe, train
+from pipeline.tracking import Tracker
+
+
+@command
+def main() -> None:
+    params = load_params()
+    device = choose_device(params.device)
+    data = load_training_data(Path("data/distillation"), device)
+    loss = DistillationLoss(params.kd.temperature, params.kd.alpha, params.kd.divergence)
+    recipe = distillation_recipe(params, "student_distilled", "student", "kd")
+    tracker = Tracker(params.tracking.experiment)
+    for seed in params.seeds:
+        path = checkpoint_path(Path("models/distillation/teacher"), seed)
+        teacher, _ = load_checkpoint(path, device)
+        taught = recipe._replace(parameters=recipe.parameters | {"teacher_md5": md5(path)})
+        train(taught, data, seed, tracker, loss=loss, targets=(predict(teacher, data.train.images),))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The table that a run ends with: its figures beside the reference's."""
+
+from collections.abc import Mapping
+
+from tabulate import tabulate
+
+from pipeline.data.prepared import Dataset
+from pipeline.evaluation.reference import REFERENCE, REFERENCE_DATASET
+
+COLUMNS = {  # of metrics/<track>.json: heading, format, factor
+    "accuracy": ("accuracy (%)", ".2f", 100),
+    "auc": ("AUC", ".4f", 1),
+    "f1_weighted": ("weighted F1 (%)", ".2f", 100),
+    "final_train_loss": ("final training loss", ".4f", 1),
+}
+
+
+def results_table(track: str, metrics: Mapping[str, Mapping[str, float]], dataset: Dataset, seeds: int) -> str:
+    """A Markdown table with a row per model: mean ± sample standard deviation over the seeds, and the reference's figure.
+
+    `metrics` is the content of metrics/<track>.json.
+    """
+    rows = []
+    for model, figures in metrics.items():
+        row = {"model": model, "parameters": f"{figures['parameters']:,.0f}"}
+        for key, (heading, form, factor) in COLUMNS.items():
+            row[heading] = f"{figures[key] * factor:{form}}"
+            if f"{key}_sd" in figures:
+                row[heading] += f" ± {figures[f'{key}_sd'] * factor:{form}}"
+            if key in REFERENCE["simple_cnn"]:
+                reported = REFERENCE[model].get(key)
+                row[f"reference: {heading}"] = "" if reported is None else f"{reported * factor:{form}}"
+        rows.append(row)
+    theirs = REFERENCE_DATASET[track]
+    heading = (
+        f"{track}: {dataset.name}, {dataset.images['train']:,} / {dataset.images['val']:,} / {dataset.images['test']:,}"
+        f" training / validation / test images, {seeds} seed{'s' if seeds > 1 else ''}"
+    )
+    note = f"Reference: one seed, on {theirs}"
+    if dataset.name != theirs:
+        note += f", which is not {dataset.name}: shown for orientation, no comparison"
+    return f"{heading}\n\n{tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)}\n\n{note}.\n"

@@ -1,0 +1,62 @@
+"""Where files are, and how they are written: whole or not at all."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def main_checkout() -> Path:
+    """The checkout that the user stands in.
+
+    DVC runs queued experiments in temporary copies and names the checkout they were made from in `DVC_ROOT`;
+    what must outlive an experiment (tracking store, downloads) and what a user names by a relative path belongs there.
+    """
+    return Path(os.environ.get("DVC_ROOT") or Path(__file__).parents[1]).resolve()
+
+
+def from_main_checkout(path: str | Path) -> Path:
+    """`path` as an absolute path; a relative one counts from the main checkout, `~` is the home folder."""
+    return Path(os.path.normpath(main_checkout() / Path(path).expanduser()))
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write `path` so that it appears complete or, when anything fails, stays as it was. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_whole(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it takes the place of `path` when the block ends well and vanishes otherwise."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def md5(path: Path) -> str:
+    """The file's MD5 in hex: the checksum that DVC, medmnist and torchvision publish and compare."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -1,0 +1,133 @@
+"""params.yaml as typed, validated objects."""
+
+import functools
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import UserError
+
+Count = Annotated[int, Field(ge=1, le=100_000)]
+BatchSize = Annotated[int, Field(ge=2, le=1_000_000)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
+ValidationShare = Annotated[float, Field(gt=0, lt=0.5)]
+Text = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _distinct(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) != len(seeds):
+        raise ValueError("a seed is listed twice")
+    return seeds
+
+
+class Block(BaseModel):
+    """A block of params.yaml: its keys are exactly these, their types exact."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ResNet18(Block):
+    stem: Literal["imagenet", "cifar"]
+
+
+class Baselines(Block):
+    dataset: Text
+    validation: ValidationShare
+    epochs: Count
+    batch_size: BatchSize
+    lr: LearningRate
+    pretrained: bool
+    resnet18: ResNet18
+
+
+class Distillation(Block):
+    dataset: Text
+    validation: ValidationShare
+    epochs: Count
+    batch_size: BatchSize
+    lr: LearningRate
+
+
+class CompactCNN(Block):
+    width: Annotated[int, Field(ge=1, le=4096)]
+    hidden: Annotated[int, Field(ge=1, le=65_536)]
+
+
+class KD(Block):
+    temperature: Annotated[float, Field(gt=0, le=1000)]
+    alpha: Annotated[float, Field(ge=0, le=1)]
+    divergence: Literal["forward", "reverse"]
+
+
+class Tracking(Block):
+    experiment: Text
+
+
+class Params(Block):
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Literal["auto", "fp32", "bf16"]
+    baselines: Baselines
+    distillation: Distillation
+    teacher: CompactCNN
+    student: CompactCNN
+    kd: KD
+    tracking: Tracking
+
+    def flat(self, *keys: str) -> dict[str, Any]:
+        """The values under `keys`, dotted names of parameters or whole blocks, each by its full dotted name."""
+        values = {}
+        for key in keys:
+            value = functools.reduce(getattr, key.split("."), self)
+            if isinstance(value, Block):
+                values |= self.flat(*(f"{key}.{name}" for name in type(value).model_fields))
+            else:
+                values[key] = value
+        return values
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads YAML 1.1, where 1e-5 is a string; DVC writes YAML 1.2, where it is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check the parameters.
+
+    Raises UserError, in one line, for a file that is missing or no YAML, and for every unknown or missing key, wrong
+    type and value out of range in it: the key, the value and what is allowed.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_describe(problem) for problem in error.errors())) from error
+
+
+def _describe(problem: dict) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "the file"
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{key} = {problem['input']!r} is not a parameter (allowed: {', '.join(_siblings(problem['loc']))})"
+        case "missing":
+            return f"{key} is missing"
+        case _:
+            return f"{key} = {problem['input']!r}: {problem['msg']}"
+
+
+def _siblings(loc: tuple) -> list[str]:
+    block = Params
+    for part in loc[:-1]:
+        block = block.model_fields[part].annotation
+    return list(block.model_fields)

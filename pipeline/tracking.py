@@ -1,0 +1,224 @@
+"""MLflow: one run per training, test results added to it, one summary run per track."""
+
+import contextlib
+import getpass
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from pipeline.checkpoints import Description, Epoch
+from pipeline.data.prepared import Dataset
+from pipeline.errors import UserError
+from pipeline.files import main_checkout
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+from mlflow import MlflowClient
+from mlflow.entities import Dataset as LoggedDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunStatus, RunTag
+from mlflow.exceptions import MlflowException
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # not every table that a new store creates
+CHECKPOINT = "checkpoint_md5"  # tag: the checksum that DVC keeps for the file too
+EVALUATED = "evaluated"  # tag: digest of the results that the run already holds
+SUMMARY = "summary"  # tag: digest of the results that a summary run holds
+
+
+def tracking_uri() -> str:
+    """The store: `MLFLOW_TRACKING_URI`, else SQLite in the main checkout, where temporary copies find it too."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    scheme, separator, path = uri.partition("sqlite:///")
+    if separator and not scheme and not path.startswith("/"):
+        return f"sqlite:///{main_checkout() / path}"
+    return uri
+
+
+class Tracker:
+    """One experiment of the tracking store."""
+
+    def __init__(self, experiment: str) -> None:
+        """Open the store and the experiment, creating either where missing. Raises UserError if the store refuses."""
+        uri = tracking_uri()
+        is_local = uri.startswith("sqlite:")
+        # A new SQLite store migrates itself when first opened, and two processes doing so at once break it.
+        lock = FileLock(main_checkout() / "mlflow.db.lock") if is_local else contextlib.nullcontext()
+        try:
+            with lock:
+                self.client = MlflowClient(uri)
+                found = self.client.get_experiment_by_name(experiment)
+                self.experiment_id = found.experiment_id if found else self._create(experiment, is_local)
+        except (MlflowException, OSError, ValueError) as error:
+            raise UserError(f"MLflow store {uri}: {error}. Set MLFLOW_TRACKING_URI to a store that answers") from error
+        if found and found.lifecycle_stage == "deleted":
+            raise UserError(
+                f"MLflow experiment {experiment!r} is deleted: restore it (mlflow experiments restore -x"
+                f" {self.experiment_id}) or choose another name in tracking.experiment"
+            )
+
+    def _create(self, experiment: str, is_local: bool) -> str:
+        # A server chooses its own artifact folder; without one, the default would lie in the current folder.
+        location = (main_checkout() / "mlartifacts" / experiment).as_uri() if is_local else None
+        try:
+            return self.client.create_experiment(experiment, artifact_location=location)
+        except MlflowException:
+            if found := self.client.get_experiment_by_name(experiment):  # somebody else was faster
+                return found.experiment_id
+            raise
+
+    @contextlib.contextmanager
+    def training(
+        self, model: str, seed: int, dataset: Dataset, parameters: Mapping[str, Any], device: str
+    ) -> Iterator["TrainingRun"]:
+        """A run of one training. It ends as FINISHED, FAILED, or KILLED when interrupted."""
+        run_id = self._start(model, seed, dataset, parameters, {"device": device})
+        status = RunStatus.FAILED
+        try:
+            yield TrainingRun(self.client, run_id)
+            status = RunStatus.FINISHED
+        except KeyboardInterrupt:
+            status = RunStatus.KILLED
+            raise
+        finally:
+            self.client.set_terminated(run_id, RunStatus.to_string(status))
+
+    def _start(
+        self, model: str, seed: int, dataset: Dataset, parameters: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> str:
+        tags = {"model": model, "dataset": dataset.name, **_origin(), **tags}
+        run_id = self.client.create_run(self.experiment_id, run_name=f"{model}/seed{seed}", tags=tags).info.run_id
+        params = {"model": model, "seed": seed, "dataset": dataset.name, **parameters}
+        self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
+        logged = LoggedDataset(
+            name=dataset.name,
+            digest=dataset.fingerprint[:36],
+            source_type="local",
+            source=json.dumps({"dataset": dataset.name}),
+            profile=json.dumps({"images": dataset.images, "shape": dataset.image_shape, "classes": dataset.classes}),
+        )
+        self.client.log_inputs(run_id, [DatasetInput(logged, [InputTag("mlflow.data.context", "training")])])
+        return run_id
+
+    def log_test(
+        self,
+        checkpoint_md5: str,
+        description: Description,
+        metrics: Mapping[str, float],
+        texts: Mapping[str, str],
+        figures: Mapping[str, "Figure"],
+    ) -> None:
+        """Add test results to the run that made a checkpoint, once.
+
+        Where the store does not know the checkpoint (a new store, a checkpoint from elsewhere), its run is made again from
+        the description and tagged `recreated`. `texts` and `figures` go by their artifact path.
+        """
+        run = self._find(CHECKPOINT, checkpoint_md5)
+        if run is None:
+            run_id = self._start(
+                description.model, description.seed, description.dataset, description.parameters, {"recreated": "true"}
+            )
+            for number, epoch in enumerate(description.history, start=1):
+                TrainingRun(self.client, run_id).log_epoch(number, epoch)
+            TrainingRun(self.client, run_id).log_checkpoint(checkpoint_md5, description.best_epoch)
+            self.client.set_terminated(run_id)
+        else:
+            run_id = run.info.run_id
+        digest = _digest(metrics, texts)
+        if run is None or run.data.tags.get(EVALUATED) != digest:
+            self._add(run_id, metrics, texts, figures)
+            self.client.set_tag(run_id, EVALUATED, digest)
+
+    def log_summary(
+        self,
+        track: str,
+        parameters: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        texts: Mapping[str, str],
+        figures: Mapping[str, "Figure"],
+    ) -> None:
+        """A run that holds a track's table and figures, once for the same results."""
+        digest = _digest(metrics, texts)
+        if self._find(SUMMARY, digest) is None:
+            run = self.client.create_run(self.experiment_id, run_name=f"{track}/summary", tags=_origin())
+            run_id = run.info.run_id
+            self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+            self._add(run_id, metrics, texts, figures)
+            self.client.set_tag(run_id, SUMMARY, digest)
+            self.client.set_terminated(run_id)
+
+    def _find(self, tag: str, value: str) -> Run | None:
+        """The newest finished run that carries the tag."""
+        found = self.client.search_runs(
+            [self.experiment_id],
+            f"tags.{tag} = '{value}' and attributes.status = 'FINISHED'",
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+        return found[0] if found else None
+
+    def _add(
+        self, run_id: str, metrics: Mapping[str, float], texts: Mapping[str, str], figures: Mapping[str, "Figure"]
+    ) -> None:
+        now = int(time.time() * 1000)
+        self.client.log_batch(run_id, [Metric(_allowed(key), value, now, 0) for key, value in metrics.items()])
+        for path, text in texts.items():
+            self.client.log_text(run_id, text, path)
+        for path, figure in figures.items():
+            self.client.log_figure(run_id, figure, path)
+
+
+class TrainingRun:
+    """The MLflow run of one training."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self.client = client
+        self.run_id = run_id
+
+    def log_epoch(self, number: int, epoch: Epoch) -> None:
+        """The curves' values after epoch `number`, in one write."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.run_id, [Metric(key, value, now, number) for key, value in epoch])
+
+    def log_checkpoint(self, md5: str, best_epoch: int, seconds: float | None = None) -> None:
+        """Which file the training made: the tag by which `Tracker.log_test` finds the run."""
+        now = int(time.time() * 1000)
+        metrics = {"best_epoch": best_epoch} | ({"training_seconds": seconds} if seconds is not None else {})
+        self.client.log_batch(
+            self.run_id, [Metric(key, value, now, 0) for key, value in metrics.items()], tags=[RunTag(CHECKPOINT, md5)]
+        )
+
+
+def _allowed(name: str) -> str:
+    """A metric's name without the characters that MLflow refuses: some class names have parentheses and commas."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
+
+
+def _digest(metrics: Mapping[str, float], texts: Mapping[str, str]) -> str:
+    content = json.dumps([dict(metrics), dict(texts)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _origin() -> dict[str, str]:
+    """Tags that say which code, stage and experiment a run comes from."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
+    commit = os.environ.get("DVC_EXP_BASELINE_REV") or git.stdout.strip()
+    tags = {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": Path(sys.argv[0]).name,
+        "mlflow.source.git.commit": commit,
+        "dvc.stage": os.environ.get("DVC_STAGE"),
+        "dvc.experiment": os.environ.get("DVC_EXP_NAME"),
+    }
+    return {key: value for key, value in tags.items() if value}

@@ -1,0 +1,42 @@
+"""Stage train_baselines: train SimpleCNN or ResNet18, once per seed."""
+
+import sys
+from pathlib import Path
+
+from safetensors.torch import load
+
+from pipeline.data.prepared import load_training_data
+from pipeline.errors import command
+from pipeline.inference import choose_device
+from pipeline.params import load_params
+from pipeline.runs import Recipe, train
+from pipeline.tracking import Tracker
+
+DATA = Path("data/baselines")
+
+
+@command
+def main(model: str) -> None:
+    params = load_params()
+    block = params.baselines
+    data = load_training_data(DATA, choose_device(params.device))
+    initial = load((DATA / "initial" / f"{model}.safetensors").read_bytes())
+    options = {"resnet18": ["baselines.resnet18"], "simple_cnn": []}[model]
+    recipe = Recipe(
+        folder=Path("models/baselines") / model,
+        architecture=model,
+        arguments={"stem": block.resnet18.stem} if model == "resnet18" else {},
+        epochs=block.epochs,
+        batch_size=block.batch_size,
+        lr=block.lr,
+        precision=params.precision,
+        parameters=params.flat("baselines.epochs", "baselines.batch_size", "baselines.lr", "precision", *options)
+        | {"baselines.pretrained": bool(initial)},
+    )
+    tracker = Tracker(params.tracking.experiment)
+    for seed in params.seeds:
+        train(recipe, data, seed, tracker, initial=initial)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,24 @@
+"""Stage train_teacher: train the teacher on the labels, once per seed."""
+
+from pathlib import Path
+
+from pipeline.data.prepared import load_training_data
+from pipeline.errors import command
+from pipeline.inference import choose_device
+from pipeline.params import load_params
+from pipeline.runs import distillation_recipe, train
+from pipeline.tracking import Tracker
+
+
+@command
+def main() -> None:
+    params = load_params()
+    data = load_training_data(Path("data/distillation"), choose_device(params.device))
+    recipe = distillation_recipe(params, "teacher", "teacher")
+    tracker = Tracker(params.tracking.experiment)
+    for seed in params.seeds:
+        train(recipe, data, seed, tracker)
+
+
+if __name__ == "__main__":
+    main()
