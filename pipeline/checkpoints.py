@@ -76,7 +76,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Classifier, Descr
         classifier.network.load_state_dict(tensors)
     except KeyError as error:
         raise UserError(f"{path}: no checkpoint of this project: its description is missing") from error
-    except (OSError, SafetensorError, ValidationError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValidationError, RuntimeError, UserError) as error:
         raise UserError(f"{path}: damaged, or weights that do not fit their description: {error}") from error
     return classifier.to(device).eval(), description
 

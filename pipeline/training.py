@@ -63,28 +63,28 @@ def fit(
     order = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     count = len(train.labels)
+    used = count - (count % batch_size == 1)
     history, best_epoch, best_state = [], 0, {}
-    with tqdm(total=epochs * -(-count // batch_size), desc=title, unit="step", disable=None, leave=False) as bar:
+    with tqdm(total=epochs * -(-used // batch_size), desc=title, unit="step", disable=None, leave=False) as bar:
         for epoch in range(1, epochs + 1):
             model.train()
             loss_sum = torch.zeros((), device=device)
             correct = torch.zeros((), device=device, dtype=torch.int64)
-            for batch in torch.randperm(count, generator=order, device=device).split(batch_size):
-                if len(batch) > 1:
-                    labels = train.labels[batch]
-                    with autocast(device, precision):
-                        logits = model(train.images[batch])
-                    batch_loss = loss(logits.float(), labels, *(target[batch] for target in targets))
-                    optimizer.zero_grad()
-                    batch_loss.backward()
-                    optimizer.step()
-                    loss_sum += batch_loss.detach() * len(batch)
-                    correct += (logits.argmax(1) == labels).sum()
+            for batch in torch.randperm(count, generator=order, device=device)[:used].split(batch_size):
+                labels = train.labels[batch]
+                with autocast(device, precision):
+                    logits = model(train.images[batch])
+                batch_loss = loss(logits.float(), labels, *(target[batch] for target in targets))
+                optimizer.zero_grad()
+                batch_loss.backward()
+                optimizer.step()
+                loss_sum += batch_loss.detach() * len(batch)
+                correct += (logits.argmax(1) == labels).sum()
                 bar.update()
             val_logits = predict(model, val.images)
             result = Epoch(
-                train_loss=loss_sum.item() / count,
-                train_accuracy=correct.item() / count,
+                train_loss=loss_sum.item() / used,
+                train_accuracy=correct.item() / used,
                 val_loss=F.cross_entropy(val_logits, val.labels).item(),
                 val_accuracy=(val_logits.argmax(1) == val.labels).float().mean().item(),
             )

@@ -1,0 +1,99 @@
+"""Small real images and the fixtures that several tests share."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from sklearn.datasets import load_digits
+
+from pipeline.data.prepared import Dataset, Split, TrainingData
+
+ROOT = Path(__file__).parents[1]
+torch.set_num_threads(2)
+
+
+def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` of scikit-learn's 8x8 digits: uint8 (N, 8, 8) and labels (N,)."""
+    bunch = load_digits()
+    return np.clip(bunch.images[:count] * 16, 0, 255).astype(np.uint8), bunch.target[:count]
+
+
+def write_npz(path: Path, **replaced: np.ndarray | None) -> Path:
+    """An .npz of 400 training, 100 validation and 200 test digits; arrays named here are replaced, None leaves one out."""
+    images, labels = digits(700)
+    arrays = {
+        "train_images": images[:400],
+        "train_labels": labels[:400, None],
+        "val_images": images[400:500],
+        "val_labels": labels[400:500, None],
+        "test_images": images[500:],
+        "test_labels": labels[500:, None],
+    } | replaced
+    np.savez(path, **{key: array for key, array in arrays.items() if array is not None})
+    return path
+
+
+def copy_checkout(folder: Path) -> Path:
+    """A copy of the project as a git repository of its own; both tracks read a small file, two seeds, one epoch."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.split():
+        if (ROOT / name).is_file() and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    write_npz(folder / "own.npz")
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["seeds"] = [0, 1]
+    params["baselines"] |= {"dataset": "own.npz", "epochs": 1, "pretrained": False}
+    params["distillation"] |= {"dataset": "own.npz", "epochs": 1}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "as it is"]):
+        subprocess.run([*git, *command], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture
+def own_npz(tmp_path: Path) -> Path:
+    return write_npz(tmp_path / "own.npz")
+
+
+@pytest.fixture(scope="session")
+def data() -> TrainingData:
+    """400 digits to train on and 100 to validate on, as tensors on the CPU."""
+    images, labels = (torch.from_numpy(array) for array in digits(500))
+    images = images[..., None]
+    dataset = Dataset(
+        name="digits",
+        classes=[str(digit) for digit in range(10)],
+        image_shape=(8, 8, 1),
+        mean=0.5,
+        std=0.5,
+        images={"train": 400, "val": 100, "test": 0},
+        validation="official",
+        fingerprint="0" * 64,
+    )
+    return TrainingData(dataset, Split(images[:400], labels[:400]), Split(images[400:], labels[400:]))
+
+
+@pytest.fixture(scope="session")
+def mirror() -> Path:
+    """The folder DATA_MIRROR, with the real MNIST and PneumoniaMNIST: what CI has and a fresh machine may not."""
+    folder = os.environ.get("DATA_MIRROR")
+    if not folder:
+        pytest.skip("needs DATA_MIRROR with MNIST/ and pneumoniamnist.npz")
+    return (ROOT / folder).resolve()
+
+
+@pytest.fixture
+def no_mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No mirror, and a main checkout of one's own."""
+    monkeypatch.delenv("DATA_MIRROR", raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path

@@ -1,0 +1,122 @@
+"""What a stage reads and writes: its modules by the source, its parameters and files by watching it run."""
+
+import ast
+import contextlib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from pipeline import params as params_module
+from pipeline.params import Block, Params
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Reads:
+    """Paths are relative to the folder that the stage ran in."""
+
+    modules: set[str]
+    params: set[str] = field(default_factory=set)
+    files: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
+
+
+def local_imports(path: Path) -> set[str]:
+    """`path` and every module of `pipeline` that it reaches; imports inside functions count too."""
+    reached: set[str] = set()
+    waiting = [path]
+    while waiting:
+        current = waiting.pop()
+        if str(current) in reached:
+            continue
+        reached.add(str(current))
+        for node in ast.walk(ast.parse((ROOT / current).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            candidates = (Path(*name.split(".")).with_suffix(".py") for name in names if name.startswith("pipeline"))
+            waiting.extend(candidate for candidate in candidates if (ROOT / candidate).is_file())
+    return reached
+
+
+def observe(cmd: str) -> Reads:
+    """Run a stage's command, `python -m pipeline.<stage> [argument]`, in this process and folder, and watch it."""
+    module_name, *arguments = cmd.removeprefix("python -m ").split()
+    module = importlib.import_module(module_name)
+    reads = Reads(local_imports(Path(*module_name.split(".")).with_suffix(".py")))
+    with pytest.MonkeyPatch.context() as patch, _files(reads):
+        _watch_params(patch, module, reads.params)
+        module.main(*arguments)
+    return reads
+
+
+def _watch_params(patch: pytest.MonkeyPatch, module: object, record: set[str]) -> None:
+    """Make the module's parameters note the dotted name of each value that is read."""
+    place: dict[int, str] = {}
+
+    def spy(self: Block, name: str) -> object:
+        value = object.__getattribute__(self, name)
+        if id(self) in place:
+            prefix = place[id(self)]
+            if name == "model_dump":
+                record.update(leaves(self, prefix))
+            elif name in type(self).model_fields and not isinstance(value, Block):
+                record.add(prefix + name)
+        return value
+
+    def load() -> Params:
+        params = params_module.load_params()
+        remember(params, "")
+        return params
+
+    def remember(block: Block, prefix: str) -> None:
+        place[id(block)] = prefix
+        for name in type(block).model_fields:
+            if isinstance(value := object.__getattribute__(block, name), Block):
+                remember(value, f"{prefix}{name}.")
+
+    patch.setattr(Block, "__getattribute__", spy)
+    patch.setattr(module, "load_params", load)
+
+
+def leaves(block: Block, prefix: str = "") -> set[str]:
+    """The dotted names of all values in a block."""
+    names = set()
+    for name in type(block).model_fields:
+        value = object.__getattribute__(block, name)
+        names |= leaves(value, f"{prefix}{name}.") if isinstance(value, Block) else {prefix + name}
+    return names
+
+
+_watching: list[Reads] = []
+
+
+def _audit(event: str, arguments: tuple) -> None:
+    if not _watching or event not in ("open", "os.listdir", "os.scandir") or not isinstance(arguments[0], str | Path):
+        return
+    path = re.sub(r"\.([^/]+?)\.\d+\.partial", r"\1", os.path.relpath(arguments[0]))  # a file on its way to its name
+    if path.startswith(("data/", "models/", "metrics/")) and not path.startswith("data/downloads"):
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        (_watching[-1].written if writes else _watching[-1].files).add(path)
+
+
+@contextlib.contextmanager
+def _files(reads: Reads) -> Iterator[None]:
+    if not hasattr(sys, "_pipeline_audit"):  # an audit hook stays for the life of the process
+        sys.addaudithook(_audit)
+        sys._pipeline_audit = True
+    _watching.append(reads)
+    try:
+        yield
+    finally:
+        _watching.pop()

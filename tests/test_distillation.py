@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.special import softmax
+from scipy.stats import entropy
+
+from pipeline.distillation import DistillationLoss, forward_kl, reverse_kl
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 10, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = 3 * torch.randn(8, 10, generator=generator, dtype=torch.float64)
+    return logits, torch.randint(0, 10, (8,), generator=generator), teacher
+
+
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_the_divergences_are_scipys(batch, temperature: float):
+    logits, _, teacher = batch
+    p = softmax(teacher.numpy() / temperature, axis=1)
+    q = softmax(logits.detach().numpy() / temperature, axis=1)
+    assert forward_kl(logits, teacher, temperature).item() == pytest.approx(np.mean(entropy(p, q, axis=1)))
+    assert reverse_kl(logits, teacher, temperature).item() == pytest.approx(np.mean(entropy(q, p, axis=1)))
+
+
+def test_forward_has_the_gradient_of_hintons_soft_target_cross_entropy(batch):
+    logits, _, teacher = batch
+    soft = F.cross_entropy(logits / 5, F.softmax(teacher / 5, dim=1))
+    (expected,) = torch.autograd.grad(soft, logits)
+    (found,) = torch.autograd.grad(forward_kl(logits, teacher, 5.0), logits)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("divergence", "kl"), [("forward", forward_kl), ("reverse", reverse_kl)])
+def test_the_loss_weighs_labels_by_alpha_and_the_teacher_by_the_rest(batch, divergence: str, kl):
+    logits, labels, teacher = batch
+    expected = 0.7 * F.cross_entropy(logits, labels) + 0.3 * 25 * kl(logits, teacher, 5.0)
+    torch.testing.assert_close(DistillationLoss(5.0, 0.7, divergence)(logits, labels, teacher), expected)
+
+
+def test_alpha_one_is_cross_entropy_to_the_bit_whatever_the_teacher_says(batch):
+    logits, labels, teacher = batch
+    loss = DistillationLoss(5.0, 1.0, "forward")(logits, labels, teacher * float("inf"))
+    assert loss.item() == F.cross_entropy(logits, labels).item()

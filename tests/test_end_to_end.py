@@ -1,0 +1,243 @@
+"""The real graph, run by the real DVC in a checkout of its own, on small images. The tests of this file go from top to bottom."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from tests.conftest import copy_checkout, write_npz
+from tests.test_graph import STAGES
+
+
+class Checkout:
+    """A checkout and a shell in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        bin_folder = Path(sys.executable).parent
+        self.environment = {
+            key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "DATA_MIRROR"))
+        } | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+
+    def run(self, *command: str, expect: int | None = 0) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert expect is None or done.returncode == expect, f"{command}: {done.stdout}\n{done.stderr}"
+        return done
+
+    def dvc(self, *arguments: str, expect: int | None = 0) -> str:
+        done = self.run("dvc", *arguments, expect=expect)
+        return done.stdout + done.stderr
+
+    def mlflow_runs(self) -> list[Run]:
+        client = MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+        return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+
+    def by_name(self) -> Counter:
+        return Counter(run.info.run_name for run in self.mlflow_runs())
+
+
+def stages_run(output: str) -> list[str]:
+    return re.findall(r"Running stage '(.*)'", output)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    checkout = Checkout(copy_checkout(tmp_path_factory.mktemp("end") / "checkout"))
+    checkout.output = checkout.dvc("repro")
+    return checkout
+
+
+TRAININGS = {
+    f"{model}/seed{seed}"
+    for model in ("simple_cnn", "resnet18", "teacher", "student_distilled", "student_alone")
+    for seed in (0, 1)
+}
+
+
+def test_repro_runs_every_stage_and_ends_with_the_tables(checkout: Checkout):
+    assert sorted(stages_run(checkout.output)) == sorted(STAGES)
+    for track in ("baselines", "distillation"):
+        assert (checkout.folder / "metrics" / f"{track}.md").read_text().strip() in checkout.output
+
+
+def test_metrics_hold_means_and_deviations_of_every_model(checkout: Checkout):
+    expected = {
+        "baselines": {"simple_cnn", "resnet18"},
+        "distillation": {"teacher", "student_distilled", "student_alone"},
+    }
+    for track, models in expected.items():
+        metrics = json.loads((checkout.folder / "metrics" / f"{track}.json").read_text())
+        assert set(metrics) == models
+        for figures in metrics.values():
+            for key in ("accuracy", "auc", "f1_weighted", "final_train_loss"):
+                assert figures[key] >= 0
+                assert figures[f"{key}_sd"] >= 0
+            assert figures["parameters"] > 1000
+            assert len(figures["f1_by_class"]) == 20
+
+
+def test_every_training_is_a_run_with_curves_and_test_results_of_its_checkpoint(checkout: Checkout):
+    runs = {run.info.run_name: run for run in checkout.mlflow_runs()}
+    assert set(runs) == TRAININGS | {"baselines/summary", "distillation/summary"}
+    assert len(checkout.mlflow_runs()) == len(runs)
+    metrics = json.loads((checkout.folder / "metrics" / "distillation.json").read_text())
+    accuracies = [runs[f"teacher/seed{seed}"].data.metrics["test_accuracy"] for seed in (0, 1)]
+    assert np.mean(accuracies) == pytest.approx(metrics["teacher"]["accuracy"])
+    client = MlflowClient(f"sqlite:///{checkout.folder}/mlflow.db")
+    for name in TRAININGS:
+        assert {"train_loss", "val_loss", "train_accuracy", "val_accuracy", "test_auc"} <= set(runs[name].data.metrics)
+        artifacts = {file.path for file in client.list_artifacts(runs[name].info.run_id)}
+        assert artifacts == {"classification_report.txt", "confusion_matrix.png", "loss_curves.png"}
+
+
+def test_a_second_repro_has_nothing_to_do(checkout: Checkout):
+    output = checkout.dvc("repro")
+    assert stages_run(output) == []
+    assert output.count("didn't change, skipping") == len(STAGES)
+
+
+def test_forced_repetition_gives_the_same_bytes_and_doubles_no_summary(checkout: Checkout):
+    lock = (checkout.folder / "dvc.lock").read_bytes()
+    output = checkout.dvc("repro", "--force", "evaluate@distillation")
+    assert len(stages_run(output)) == 5
+    assert (checkout.folder / "dvc.lock").read_bytes() == lock
+    assert checkout.by_name()["distillation/summary"] == 1
+
+
+def test_another_temperature_runs_two_stages_and_leaves_the_other_models_runs_alone(checkout: Checkout):
+    before = checkout.by_name()
+    checkout.run("git", "add", "-A")
+    checkout.run("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-qm", "results")
+    output = checkout.dvc("exp", "run", "--name", "warmer", "-S", "kd.temperature=6")
+    assert stages_run(output) == ["distill_student", "evaluate@distillation"]
+    new = checkout.by_name() - before
+    assert new == Counter({"student_distilled/seed0": 1, "student_distilled/seed1": 1, "distillation/summary": 1})
+    temperatures = {
+        (run.data.params["kd.temperature"], run.data.tags.get("dvc.experiment"))
+        for run in checkout.mlflow_runs()
+        if run.info.run_name.startswith("student_distilled")
+    }
+    assert temperatures == {("5.0", None), ("6.0", "warmer")}
+    teachers = [run for run in checkout.mlflow_runs() if run.info.run_name == "teacher/seed0"]
+    assert any("test_accuracy" in run.data.metrics for run in teachers)
+    assert "student_distilled" in checkout.dvc("metrics", "diff", "--all")
+
+
+def test_queued_experiments_run_side_by_side_into_the_main_store(checkout: Checkout):
+    before = checkout.by_name()
+    for temperature in (2, 3):
+        checkout.dvc("exp", "run", "--queue", "--name", f"t{temperature}", "-S", f"kd.temperature={temperature}")
+    checkout.dvc("queue", "start", "-j", "2")
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        status = checkout.dvc("queue", "status")
+        if "Queued" not in status and "Running" not in status:
+            break
+        time.sleep(2)
+    assert status.count("Success") == 2, status + checkout.dvc("queue", "logs", "t2", expect=None)
+    new = checkout.by_name() - before
+    assert new == Counter({"student_distilled/seed0": 2, "student_distilled/seed1": 2, "distillation/summary": 2})
+    experiments = {run.data.tags.get("dvc.experiment") for run in checkout.mlflow_runs()}
+    assert {"t2", "t3"} <= experiments
+    listed = checkout.dvc("exp", "show", "--csv")
+    assert "t2" in listed
+    assert "t3" in listed
+
+
+def test_dvc_can_draw_the_plots(checkout: Checkout):
+    checkout.dvc("plots", "show", "--out", "plots")
+    page = (checkout.folder / "plots" / "index.html").read_text()
+    assert "distillation: Validation loss" in page
+    assert "student_distilled: test images" in page
+
+
+@pytest.mark.parametrize("setting", ["+kd.temprature=6", "kd.alpha=2", "kd.temperature=hot", "seeds=[0,zero]"])
+def test_a_bad_parameter_stops_an_experiment_with_one_line(checkout: Checkout, setting: str):
+    before = checkout.by_name()
+    done = checkout.run("dvc", "exp", "run", "--temp", "-S", setting, expect=None)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert setting.strip("+").split("=")[0].split(".")[-1] in errors[0]
+    assert "Traceback" not in done.stdout + done.stderr
+    assert checkout.by_name() == before
+
+
+def test_a_misspelt_setting_is_stopped_by_dvc_itself(checkout: Checkout):
+    assert "temprature" in checkout.dvc("exp", "run", "--temp", "-S", "kd.temprature=6", expect=255)
+
+
+def stage_fails(checkout: Checkout, *command: str, **environment: str) -> str:
+    """Run one stage as DVC would; it must fail in one line on stderr. Returns that line."""
+    checkout.environment |= environment
+    try:
+        done = checkout.run(sys.executable, "-m", *command, expect=1)
+    finally:
+        for key in environment:
+            del checkout.environment[key]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("dataset", "named"),
+    [
+        ("pathmnits", "pathmnits"),
+        ("chestmnist", "several labels"),
+        ("nothing.npz", "nothing.npz"),
+        ("torn.npz", "torn.npz: truncated"),
+        ("labels.npz", "test_labels out of range"),
+        ("pathmnist", "cannot download pathmnist.npz"),
+    ],
+)
+def test_bad_data_is_one_line_and_leaves_nothing_half_written(
+    checkout: Checkout, tmp_path: Path, dataset: str, named: str
+):
+    bad = Checkout(tmp_path / "bad")
+    bad.folder.mkdir()
+    for name in ("params.yaml", "pipeline", "data/own"):
+        (bad.folder / name).parent.mkdir(exist_ok=True)
+        bad.run("cp", "-r", str(checkout.folder / name), name)
+    write_npz(bad.folder / "labels.npz", test_labels=np.arange(200) % 11)
+    (bad.folder / "torn.npz").write_bytes((bad.folder / "labels.npz").read_bytes()[:5000])
+    text = (bad.folder / "params.yaml").read_text()
+    (bad.folder / "params.yaml").write_text(text.replace("own.npz", dataset))
+    proxy = "http://127.0.0.1:9"  # nobody listens there: no network
+    line = stage_fails(bad, "pipeline.fetch_data", "baselines", http_proxy=proxy, https_proxy=proxy)
+    assert named in line
+    assert [path.name for path in (bad.folder / "data").iterdir() if path.name != "downloads"] == ["own"]
+
+
+def test_a_damaged_checkpoint_stops_the_stages_that_read_it(checkout: Checkout):
+    path = checkout.folder / "models" / "distillation" / "teacher" / "seed0.safetensors"
+    content = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(content[:-10])
+    try:
+        for command in (["pipeline.distill_student"], ["pipeline.evaluate", "distillation"]):
+            assert "models/distillation/teacher/seed0.safetensors" in stage_fails(checkout, *command)
+    finally:
+        path.write_bytes(content)
+
+
+def test_changed_content_behind_an_unchanged_path_is_noticed(checkout: Checkout):
+    checkout.dvc("repro")
+    assert stages_run(checkout.dvc("repro")) == []
+    images, _ = np.load(checkout.folder / "own.npz")["test_images"], None
+    write_npz(checkout.folder / "own.npz", test_images=255 - images)
+    assert stages_run(checkout.dvc("status")) == []
+    output = checkout.dvc("repro", "evaluate@distillation")
+    assert stages_run(output)[0] == "fetch_data@distillation"
+    assert stages_run(output)[-1] == "evaluate@distillation"

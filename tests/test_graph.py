@@ -1,0 +1,150 @@
+"""dvc.yaml against what the stages really import, read and write."""
+
+import copy
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from pipeline.params import load_params
+from tests.conftest import copy_checkout
+from tests.graph_reads import ROOT, Reads, leaves, observe
+
+STAGES = [
+    "fetch_data@baselines",
+    "fetch_data@distillation",
+    "train_baselines@simple_cnn",
+    "train_baselines@resnet18",
+    "train_teacher",
+    "distill_student",
+    "train_student_alone",
+    "evaluate@baselines",
+    "evaluate@distillation",
+]
+
+
+@dataclass(frozen=True)
+class Declared:
+    cmd: str
+    deps: frozenset[str]
+    params: frozenset[str]
+    outs: frozenset[str]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project whose two tracks read a small set, few epochs."""
+    return copy_checkout(tmp_path_factory.mktemp("graph") / "checkout")
+
+
+def declared(folder: Path) -> dict[str, Declared]:
+    """The stages that DVC sees in a folder, parameters spelt out to single values."""
+    params = load_params(folder / "params.yaml")
+    found = {}
+    with Repo(str(folder)) as repo:
+        for stage in repo.index.stages:
+            deps = {dep.def_path for dep in stage.deps if not hasattr(dep, "params")}
+            named = [name for dep in stage.deps if hasattr(dep, "params") for name in dep.params]
+            found[stage.name] = Declared(
+                stage.cmd,
+                frozenset(deps),
+                frozenset(params.flat(*named)),
+                frozenset(out.def_path for out in stage.outs),
+            )
+    return found
+
+
+def covers(paths: frozenset[str], path: str) -> bool:
+    return any(path == one or path.startswith(f"{one}/") for one in paths)
+
+
+def problems(stage: Declared, reads: Reads) -> list[str]:
+    """How the declaration of a stage differs from what it does."""
+    data_deps = {dep for dep in stage.deps if not dep.endswith(".py")}
+    module_deps = stage.deps - data_deps
+    read = {path for path in reads.files if path not in reads.written and not covers(stage.outs, path)}
+    return [
+        *(f"imports {path}, no dependency" for path in reads.modules - module_deps),
+        *(f"depends on {path}, not imported" for path in module_deps - reads.modules),
+        *(f"reads {name}, not under params" for name in reads.params - stage.params),
+        *(f"has {name} under params, never reads it" for name in stage.params - reads.params),
+        *(f"reads {path}, no dependency" for path in read if not covers(frozenset(data_deps), path)),
+        *(
+            f"depends on {path}, never reads it"
+            for path in data_deps
+            if not any(covers(frozenset([path]), one) for one in read)
+        ),
+        *(f"writes {path}, no output" for path in reads.written if not covers(stage.outs, path)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def observed(checkout: Path) -> dict[str, Reads]:
+    """Every stage, run in the order of the graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(checkout)
+        patch.setenv("DVC_ROOT", str(checkout))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        stages = declared(checkout)
+        return {name: observe(stages[name].cmd) for name in STAGES}
+
+
+def test_the_graph_has_the_stages_and_tracks_of_the_design(checkout: Path):
+    assert set(declared(checkout)) == set(STAGES)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_declares_exactly_what_it_reads_and_writes(checkout: Path, observed: dict[str, Reads], name: str):
+    assert problems(declared(checkout)[name], observed[name]) == []
+
+
+def test_only_evaluate_reads_a_test_split(observed: dict[str, Reads]):
+    readers = {
+        name for name, reads in observed.items() if any("/test/" in path for path in reads.files - reads.written)
+    }
+    assert readers == {"evaluate@baselines", "evaluate@distillation"}
+
+
+def test_every_parameter_is_read_by_some_stage(checkout: Path, observed: dict[str, Reads]):
+    assert set().union(*(reads.params for reads in observed.values())) == leaves(load_params(checkout / "params.yaml"))
+
+
+def incomplete() -> list[tuple[str, str, str]]:
+    """Every entry under deps and params of every stage of dvc.yaml."""
+    entries = []
+    for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
+        body = stage.get("do", stage)
+        entries += [(name, key, entry) for key in ("deps", "params") for entry in body[key]]
+    return entries
+
+
+def test_any_entry_left_out_of_deps_or_params_is_found(checkout: Path, observed: dict[str, Reads], tmp_path: Path):
+    whole = yaml.safe_load((checkout / "dvc.yaml").read_text())
+    shutil.copytree(
+        checkout, tmp_path / "copy", ignore=shutil.ignore_patterns("data", "models", "metrics", "mlartifacts")
+    )
+    unnoticed = []
+    for name, key, entry in incomplete():
+        changed = copy.deepcopy(whole)
+        body = changed["stages"][name].get("do", changed["stages"][name])
+        body[key].remove(entry)
+        (tmp_path / "copy" / "dvc.yaml").write_text(yaml.safe_dump(changed))
+        stages = declared(tmp_path / "copy")
+        affected = [stage for stage in stages if stage.split("@")[0] == name]
+        if not any(problems(stages[stage], observed[stage]) for stage in affected):
+            unnoticed.append((name, key, entry))
+    assert unnoticed == []
+
+
+def test_dvc_and_mlflow_send_nothing_home():
+    config = (ROOT / ".dvc" / "config").read_text()
+    assert "analytics = false" in config
+    assert "check_update = false" in config
+    import mlflow.telemetry.client
+
+    import pipeline.tracking  # noqa: F401 (turns it off)
+
+    assert mlflow.telemetry.client.get_telemetry_client() is None

@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.params import load_params
+
+PARAMS = (Path(__file__).parents[1] / "params.yaml").read_text()
+
+
+def load_changed(tmp_path: Path, old: str, new: str):
+    assert old in PARAMS
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS.replace(old, new, 1))
+    return load_params(path)
+
+
+def test_defaults_are_the_references_and_three_seeds():
+    params = load_params(Path(__file__).parents[1] / "params.yaml")
+    assert params.seeds == [0, 1, 2]
+    assert params.kd.model_dump() == {"temperature": 5, "alpha": 0.7, "divergence": "forward"}
+    assert (params.baselines.epochs, params.baselines.batch_size, params.baselines.lr) == (5, 64, 0.001)
+    assert (params.distillation.epochs, params.distillation.batch_size, params.distillation.lr) == (5, 128, 0.001)
+    assert params.teacher.model_dump() == {"width": 32, "hidden": 128}
+    assert params.student.model_dump() == {"width": 16, "hidden": 64}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("temperature: 5 ", "temprature: 6 ", ["kd.temprature = 6", "kd.temperature is missing"]),
+        ("kd:", "extra: 1\nkd:", ["extra = 1 is not a parameter"]),
+        ("epochs: 5", "epochs: five", ["baselines.epochs = 'five'", "integer"]),
+        ("epochs: 5", "epochs: 2.5", ["baselines.epochs = 2.5", "integer"]),
+        ("epochs: 5", "epochs: 0", ["baselines.epochs = 0", "greater than or equal to 1"]),
+        ("pretrained: true", "pretrained: 1", ["baselines.pretrained = 1", "boolean"]),
+        ("alpha: 0.7", "alpha: 1.5", ["kd.alpha = 1.5", "less than or equal to 1"]),
+        ("temperature: 5", "temperature: 0", ["kd.temperature = 0", "greater than 0"]),
+        ("temperature: 5", "temperature: .nan", ["kd.temperature = nan", "finite"]),
+        ("divergence: forward", "divergence: sideways", ["kd.divergence = 'sideways'", "'forward' or 'reverse'"]),
+        ("seeds: [0, 1, 2]", "seeds: [0, 1, 1]", ["seeds = [0, 1, 1]", "twice"]),
+        ("seeds: [0, 1, 2]", "seeds: []", ["seeds = []"]),
+        ("seeds: [0, 1, 2]", "seeds: [0", ["cannot read"]),
+    ],
+)
+def test_bad_parameters_are_named(tmp_path: Path, old: str, new: str, named: list[str]):
+    with pytest.raises(UserError) as caught:
+        load_changed(tmp_path, old, new)
+    for text in named:
+        assert text in str(caught.value)
+
+
+def test_exponents_without_a_point_are_numbers_as_dvc_writes_them(tmp_path: Path):
+    assert load_changed(tmp_path, "lr: 0.001", "lr: 1e-05").baselines.lr == 1e-5
+
+
+def test_a_missing_file_is_a_user_error(tmp_path: Path):
+    with pytest.raises(UserError, match=r"params\.yaml"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_flat_names_every_value_of_a_block():
+    params = load_params(Path(__file__).parents[1] / "params.yaml")
+    assert params.flat("kd", "baselines.resnet18", "device") == {
+        "kd.temperature": 5,
+        "kd.alpha": 0.7,
+        "kd.divergence": "forward",
+        "baselines.resnet18.stem": "imagenet",
+        "device": "auto",
+    }

@@ -1,0 +1,111 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.checkpoints import new_classifier
+from pipeline.data.prepared import Split, TrainingData
+from pipeline.distillation import DistillationLoss
+from pipeline.inference import predict
+from pipeline.training import fit
+
+RECIPE = {"epochs": 2, "batch_size": 64, "lr": 0.003}
+
+
+def student(data: TrainingData, seed: int = 0):
+    return new_classifier("compact_cnn", {"width": 8, "hidden": 32}, data.dataset, seed)
+
+
+def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_training_learns(data: TrainingData):
+    model = student(data)
+    history = fit(model, data.train, data.val, F.cross_entropy, epochs=12, batch_size=32, lr=0.003, seed=0).history
+    assert history[-1].train_loss < 0.5 * history[0].train_loss
+    assert history[-1].val_accuracy > 0.7
+
+
+def test_a_seed_decides_everything(data: TrainingData):
+    models = [student(data), student(data), student(data, seed=1)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        fit(model, data.train, data.val, F.cross_entropy, seed=seed, **RECIPE)
+    assert equal(models[0], models[1])
+    assert not equal(models[0], models[2])
+
+
+def test_batches_depend_on_the_seed_and_not_on_the_model(data: TrainingData):
+    seen = []
+
+    def spy(logits, labels, numbers):
+        seen[-1].append(numbers.tolist())
+        return F.cross_entropy(logits, labels)
+
+    for width in (4, 8):
+        seen.append([])
+        model = new_classifier("compact_cnn", {"width": width, "hidden": 16}, data.dataset, 0)
+        fit(model, data.train, data.val, spy, torch.arange(400), seed=7, **RECIPE)
+    assert seen[0] == seen[1]
+    epochs = [sorted(sum(seen[0][start : start + 7], [])) for start in (0, 7)]
+    assert epochs == [list(range(400))] * 2, "every image once per epoch"
+    assert seen[0][0] != seen[0][7], "in another order each epoch"
+
+
+def test_alpha_one_gives_the_weights_of_training_alone(data: TrainingData):
+    alone, distilled = student(data), student(data)
+    teacher_logits = torch.randn(400, 10)
+    fit(alone, data.train, data.val, F.cross_entropy, seed=3, **RECIPE)
+    fit(distilled, data.train, data.val, DistillationLoss(5.0, 1.0, "forward"), teacher_logits, seed=3, **RECIPE)
+    assert equal(alone, distilled)
+
+
+def test_targets_follow_their_images(data: TrainingData):
+    def check(logits, labels, teacher_logits):
+        assert torch.equal(teacher_logits.argmax(1), labels)
+        return F.cross_entropy(logits, labels)
+
+    fit(student(data), data.train, data.val, check, F.one_hot(data.train.labels, 10).float(), seed=0, **RECIPE)
+
+
+def test_the_weights_of_the_best_epoch_on_validation_images_are_kept(data: TrainingData):
+    model = student(data)
+    states = []
+    record = fit(
+        model,
+        data.train,
+        data.val,
+        F.cross_entropy,
+        epochs=6,
+        batch_size=64,
+        lr=0.05,  # so much that accuracy goes up and down
+        seed=0,
+        on_epoch=lambda *_: states.append(copy.deepcopy(model.state_dict())),
+    )
+    accuracies = [epoch.val_accuracy for epoch in record.history]
+    assert accuracies[record.best_epoch - 1] == max(accuracies)
+    assert accuracies[-1] < max(accuracies), "or the test shows nothing"
+    assert all(torch.equal(states[record.best_epoch - 1][key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_recorded_losses_are_those_of_the_model(data: TrainingData):
+    model = student(data)
+    record = fit(model, data.train, data.val, F.cross_entropy, epochs=1, batch_size=64, lr=0.003, seed=0)
+    logits = predict(model, data.val.images)
+    assert record.history[0].val_loss == pytest.approx(F.cross_entropy(logits, data.val.labels).item())
+    assert record.history[0].val_accuracy == pytest.approx((logits.argmax(1) == data.val.labels).float().mean().item())
+
+
+def test_a_last_batch_of_one_image_does_not_break_batch_norm(data: TrainingData):
+    model = new_classifier("resnet18", {"stem": "imagenet"}, data.dataset, 0)
+    train = Split(data.train.images[:33], data.train.labels[:33])
+    losses = []
+
+    def spy(logits, labels):
+        losses.append((F.cross_entropy(logits, labels), len(labels)))
+        return losses[-1][0]
+
+    history = fit(model, train, data.val, spy, epochs=1, batch_size=32, lr=0.001, seed=0).history
+    assert [size for _, size in losses] == [32]
+    assert history[0].train_loss == pytest.approx(losses[0][0].item())
