@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from pipeline.data.prepared import Dataset, Split, TrainingData
 
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(2)
 

@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,12 +141,12 @@ def test_any_entry_left_out_of_deps_or_params_is_found(checkout: Path, observed:
     assert unnoticed == []
 
 
-def test_dvc_and_mlflow_send_nothing_home():
+def test_dvc_and_mlflow_send_nothing_home(tmp_path: Path):
     config = (ROOT / ".dvc" / "config").read_text()
     assert "analytics = false" in config
     assert "check_update = false" in config
-    import mlflow.telemetry.client
-
-    import pipeline.tracking  # noqa: F401 (turns it off)
-
-    assert mlflow.telemetry.client.get_telemetry_client() is None
+    asked = "import pipeline.tracking, mlflow.telemetry.client as t; print(t.get_telemetry_client())"
+    done = subprocess.run(  # with no environment that would turn it off by itself, such as CI
+        [sys.executable, "-c", asked], cwd=ROOT, env={"HOME": str(tmp_path)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "None"

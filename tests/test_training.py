@@ -48,7 +48,7 @@ def test_batches_depend_on_the_seed_and_not_on_the_model(data: TrainingData):
         model = new_classifier("compact_cnn", {"width": width, "hidden": 16}, data.dataset, 0)
         fit(model, data.train, data.val, spy, torch.arange(400), seed=7, **RECIPE)
     assert seen[0] == seen[1]
-    epochs = [sorted(sum(seen[0][start : start + 7], [])) for start in (0, 7)]
+    epochs = [sorted(number for batch in seen[0][start : start + 7] for number in batch) for start in (0, 7)]
     assert epochs == [list(range(400))] * 2, "every image once per epoch"
     assert seen[0][0] != seen[0][7], "in another order each epoch"
 

