@@ -11,7 +11,7 @@ from pipeline.data.prepared import load_training_data
 from pipeline.distillation import DistillationLoss
 from pipeline.errors import command
 from pipeline.files import md5
-from pipeline.inference import choose_device, predict
+from pipeline.inference import choose_device, choose_precision, predict
 from pipeline.params import load_params
 from pipeline.runs import distillation_recipe, train
 from pipeline.tracking import Tracker
@@ -28,8 +28,9 @@ def main() -> None:
     for seed in params.seeds:
         path = checkpoint_path(Path("models/distillation/teacher"), seed)
         teacher, _ = load_checkpoint(path, device)
+        logits = predict(teacher, data.train.images, choose_precision(params.precision, device))
         taught = recipe._replace(parameters=recipe.parameters | {"teacher_md5": md5(path)})
-        train(taught, data, seed, tracker, loss=loss, targets=(predict(teacher, data.train.images),))
+        train(taught, data, seed, tracker, loss=loss, targets=(logits,))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ def main(track: str) -> None:
             learning[model].to_csv(folder / f"loss_{model}.csv")
             long_form(confusions[model], dataset.classes).to_csv(folder / f"confusion_{model}.csv", index=False)
     write_whole(Path(f"metrics/{track}.md"), table)
-    write_whole(Path(f"metrics/{track}.json"), json.dumps(metrics, indent=2) + "\n")
+    write_json(Path(f"metrics/{track}.json"), metrics)
+    by_class = {model: over_seeds([run.f1_by_class for run in runs]) for model, runs in measured.items()}
+    write_json(Path(f"metrics/{track}_f1_by_class.json"), by_class)
     publish(Tracker(params.tracking.experiment), track, params.flat(track), measured, metrics, table, figures)
     print(f"\n{table}")
 
@@ -91,13 +93,17 @@ def measure(path: Path, dataset: Dataset, test: Split) -> Measured:
     )
 
 
-def summarise(runs: list[Measured]) -> dict[str, Any]:
+def summarise(runs: list[Measured]) -> dict[str, float]:
     """One model's entry in metrics/<track>.json: means over the seeds, `_sd` beside what varies."""
     summary = over_seeds([run.figures for run in runs])
     summary.pop("parameters_sd", None)
     summary["parameters"] = runs[0].figures["parameters"]
-    summary["f1_by_class"] = over_seeds([run.f1_by_class for run in runs])
     return summary
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as JSON, indented."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def long_form(counts: np.ndarray, classes: list[str]) -> pd.DataFrame:
@@ -131,12 +137,7 @@ def publish(
                     "loss_curves.png": plot_loss_curves({title: curves([description.history])}),
                 },
             )
-    flat = {
-        f"{model}/{key}": value
-        for model, entry in metrics.items()
-        for key, value in entry.items()
-        if not isinstance(value, dict)
-    }
+    flat = {f"{model}/{key}": value for model, entry in metrics.items() for key, value in entry.items()}
     tracker.log_summary(track, parameters, flat, {"results.md": table}, figures)
 
 

@@ -26,8 +26,31 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits, float32 of shape (N, K), for images of shape (N, H, W, C) on the model's device. Sets the model to eval mode."""
+def choose_precision(name: str, device: torch.device) -> str:
+    """The arithmetic, "fp32" or "bf16", that `name` (auto, fp32, bf16) stands for on `device`.
+
+    "auto" is bf16 where the hardware multiplies it natively, fp32 elsewhere.
+    """
+    if name != "auto":
+        return name
+    native = {
+        "cpu": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
+    }
+    return "bf16" if native.get(device.type, False) else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass runs at `precision`, "fp32" or "bf16"; weights stay float32."""
+    # Each weight is used once per pass: nothing to cache, and a cache would not survive a captured CUDA graph.
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+def predict(model: nn.Module, images: Tensor, precision: str = "fp32") -> Tensor:
+    """Logits, float32 of shape (N, K), for images of shape (N, H, W, C) on the model's device.
+
+    Sets the model to eval mode.
+    """
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), autocast(images.device, precision):
         return torch.cat([model(batch).float() for batch in images.split(PREDICT_BATCH)])

@@ -33,6 +33,16 @@ class Classifier(nn.Module):
         return self.network(scaled)
 
 
+def _relu_pool(x: Tensor) -> Tensor:
+    """ReLU and 2x2 max pool: the order makes no difference to the result, and this one has a quarter of the ReLUs to do."""
+    return F.relu(F.max_pool2d(x, 2))
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """(N, C, H, W) to (N, H * W * C): the order in which channels-last images lie in memory, so that nothing is copied."""
+    return x.permute(0, 2, 3, 1).flatten(1)
+
+
 class SimpleCNN(nn.Module):
     """Two padded convolutions, each with a pool, and two linear layers: the reference's small baseline."""
 
@@ -45,9 +55,9 @@ class SimpleCNN(nn.Module):
         self.fc2 = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+        x = _relu_pool(self.conv1(x))
+        x = _relu_pool(self.conv2(x))
+        return self.fc2(F.relu(self.fc1(_flatten(x))))
 
 
 class CompactCNN(nn.Module):
@@ -64,8 +74,8 @@ class CompactCNN(nn.Module):
         self.fc2 = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv2(F.relu(self.conv1(x))))
-        return self.fc2(F.relu(self.fc1(F.max_pool2d(x, 2).flatten(1))))
+        x = _relu_pool(self.conv2(F.relu(self.conv1(x))))
+        return self.fc2(F.relu(self.fc1(_flatten(x))))
 
 
 def resnet18(stem: str, in_channels: int, image_size: tuple[int, int], num_classes: int) -> nn.Module:

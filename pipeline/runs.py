@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.checkpoints import Description, checkpoint_path, new_classifier, save_checkpoint
 from pipeline.data.prepared import TrainingData
 from pipeline.files import md5
+from pipeline.inference import choose_precision
 from pipeline.models import load_initial
 from pipeline.params import Params
 from pipeline.tracking import Tracker
@@ -26,8 +27,10 @@ class Recipe(NamedTuple):
         Where the checkpoints go, models/<track>/<model>.
     architecture, arguments :
         As in models.build.
-    epochs, batch_size, lr, precision :
+    epochs, batch_size, lr :
         As in training.fit.
+    precision :
+        As in params.yaml.
     parameters : dict
         Of params.yaml, by dotted name, those that the result depends on: for the record.
     """
@@ -53,7 +56,7 @@ def distillation_recipe(params: Params, model: str, network: Literal["teacher", 
         batch_size=block.batch_size,
         lr=block.lr,
         precision=params.precision,
-        parameters=params.flat("distillation", network, "precision", *recorded),
+        parameters=params.flat("distillation", network, *recorded),
     )
 
 
@@ -72,11 +75,13 @@ def train(
     `loss` and `targets` as in training.fit, `initial` as in models.load_initial.
     """
     model = recipe.folder.name
-    device = data.train.images.device.type
+    device = data.train.images.device
+    precision = choose_precision(recipe.precision, device)
+    parameters = recipe.parameters | {"precision": precision}
     classifier = new_classifier(recipe.architecture, recipe.arguments, data.dataset, seed)
     load_initial(classifier.network, initial or {})
     classifier.to(device)
-    with tracker.training(model, seed, data.dataset, recipe.parameters, device) as run:
+    with tracker.training(model, seed, data.dataset, parameters, device.type) as run:
         start = time.perf_counter()
         result = fit(
             classifier,
@@ -88,7 +93,7 @@ def train(
             batch_size=recipe.batch_size,
             lr=recipe.lr,
             seed=seed,
-            precision=recipe.precision,
+            precision=precision,
             on_epoch=run.log_epoch,
             title=f"{model}/seed{seed}",
         )
@@ -100,7 +105,7 @@ def train(
             arguments=recipe.arguments,
             dataset=data.dataset,
             seed=seed,
-            parameters=recipe.parameters,
+            parameters=parameters,
             history=result.history,
             best_epoch=result.best_epoch,
         )
@@ -109,6 +114,6 @@ def train(
     best = result.history[result.best_epoch - 1]
     print(
         f"{model}/seed{seed}: validation accuracy {best.val_accuracy:.4f} after epoch {result.best_epoch}"
-        f" of {recipe.epochs}; {seconds:.1f} s on {device}",
+        f" of {recipe.epochs}; {seconds:.1f} s on {device.type}, {precision}",
         flush=True,
     )

@@ -72,7 +72,8 @@ class Tracker:
         # A server chooses its own artifact folder; without one, the default would lie in the current folder.
         location = (main_checkout() / "mlartifacts" / experiment).as_uri() if is_local else None
         try:
-            return self.client.create_experiment(experiment, artifact_location=location)
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # so that the UI opens the right pages
+            return self.client.create_experiment(experiment, artifact_location=location, tags=kind)
         except MlflowException:
             if found := self.client.get_experiment_by_name(experiment):  # somebody else was faster
                 return found.experiment_id

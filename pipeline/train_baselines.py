@@ -30,7 +30,7 @@ def main(model: str) -> None:
         batch_size=block.batch_size,
         lr=block.lr,
         precision=params.precision,
-        parameters=params.flat("baselines.epochs", "baselines.batch_size", "baselines.lr", "precision", *options)
+        parameters=params.flat("baselines.epochs", "baselines.batch_size", "baselines.lr", *options)
         | {"baselines.pretrained": bool(initial)},
     )
     tracker = Tracker(params.tracking.experiment)

@@ -1,8 +1,13 @@
-"""Fit a model: the loop, once, for all trainings. Needs PyTorch alone."""
+"""Fit a model: the loop, once, for all trainings. Needs PyTorch alone.
+
+The images lie on the device as one uint8 tensor; an epoch is a permutation and its slices; the host waits for the device once
+per epoch. A step (gather, forward, loss, backward, update) is the same code everywhere: on a CPU it runs as it stands, on CUDA
+it is captured once as a graph and replayed, since these networks are so small that launching their kernels takes longer than
+running them.
+"""
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -12,7 +17,7 @@ from tqdm import tqdm
 
 from pipeline.checkpoints import Epoch
 from pipeline.data.prepared import Split
-from pipeline.inference import predict
+from pipeline.inference import autocast, predict
 
 
 class Fit(NamedTuple):
@@ -52,8 +57,8 @@ def fit(
         The last batch of an epoch is smaller; a last batch of one image, which batch norm cannot take, is left out.
     lr : float
         Adam's learning rate.
-    precision : "fp32", "bf16" or "auto"
-        Of the forward and backward pass; weights and loss stay float32.
+    precision : "fp32" or "bf16"
+        Of the forward and backward pass; weights, loss and update are float32.
     on_epoch : callable (epoch from 1, Epoch)
         Called after each epoch.
     title : str
@@ -61,32 +66,25 @@ def fit(
     """
     device = train.images.device
     order = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     count = len(train.labels)
     used = count - (count % batch_size == 1)
+    model.to(memory_format=torch.channels_last)
+    step = _Step(model, loss, (train.images, train.labels, *targets), lr, precision)
+    full_step = _captured(step, batch_size) if device.type == "cuda" and used >= batch_size else step
     history, best_epoch, best_state = [], 0, {}
     with tqdm(total=epochs * -(-used // batch_size), desc=title, unit="step", disable=None, leave=False) as bar:
         for epoch in range(1, epochs + 1):
             model.train()
-            loss_sum = torch.zeros((), device=device)
-            correct = torch.zeros((), device=device, dtype=torch.int64)
+            step.reset()
             for batch in torch.randperm(count, generator=order, device=device)[:used].split(batch_size):
-                labels = train.labels[batch]
-                with autocast(device, precision):
-                    logits = model(train.images[batch])
-                batch_loss = loss(logits.float(), labels, *(target[batch] for target in targets))
-                optimizer.zero_grad()
-                batch_loss.backward()
-                optimizer.step()
-                loss_sum += batch_loss.detach() * len(batch)
-                correct += (logits.argmax(1) == labels).sum()
+                (full_step if len(batch) == batch_size else step)(batch)
                 bar.update()
-            val_logits = predict(model, val.images)
+            logits = predict(model, val.images, precision)
             result = Epoch(
-                train_loss=loss_sum.item() / used,
-                train_accuracy=correct.item() / used,
-                val_loss=F.cross_entropy(val_logits, val.labels).item(),
-                val_accuracy=(val_logits.argmax(1) == val.labels).float().mean().item(),
+                train_loss=step.loss_sum.item() / used,
+                train_accuracy=step.correct.item() / used,
+                val_loss=F.cross_entropy(logits, val.labels).item(),
+                val_accuracy=(logits.argmax(1) == val.labels).float().mean().item(),
             )
             history.append(result)
             if not best_epoch or _rank(result) > _rank(history[best_epoch - 1]):
@@ -101,6 +99,65 @@ def _rank(epoch: Epoch) -> tuple[float, float]:
     return epoch.val_accuracy, -epoch.val_loss
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context in which a forward pass runs at `precision`; "auto" is float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+class _Step:
+    """One optimisation step, a pure function of tensors that stay where they are: it never waits for the device."""
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[..., Tensor], data: tuple[Tensor, ...], lr: float, precision: str
+    ) -> None:
+        device = data[0].device
+        self.model = model
+        self.loss = loss
+        self.data = data  # images, labels, further targets
+        self.precision = precision
+        self.optimizer = torch.optim.Adam(
+            model.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"), capturable=device.type == "cuda"
+        )
+        self.loss_sum = torch.zeros((), device=device)  # over the images since the last reset
+        self.correct = torch.zeros((), device=device, dtype=torch.int64)
+
+    def __call__(self, batch: Tensor) -> None:
+        """Train on the images whose numbers are in `batch`, int64 of shape (B,)."""
+        images, labels, *targets = (rows[batch] for rows in self.data)
+        with autocast(images.device, self.precision):
+            logits = self.model(images).float()
+        loss = self.loss(logits, labels, *targets)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.loss_sum += loss.detach() * len(batch)
+        self.correct += (logits.argmax(1) == labels).sum()
+
+    def reset(self) -> None:
+        """Start the sums of an epoch."""
+        self.loss_sum.zero_()
+        self.correct.zero_()
+
+
+def _captured(step: _Step, batch_size: int) -> Callable[[Tensor], None]:
+    """`step` for batches of `batch_size` as one CUDA graph. The model is as before; the step's sums are undefined until reset.
+
+    See "Whole-network capture" in PyTorch's notes on CUDA graphs: a few warm-up steps on a side stream come first.
+    """
+    before = copy.deepcopy(step.model.state_dict())
+    batch = torch.arange(batch_size, device=step.data[0].device)
+    step.model.train()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(batch)
+    torch.cuda.current_stream().wait_stream(stream)
+    step.model.load_state_dict(before)  # copies in place: the graph keeps the addresses
+    for state in step.optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(batch)
+
+    def replay(numbers: Tensor) -> None:
+        batch.copy_(numbers)
+        graph.replay()
+
+    return replay

@@ -84,7 +84,10 @@ def test_metrics_hold_means_and_deviations_of_every_model(checkout: Checkout):
                 assert figures[key] >= 0
                 assert figures[f"{key}_sd"] >= 0
             assert figures["parameters"] > 1000
-            assert len(figures["f1_by_class"]) == 20
+        by_class = json.loads((checkout.folder / "metrics" / f"{track}_f1_by_class.json").read_text())
+        assert set(by_class) == models
+        assert all(0 <= value <= 1 for figures in by_class.values() for value in figures.values())
+        assert all(len(figures) == 20 for figures in by_class.values()), "ten classes, mean and deviation"
 
 
 def test_every_training_is_a_run_with_curves_and_test_results_of_its_checkpoint(checkout: Checkout):

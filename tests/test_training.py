@@ -72,20 +72,24 @@ def test_targets_follow_their_images(data: TrainingData):
 def test_the_weights_of_the_best_epoch_on_validation_images_are_kept(data: TrainingData):
     model = student(data)
     states = []
+
+    def spoilt_after_two_epochs(logits, labels):
+        return F.cross_entropy(logits, labels) * (1 if len(states) < 2 else -1)
+
     record = fit(
         model,
         data.train,
         data.val,
-        F.cross_entropy,
-        epochs=6,
+        spoilt_after_two_epochs,
+        epochs=4,
         batch_size=64,
-        lr=0.05,  # so much that accuracy goes up and down
+        lr=0.003,
         seed=0,
         on_epoch=lambda *_: states.append(copy.deepcopy(model.state_dict())),
     )
     accuracies = [epoch.val_accuracy for epoch in record.history]
-    assert accuracies[record.best_epoch - 1] == max(accuracies)
     assert accuracies[-1] < max(accuracies), "or the test shows nothing"
+    assert accuracies[record.best_epoch - 1] == max(accuracies)
     assert all(torch.equal(states[record.best_epoch - 1][key], tensor) for key, tensor in model.state_dict().items())
 
 
