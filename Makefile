@@ -10,11 +10,12 @@ export MLFLOW_DISABLE_TELEMETRY := true
 DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.epochs=2 \
         -S distillation.dataset=mnist5k -S distillation.epochs=3 -S 'seeds=[0,1]'
 
-.PHONY: help install demo test lint format ui clean
+.PHONY: help install demo test bench lint format ui clean
 
 help:
 	@echo "make demo     install, run the whole graph on 5,000 embedded images, print the results (3 minutes)"
 	@echo "make test     install what tests need, run them all"
+	@echo "make bench    time the trainings against an ordinary loop (BENCH='--share 0.1' for a quick look)"
 	@echo "make install  create .venv with everything that requirements.txt names"
 	@echo "make ui       open the MLflow UI on http://127.0.0.1:$(PORT)"
 	@echo "make lint     ruff: rules and formatting"
@@ -37,6 +38,9 @@ demo: .venv/installed
 
 test: .venv/installed-for-tests
 	pytest
+
+bench: .venv/installed
+	python -m benchmarks.bench $(BENCH)
 
 lint: .venv/installed-for-tests
 	ruff check .

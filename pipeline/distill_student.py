@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.checkpoints import checkpoint_path, load_checkpoint
 from pipeline.data.prepared import load_training_data
 from pipeline.distillation import DistillationLoss
-from pipeline.errors import command
+from pipeline.errors import run
 from pipeline.files import md5
 from pipeline.inference import choose_device, choose_precision, predict
 from pipeline.params import load_params
@@ -17,7 +17,6 @@ from pipeline.runs import distillation_recipe, train
 from pipeline.tracking import Tracker
 
 
-@command
 def main() -> None:
     params = load_params()
     device = choose_device(params.device)
@@ -34,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

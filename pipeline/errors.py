@@ -1,35 +1,45 @@
-"""Errors that a user can do something about, told in one line."""
+"""Errors that a user can do something about, and how a stage's process starts and ends."""
 
+import argparse
+import atexit
 import errno
-import functools
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line: what is wrong, where, and what to do."""
+    """Something the user can put right. The message says what is wrong, where, and what to do."""
 
 
-def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Make `main` end a process the way a command should.
+def run(main: Callable[..., None], **choices: Sequence[str]) -> None:
+    """Run a stage as a process: `main` with one command-line argument for each name in `choices`, one of the values there.
 
-    A `UserError` or a full disk becomes one line on stderr and exit status 1; Ctrl-C becomes status 130.
-    Anything else is a defect of ours and keeps its traceback.
+    A `UserError` or a full disk becomes one line on stderr and exit status 1, Ctrl-C status 130. Anything else is a defect
+    of ours and keeps its traceback. Does not return.
     """
+    parser = argparse.ArgumentParser(prog=f"python -m {main.__module__}", description=sys.modules["__main__"].__doc__)
+    for name, values in choices.items():
+        parser.add_argument(name, choices=values)
+    arguments = vars(parser.parse_args())
+    status = 0
+    try:
+        main(**arguments)
+    except UserError as error:
+        status = _say(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        status = _say(f"no space left on the disk while writing {error.filename or 'a file'}: free some and run again")
+    except KeyboardInterrupt:
+        status = 130
+    # Python would now take PyTorch apart, which takes longer than some stages' work: leave that to the system.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
-    @functools.wraps(main)
-    def wrapper(*args, **kwargs) -> None:
-        try:
-            main(*args, **kwargs)
-        except UserError as error:
-            sys.exit(f"error: {' '.join(str(error).split())}")
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            sys.exit(
-                f"error: no space left on the disk while writing {error.filename or 'a file'}: free some and run again"
-            )
-        except KeyboardInterrupt:
-            sys.exit(130)
 
-    return wrapper
+def _say(message: object) -> int:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 1

@@ -4,7 +4,6 @@ The only stage that reads a test split.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 
 from pipeline.checkpoints import Description, checkpoints_in, load_checkpoint
 from pipeline.data.prepared import Dataset, Split, load_dataset, load_split
-from pipeline.errors import UserError, command
+from pipeline.errors import UserError, run
 from pipeline.evaluation.figures import curves, plot_confusion, plot_loss_curves
 from pipeline.evaluation.metrics import confusion, f1_by_class, over_seeds, report, score
 from pipeline.evaluation.table import results_table
@@ -40,7 +39,6 @@ class Measured(NamedTuple):
     confusion: np.ndarray
 
 
-@command
 def main(track: str) -> None:
     params = load_params()
     device = choose_device(params.device)
@@ -58,7 +56,8 @@ def main(track: str) -> None:
         f"confusion_{model}.png": plot_confusion(counts, dataset.classes, f"{model}, all seeds")
         for model, counts in confusions.items()
     }
-    with folder_whole(Path("metrics/plots") / track) as folder:
+    plots = Path("metrics/plots") / track
+    with folder_whole(plots) as folder:
         for name, figure in figures.items():
             figure.savefig(folder / name, dpi=100)
         for model in measured:
@@ -68,7 +67,15 @@ def main(track: str) -> None:
     write_json(Path(f"metrics/{track}.json"), metrics)
     by_class = {model: over_seeds([run.f1_by_class for run in runs]) for model, runs in measured.items()}
     write_json(Path(f"metrics/{track}_f1_by_class.json"), by_class)
-    publish(Tracker(params.tracking.experiment), track, params.flat(track), measured, metrics, table, figures)
+    publish(
+        Tracker(params.tracking.experiment),
+        track,
+        params.flat(track),
+        measured,
+        metrics,
+        table,
+        sorted(plots.glob("*.png")),
+    )
     print(f"\n{table}")
 
 
@@ -119,27 +126,23 @@ def publish(
     measured: dict[str, list[Measured]],
     metrics: dict[str, Any],
     table: str,
-    figures: dict[str, Any],
+    plots: list[Path],
 ) -> None:
     """Put the results into MLflow: each checkpoint's into the run that made it, the track's into a summary run."""
-    for runs in measured.values():
-        for run in runs:
-            description = run.description
-            title = f"{description.model}, seed {description.seed}"
-            by_class = {f"test_f1/{name}": value for name, value in run.f1_by_class.items()}
-            tracker.log_test(
-                run.md5,
-                description,
-                {f"test_{key}": run.figures[key] for key in ("accuracy", "auc", "f1_weighted")} | by_class,
-                {"classification_report.txt": run.report},
-                {
-                    "confusion_matrix.png": plot_confusion(run.confusion, description.dataset.classes, title),
-                    "loss_curves.png": plot_loss_curves({title: curves([description.history])}),
-                },
-            )
+    for result in (result for runs in measured.values() for result in runs):
+        description = result.description
+        title = f"{description.model}, seed {description.seed}"
+        by_class = {f"test_f1/{name}": value for name, value in result.f1_by_class.items()}
+        tracker.log_test(
+            result.md5,
+            description,
+            {f"test_{key}": result.figures[key] for key in ("accuracy", "auc", "f1_weighted")} | by_class,
+            {"classification_report.txt": result.report},
+            {"confusion_matrix.png": plot_confusion(result.confusion, description.dataset.classes, title)},
+        )
     flat = {f"{model}/{key}": value for model, entry in metrics.items() for key, value in entry.items()}
-    tracker.log_summary(track, parameters, flat, {"results.md": table}, figures)
+    tracker.log_summary(track, parameters, flat, {"results.md": table}, plots)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(main, track=tuple(MODELS))

@@ -3,7 +3,6 @@
 The only stage that uses the network.
 """
 
-import sys
 from pathlib import Path
 
 from safetensors.torch import save
@@ -11,12 +10,11 @@ from safetensors.torch import save
 from pipeline.data.preparation import prepare
 from pipeline.data.sources import own_file, read_source
 from pipeline.data.weights import imagenet_resnet18
-from pipeline.errors import command
+from pipeline.errors import run
 from pipeline.files import folder_whole, write_whole
 from pipeline.params import load_params
 
 
-@command
 def main(track: str) -> None:
     params = load_params()
     block = {"baselines": params.baselines, "distillation": params.distillation}[track]
@@ -43,4 +41,4 @@ def watch(dataset: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(main, track=("baselines", "distillation"))

@@ -23,7 +23,7 @@ def choose_device(name: str) -> torch.device:
     if not available[name]:
         raise UserError(f"device = {name!r}: this machine or this build of torch has none; use auto or cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs to be reproducible
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms(True) without importing the compiler
     torch.utils.deterministic.fill_uninitialized_memory = False
     _keep_freed_memory()
     return torch.device(name)

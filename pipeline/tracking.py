@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +138,9 @@ class Tracker:
             run_id = run.info.run_id
         digest = _digest(metrics, texts)
         if run is None or run.data.tags.get(EVALUATED) != digest:
-            self._add(run_id, metrics, texts, figures)
+            self._add(run_id, metrics, texts)
+            for path, figure in figures.items():
+                self.client.log_figure(run_id, figure, path)
             self.client.set_tag(run_id, EVALUATED, digest)
 
     def log_summary(
@@ -147,7 +149,7 @@ class Tracker:
         parameters: Mapping[str, Any],
         metrics: Mapping[str, float],
         texts: Mapping[str, str],
-        figures: Mapping[str, "Figure"],
+        plots: Sequence[Path],
     ) -> None:
         """A run that holds a track's table and figures, once for the same results."""
         digest = _digest(metrics, texts)
@@ -155,7 +157,9 @@ class Tracker:
             run = self.client.create_run(self.experiment_id, run_name=f"{track}/summary", tags=_origin())
             run_id = run.info.run_id
             self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
-            self._add(run_id, metrics, texts, figures)
+            self._add(run_id, metrics, texts)
+            for path in plots:
+                self.client.log_artifact(run_id, str(path))
             self.client.set_tag(run_id, SUMMARY, digest)
             self.client.set_terminated(run_id)
 
@@ -169,15 +173,11 @@ class Tracker:
         )
         return found[0] if found else None
 
-    def _add(
-        self, run_id: str, metrics: Mapping[str, float], texts: Mapping[str, str], figures: Mapping[str, "Figure"]
-    ) -> None:
+    def _add(self, run_id: str, metrics: Mapping[str, float], texts: Mapping[str, str]) -> None:
         now = int(time.time() * 1000)
         self.client.log_batch(run_id, [Metric(_allowed(key), value, now, 0) for key, value in metrics.items()])
         for path, text in texts.items():
             self.client.log_text(run_id, text, path)
-        for path, figure in figures.items():
-            self.client.log_figure(run_id, figure, path)
 
 
 class TrainingRun:

@@ -1,12 +1,11 @@
 """Stage train_baselines: train SimpleCNN or ResNet18, once per seed."""
 
-import sys
 from pathlib import Path
 
 from safetensors.torch import load
 
 from pipeline.data.prepared import load_training_data
-from pipeline.errors import command
+from pipeline.errors import run
 from pipeline.inference import choose_device
 from pipeline.params import load_params
 from pipeline.runs import Recipe, train
@@ -15,7 +14,6 @@ from pipeline.tracking import Tracker
 DATA = Path("data/baselines")
 
 
-@command
 def main(model: str) -> None:
     params = load_params()
     block = params.baselines
@@ -39,4 +37,4 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(main, model=("simple_cnn", "resnet18"))

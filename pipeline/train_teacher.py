@@ -3,14 +3,13 @@
 from pathlib import Path
 
 from pipeline.data.prepared import load_training_data
-from pipeline.errors import command
+from pipeline.errors import run
 from pipeline.inference import choose_device
 from pipeline.params import load_params
 from pipeline.runs import distillation_recipe, train
 from pipeline.tracking import Tracker
 
 
-@command
 def main() -> None:
     params = load_params()
     data = load_training_data(Path("data/distillation"), choose_device(params.device))
@@ -21,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

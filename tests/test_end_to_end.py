@@ -101,7 +101,7 @@ def test_every_training_is_a_run_with_curves_and_test_results_of_its_checkpoint(
     for name in TRAININGS:
         assert {"train_loss", "val_loss", "train_accuracy", "val_accuracy", "test_auc"} <= set(runs[name].data.metrics)
         artifacts = {file.path for file in client.list_artifacts(runs[name].info.run_id)}
-        assert artifacts == {"classification_report.txt", "confusion_matrix.png", "loss_curves.png"}
+        assert artifacts == {"classification_report.txt", "confusion_matrix.png"}
 
 
 def test_a_second_repro_has_nothing_to_do(checkout: Checkout):

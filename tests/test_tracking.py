@@ -121,7 +121,7 @@ def test_a_checkpoint_that_the_store_does_not_know_gets_its_run_made_again_once(
 
 def test_a_summary_is_written_once_for_the_same_results():
     for accuracy in (0.9, 0.9, 0.8):
-        Tracker("e").log_summary("baselines", {}, {"accuracy": accuracy}, {"results.md": f"{accuracy}"}, {})
+        Tracker("e").log_summary("baselines", {}, {"accuracy": accuracy}, {"results.md": f"{accuracy}"}, [])
     assert [run.info.run_name for run in runs()] == ["baselines/summary"] * 2
 
 

@@ -3,12 +3,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.checkpoints import new_classifier
 from pipeline.data.prepared import Split, TrainingData
 from pipeline.distillation import DistillationLoss
-from pipeline.inference import predict
-from pipeline.training import fit
+from pipeline.inference import choose_precision, predict
+from pipeline.training import _Step, fit
 
 RECIPE = {"epochs": 2, "batch_size": 64, "lr": 0.003}
 
@@ -113,3 +114,83 @@ def test_a_last_batch_of_one_image_does_not_break_batch_norm(data: TrainingData)
     history = fit(model, train, data.val, spy, epochs=1, batch_size=32, lr=0.001, seed=0).history
     assert [size for _, size in losses] == [32]
     assert history[0].train_loss == pytest.approx(losses[0][0].item())
+
+
+@pytest.mark.skipif(choose_precision("auto", torch.device("cpu")) != "bf16", reason="this processor has no native bf16")
+def test_bf16_learns_as_well_as_fp32(data: TrainingData):
+    accuracy = {"fp32": [], "bf16": []}
+    for precision, found in accuracy.items():
+        for seed in range(4):
+            model = student(data, seed)
+            fit(
+                model,
+                data.train,
+                data.val,
+                F.cross_entropy,
+                epochs=8,
+                batch_size=32,
+                lr=0.003,
+                seed=seed,
+                precision=precision,
+            )
+            found.append((predict(model, data.val.images).argmax(1) == data.val.labels).float().mean().item())
+    spread = max(max(found) - min(found) for found in accuracy.values())
+    assert sum(accuracy["bf16"]) / 4 == pytest.approx(sum(accuracy["fp32"]) / 4, abs=spread + 0.01)
+
+
+def test_a_step_is_a_function_of_fixed_tensors_and_never_waits_for_the_host(data: TrainingData):
+    """What a CUDA graph needs: the same addresses in every step, and no value read back. Shown here on the CPU."""
+    step = _Step(student(data), F.cross_entropy, (data.train.images, data.train.labels), 0.003, "fp32")
+    batch = torch.arange(64)
+    step(batch)
+    kept = [*step.model.parameters(), step.loss_sum, step.correct]
+    kept += [tensor for state in step.optimizer.state.values() for tensor in state.values()]
+    addresses = [tensor.data_ptr() for tensor in kept]
+    before = step.loss_sum.clone()
+    with _NoReading():
+        step(batch)
+    assert [tensor.data_ptr() for tensor in kept] == addresses
+    assert step.loss_sum > before
+
+
+class _NoReading(TorchDispatchMode):
+    """Fails on any operation that brings a value from the device to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func), "a value was read back"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_sums_loss_and_hits_over_the_images_of_an_epoch(data: TrainingData):
+    model = student(data)
+    logits = predict(model, data.train.images)
+    step = _Step(model, F.cross_entropy, (data.train.images, data.train.labels), 0.0, "fp32")
+    for start in range(0, 400, 100):
+        step(torch.arange(start, start + 100))
+    assert step.loss_sum.item() / 400 == pytest.approx(F.cross_entropy(logits, data.train.labels).item(), rel=1e-5)
+    assert step.correct.item() == (logits.argmax(1) == data.train.labels).sum()
+    step.reset()
+    assert step.loss_sum.item() == step.correct.item() == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_step_gives_the_weights_of_the_eager_one(data: TrainingData):
+    cuda = [Split(*(tensor.cuda() for tensor in split)) for split in (data.train, data.val)]
+    weights = []
+    for batch_size in (64, 64, 50):
+        model = student(data).cuda()
+        fit(model, *cuda, F.cross_entropy, epochs=2, batch_size=batch_size, lr=0.003, seed=0)
+        weights.append([tensor.cpu() for tensor in model.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
+    eager = student(data).cuda()
+    step = _Step(eager, F.cross_entropy, tuple(cuda[0]), 0.003, "fp32")
+    order = torch.Generator("cuda").manual_seed(0)
+    states = []
+    for _ in range(2):
+        for batch in torch.randperm(400, generator=order, device="cuda").split(50):
+            step(batch)
+        states.append(copy.deepcopy(eager.state_dict()))
+    assert any(
+        all(torch.allclose(a, b.cpu(), atol=1e-6) for a, b in zip(weights[2], state.values(), strict=True))
+        for state in states
+    )

@@ -20,18 +20,22 @@ def results_table(track: str, metrics: Mapping[str, Mapping[str, float]], datase
 
     `metrics` is the content of metrics/<track>.json.
     """
+    theirs = REFERENCE_DATASET[track]
+    headings = ["model", "parameters"]
+    for key, (heading, _, _) in COLUMNS.items():
+        headings += [heading] + ([f"reference ({theirs})"] if key in REFERENCE["simple_cnn"] else [])
     rows = []
     for model, figures in metrics.items():
-        row = {"model": model, "parameters": f"{figures['parameters']:,.0f}"}
-        for key, (heading, form, factor) in COLUMNS.items():
-            row[heading] = f"{figures[key] * factor:{form}}"
+        row = [model, f"{figures['parameters']:,.0f}"]
+        for key, (_, form, factor) in COLUMNS.items():
+            cell = f"{figures[key] * factor:{form}}"
             if f"{key}_sd" in figures:
-                row[heading] += f" ± {figures[f'{key}_sd'] * factor:{form}}"
+                cell += f" ± {figures[f'{key}_sd'] * factor:{form}}"
+            row.append(cell)
             if key in REFERENCE["simple_cnn"]:
                 reported = REFERENCE[model].get(key)
-                row[f"reference: {heading}"] = "" if reported is None else f"{reported * factor:{form}}"
+                row.append("" if reported is None else f"{reported * factor:{form}}")
         rows.append(row)
-    theirs = REFERENCE_DATASET[track]
     heading = (
         f"{track}: {dataset.name}, {dataset.images['train']:,} / {dataset.images['val']:,} / {dataset.images['test']:,}"
         f" training / validation / test images, {seeds} seed{'s' if seeds > 1 else ''}"
@@ -39,4 +43,4 @@ def results_table(track: str, metrics: Mapping[str, Mapping[str, float]], datase
     note = f"Reference: one seed, on {theirs}"
     if dataset.name != theirs:
         note += f", which is not {dataset.name}: shown for orientation, no comparison"
-    return f"{heading}\n\n{tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)}\n\n{note}.\n"
+    return f"{heading}\n\n{tabulate(rows, headings, tablefmt='github', disable_numparse=True)}\n\n{note}.\n"

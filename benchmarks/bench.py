@@ -1,0 +1,368 @@
+"""Time the five trainings, ours against a peer written the ordinary way: `make bench`.
+
+Three ways of the same training take turns, each in a process of its own, so that its memory can be told apart: (a) the ordinary
+loop, (b) that loop with what a careful user would turn on, (c) this pipeline's. It writes benchmarks/results/<device>.json and
+<device>.md. Data come from the prepared folders of this pipeline, written here from the sets that --distillation and
+--baselines name.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import peer
+from pipeline.checkpoints import new_classifier
+from pipeline.data.preparation import prepare
+from pipeline.data.prepared import Split, TrainingData, load_training_data
+from pipeline.data.sources import read_source
+from pipeline.distillation import DistillationLoss
+from pipeline.inference import choose_device, choose_precision, predict
+from pipeline.training import fit
+
+ROOT = Path(__file__).parents[1]
+WAYS = {"a": "ordinary loop", "b": "careful loop", "c": "this pipeline"}
+BATCH = {"baselines": 64, "distillation": 128}
+ARCHITECTURES = {  # track, architecture, arguments
+    "simple_cnn": ("baselines", "simple_cnn", {}),
+    "resnet18": ("baselines", "resnet18", {"stem": "imagenet"}),
+    "teacher": ("distillation", "compact_cnn", {"width": 32, "hidden": 128}),
+    "student_distilled": ("distillation", "compact_cnn", {"width": 16, "hidden": 64}),
+    "student_alone": ("distillation", "compact_cnn", {"width": 16, "hidden": 64}),
+}
+
+
+def main() -> None:
+    """Parse the command line; measure, or, as `--worker`, do one training and print its figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--distillation", default="mnist", help="data set of the distillation track")
+    parser.add_argument("--baselines", default="pneumoniamnist", help="data set of the baselines")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the training images that 1x stands for")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs per training")
+    parser.add_argument("--repeats", type=int, default=3, help="how often each training is repeated")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument(
+        "--worker", nargs=5, metavar=("WAY", "MODEL", "SHARE", "SEEDS", "FOLDER"), help=argparse.SUPPRESS
+    )
+    arguments = parser.parse_args()
+    if arguments.worker:
+        way, model, share, seeds, folder = arguments.worker
+        figures = work(way, model, float(share), int(seeds), Path(folder), arguments.device, arguments.epochs)
+        print(json.dumps(figures))
+    else:
+        measure(arguments)
+
+
+def work(
+    way: str, model: str, share: float, seeds: int, folder: Path, device_name: str, epochs: int
+) -> dict[str, float]:
+    """Train `model` on a share of its training images, for seeds 0 to `seeds` - 1, and say what it took."""
+    device = choose_device(device_name) if way == "c" else torch.device(device_name)
+    track = ARCHITECTURES[model][0]
+    data = load_training_data(folder / track, device if way == "c" else torch.device("cpu"))
+    count = int(share * len(data.train.labels))
+    data = data._replace(train=Split(*(tensor[:count].clone() for tensor in data.train)))
+    start, seconds, accuracy = time.perf_counter(), [], 0.0
+    for seed in range(seeds):
+        if way == "c":
+            spent, accuracy = _ours(model, data, seed, folder, device, epochs)
+        else:
+            spent, accuracy = _peer(model, data, seed, folder, device, epochs, careful=way == "b")
+        seconds += spent
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return {
+        "seconds_per_epoch": statistics.median(seconds),
+        "wall_seconds": time.perf_counter() - start,
+        "images": count,
+        "accuracy": accuracy,
+        "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak,
+    }
+
+
+def _ours(
+    model: str, data: TrainingData, seed: int, folder: Path, device: torch.device, epochs: int
+) -> tuple[list[float], float]:
+    track, architecture, arguments = ARCHITECTURES[model]
+    precision = choose_precision("auto", device)
+    classifier = new_classifier(architecture, arguments, data.dataset, seed).to(device)
+    start = time.perf_counter()
+    loss, targets = F.cross_entropy, ()
+    if model == "student_distilled":
+        teacher = new_classifier(*ARCHITECTURES["teacher"][1:], data.dataset, 0).to(device)
+        if (weights := folder / "c.teacher").exists():
+            teacher.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
+        loss, targets = DistillationLoss(5.0, 0.7, "forward"), (predict(teacher, data.train.images, precision),)
+    result = fit(
+        classifier,
+        data.train,
+        data.val,
+        loss,
+        *targets,
+        epochs=epochs,
+        batch_size=BATCH[track],
+        lr=1e-3,
+        seed=seed,
+        precision=precision,
+    )
+    seconds = (time.perf_counter() - start) / epochs  # with validation and, once, the teacher's logits and the graph
+    if model == "teacher":
+        torch.save(classifier.state_dict(), folder / "c.teacher")
+    return [seconds] * epochs, result.history[-1].val_accuracy
+
+
+def _peer(
+    model: str, data: TrainingData, seed: int, folder: Path, device: torch.device, epochs: int, *, careful: bool
+) -> tuple[list[float], float]:
+    dataset = data.dataset
+    train_set, val_set = (
+        peer.Images(split.images.numpy(), split.labels.numpy(), dataset.mean, dataset.std)
+        for split in (data.train, data.val)
+    )
+    kept = folder / f"{'b' if careful else 'a'}.teacher"
+    teacher = None
+    if model == "student_distilled":
+        teacher = peer.network("teacher", dataset.image_shape[2], len(dataset.classes)).to(device).eval()
+        if kept.exists():
+            teacher.load_state_dict(torch.load(kept, map_location=device, weights_only=True))
+    trained = peer.train(
+        model,
+        train_set,
+        val_set,
+        len(dataset.classes),
+        device,
+        epochs=epochs,
+        batch_size=BATCH[ARCHITECTURES[model][0]],
+        seed=seed,
+        careful=careful,
+        teacher=teacher,
+    )
+    if model == "teacher":
+        torch.save(trained.model.state_dict(), kept)
+    return trained.seconds, trained.accuracy
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Run everything and write the two result files."""
+    device = choose_device(arguments.device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        datasets = {
+            track: prepare(read_source(dataset), 0.1, folder / track)
+            for track, dataset in (("baselines", arguments.baselines), ("distillation", arguments.distillation))
+        }
+        rates = {precision: matmul_rate(device, precision) for precision in ("fp32", "bf16")}
+
+        def worker(way: str, model: str, share: float, seeds: int = 1) -> dict[str, float]:
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.bench",
+                "--device",
+                device.type,
+                "--epochs",
+                str(arguments.epochs),
+            ]
+            command += ["--worker", way, model, str(share), str(seeds), name]
+            print(f"({way}) {model}, {share:g} of the images, {seeds} seed(s)", file=sys.stderr, flush=True)
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+            return json.loads(done.stdout.splitlines()[-1])
+
+        runs: dict[str, dict[str, list]] = {model: {way: [] for way in WAYS} for model in arguments.models}
+        for _ in range(arguments.repeats):
+            for model in arguments.models:
+                for way in WAYS:
+                    runs[model][way].append(worker(way, model, arguments.share))
+        grow = {
+            model: {f"{factor}x": worker("c", model, arguments.share * factor / 4) for factor in (1, 2, 4)}
+            | {"1x, 2 seeds": worker("c", model, arguments.share / 4, 2)}
+            for model in arguments.models
+        }
+        result = {
+            "device": describe(device),
+            "epochs": arguments.epochs,
+            "repeats": arguments.repeats,
+            "datasets": {track: dataset.name for track, dataset in datasets.items()},
+            "matmul_gflops_per_second": rates,
+            "precision": choose_precision("auto", device),
+            "trainings": {
+                model: {way: summarise(runs[model][way], flops_per_image(model, datasets), rates, way) for way in WAYS}
+                for model in arguments.models
+            },
+            "growth": grow,
+            "stages": stage_overheads(),
+        }
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / f"{re.sub(r'[^a-z0-9]+', '-', result['device']['name'].lower()).strip('-')}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.with_suffix(".md").write_text(markdown(result))
+    print(markdown(result))
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The hardware and the versions."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+        name = f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
+    capability = torch.backends.cpu.get_cpu_capability()
+    native = choose_precision("auto", torch.device("cpu")) == "bf16"
+    return {
+        "name": name,
+        "type": device.type,
+        "cpu": f"{capability}{' with native bf16' if native else ''}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def matmul_rate(device: torch.device, precision: str, size: int = 2048) -> float:
+    """GFLOP/s of a square matrix product on this device: the best of several."""
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    size = size if device.type == "cpu" else 8192
+    one, other = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        one @ other
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def flops_per_image(model: str, datasets: dict[str, Any]) -> float:
+    """Multiplications and additions of one image's forward and backward pass, counted by PyTorch."""
+    track, architecture, arguments = ARCHITECTURES[model]
+    classifier = new_classifier(architecture, arguments, datasets[track], 0)
+    images = torch.zeros((8, *datasets[track].image_shape), dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        classifier(images).sum().backward()
+    return counter.get_total_flops() / 8
+
+
+def summarise(runs: list[dict[str, float]], flops: float, rates: dict[str, float], way: str) -> dict[str, Any]:
+    """Median, minimum and maximum over the repeats, and the rates that follow from the median."""
+    seconds = [run["seconds_per_epoch"] for run in runs]
+    images = runs[0]["images"]
+    achieved = flops * images / statistics.median(seconds) / 1e9
+    precision = choose_precision("auto", choose_device("auto")) if way == "c" else "fp32"
+    return {
+        "seconds_per_epoch": {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)},
+        "images_per_second": images / statistics.median(seconds),
+        "accuracy": statistics.median(run["accuracy"] for run in runs),
+        "peak_memory_mib": max(run["peak_memory_mib"] for run in runs),
+        "gflops_per_second": achieved,
+        "share_of_matmul_rate": achieved / rates[precision],
+    }
+
+
+def stage_overheads() -> dict[str, dict[str, float]]:
+    """What each stage takes beyond training, and `dvc repro` with nothing to do: in a copy of the checkout, on mnist5k."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
+    overheads = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "checkout"
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for file in listed.split():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, folder / file)
+        text = (folder / "params.yaml").read_text()
+        text = re.sub(r"dataset: \w+", "dataset: mnist5k", re.sub(r"epochs: \d+", "epochs: 1", text))
+        text = text.replace("pretrained: true", "pretrained: false").replace("seeds: [0, 1, 2]", "seeds: [0]")
+        (folder / "params.yaml").write_text(text)
+        (folder / "dvc.lock").unlink(missing_ok=True)
+        subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+
+        def run(*command: str) -> tuple[float, str]:
+            start = time.perf_counter()
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+            return time.perf_counter() - start, done.stdout
+
+        run("dvc", "repro")
+        for stage in ("fetch_data baselines", "fetch_data distillation", "train_baselines simple_cnn"):
+            overheads[stage] = _overheads(stage, run)
+        for stage in ("train_baselines resnet18", "train_teacher", "distill_student", "train_student_alone"):
+            overheads[stage] = _overheads(stage, run)
+        for stage in ("evaluate baselines", "evaluate distillation"):
+            overheads[stage] = _overheads(stage, run)
+        nothing = [run("dvc", "repro")[0] for _ in range(3)]
+        overheads["dvc repro, nothing to do"] = {"median": statistics.median(nothing), "max": max(nothing)}
+    return overheads
+
+
+def _overheads(stage: str, run: Any) -> dict[str, float]:
+    beyond = []
+    for _ in range(3):
+        seconds, output = run(sys.executable, "-m", *f"pipeline.{stage}".split())
+        beyond.append(seconds - sum(float(spent) for spent in re.findall(r"; ([\d.]+) s on", output)))
+    return {"median": statistics.median(beyond), "max": max(beyond)}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The results as tables."""
+    device = result["device"]
+    rates = ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in result["matmul_gflops_per_second"].items())
+    lines = [
+        f"# {device['name']}",
+        "",
+        f"{device['cpu']}; Python {device['python']}, torch {device['torch']}. Matrix product: {rates}.",
+        f"Data: {result['datasets']}; {result['epochs']} epoch(s), {result['repeats']} repeats, ways in turn, each in its",
+        f"own process. (c) ran in {result['precision']} and includes validation after each epoch.",
+        "",
+        "| training | way | s / epoch, median (min-max) | images / s | of (a) | of (b) | accuracy | peak MiB | of matmul rate |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model, ways in result["trainings"].items():
+        for way, figures in ways.items():
+            spent = figures["seconds_per_epoch"]
+            ratio = {other: ways[other]["seconds_per_epoch"]["median"] / spent["median"] for other in "ab"}
+            lines.append(
+                f"| {model} | ({way}) {WAYS[way]} | {spent['median']:.2f} ({spent['min']:.2f}-{spent['max']:.2f})"
+                f" | {figures['images_per_second']:,.0f} | {ratio['a']:.2f}x | {ratio['b']:.2f}x"
+                f" | {figures['accuracy']:.4f} | {figures['peak_memory_mib']:,.0f} | {figures['share_of_matmul_rate']:.0%} |"
+            )
+    for track, models in (("distillation track", ("teacher", "student_distilled", "student_alone")),):
+        if set(models) <= set(result["trainings"]):
+            total = {
+                way: sum(result["trainings"][model][way]["seconds_per_epoch"]["median"] for model in models)
+                for way in WAYS
+            }
+            lines += ["", f"The {track}, one seed: {_ratio(total)}."]
+    lines += ["", "How this pipeline's cost grows, s / epoch (two seeds: wall seconds of both):", ""]
+    for model, sizes in result["growth"].items():
+        grown = ", ".join(
+            f"{size} ({figures['images']:,} images) "
+            f"{figures['wall_seconds' if 'seeds' in size else 'seconds_per_epoch']:.2f}"
+            for size, figures in sizes.items()
+        )
+        lines.append(f"- {model}: {grown}")
+    lines += ["", "Seconds per stage beyond training, on mnist5k, median (max) of 3:", ""]
+    lines += [f"- {stage}: {spent['median']:.1f} ({spent['max']:.1f})" for stage, spent in result["stages"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(total: dict[str, float]) -> str:
+    spent = ", ".join(f"({way}) {seconds:.1f} s" for way, seconds in total.items())
+    return f"{spent} per epoch of all three; (a)/(c) = {total['a'] / total['c']:.2f}, (b)/(c) = {total['b'] / total['c']:.2f}"
+
+
+if __name__ == "__main__":
+    main()
