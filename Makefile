@@ -33,7 +33,7 @@ demo: .venv/installed
 	@echo "  make ui                             every training's curves, confusion matrix and test accuracy, in the browser"
 	@echo "  source .venv/bin/activate           then, for example:"
 	@echo "  dvc exp show --only-changed         experiments side by side"
-	@echo "  dvc repro evaluate@distillation     the real thing: full MNIST, about 10 minutes on 2 cores (downloads 12 MB)"
+	@echo "  dvc repro evaluate@distillation     the real thing: full MNIST, about 5 minutes on 2 cores (downloads 12 MB)"
 	@echo "  README.md                           the full run, varying it, your own images"
 
 test: .venv/installed-for-tests

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -76,8 +75,8 @@ def work(
     device = choose_device(device_name) if way == "c" else torch.device(device_name)
     track = ARCHITECTURES[model][0]
     data = load_training_data(folder / track, device if way == "c" else torch.device("cpu"))
-    count = int(share * len(data.train.labels))
-    data = data._replace(train=Split(*(tensor[:count].clone() for tensor in data.train)))
+    train, val = (Split(*(tensor[: int(share * len(tensor))].clone() for tensor in split)) for split in data[1:])
+    data = data._replace(train=train, val=val)
     start, seconds, accuracy = time.perf_counter(), [], 0.0
     for seed in range(seeds):
         if way == "c":
@@ -85,14 +84,18 @@ def work(
         else:
             spent, accuracy = _peer(model, data, seed, folder, device, epochs, careful=way == "b")
         seconds += spent
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {
         "seconds_per_epoch": statistics.median(seconds),
         "wall_seconds": time.perf_counter() - start,
-        "images": count,
+        "images": len(train.labels),
         "accuracy": accuracy,
-        "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak,
+        "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _peak_memory(),
     }
+
+
+def _peak_memory() -> float:
+    """This process's largest resident set so far, MiB. (`ru_maxrss` would start from the parent's.)"""
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 2**10
 
 
 def _ours(
@@ -195,6 +198,7 @@ def measure(arguments: argparse.Namespace) -> None:
         }
         result = {
             "device": describe(device),
+            "share": arguments.share,
             "epochs": arguments.epochs,
             "repeats": arguments.repeats,
             "datasets": {track: dataset.name for track, dataset in datasets.items()},
@@ -324,8 +328,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"# {device['name']}",
         "",
         f"{device['cpu']}; Python {device['python']}, torch {device['torch']}. Matrix product: {rates}.",
-        f"Data: {result['datasets']}; {result['epochs']} epoch(s), {result['repeats']} repeats, ways in turn, each in its",
-        f"own process. (c) ran in {result['precision']} and includes validation after each epoch.",
+        f"Data: {', '.join(result['datasets'].values())}, {result['share']:g} of the images; {result['epochs']} epoch(s),"
+        f" {result['repeats']} repeats, the ways in turn, each in a process of its own.",
+        f"(c) ran in {result['precision']} and includes validation after each epoch, the teacher's logits and start-up.",
         "",
         "| training | way | s / epoch, median (min-max) | images / s | of (a) | of (b) | accuracy | peak MiB | of matmul rate |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -216,7 +216,7 @@ def _origin() -> dict[str, str]:
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
     commit = os.environ.get("DVC_EXP_BASELINE_REV") or git.stdout.strip()
     tags = {
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": _user(),
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": Path(sys.argv[0]).name,
         "mlflow.source.git.commit": commit,
@@ -224,3 +224,10 @@ def _origin() -> dict[str, str]:
         "dvc.experiment": os.environ.get("DVC_EXP_NAME"),
     }
     return {key: value for key, value in tags.items() if value}
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        return None

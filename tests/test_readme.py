@@ -13,6 +13,12 @@ def test_the_results_in_the_readme_are_those_in_metrics(track: str):
     assert shown.strip() == (ROOT / "metrics" / f"{track}.md").read_text().strip()
 
 
+def test_the_speed_table_is_that_of_a_measured_device():
+    shown = re.search(r"<!-- (benchmarks/results/[\w.-]+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    table = [line for line in (ROOT / shown.group(1)).read_text().splitlines() if line.startswith("|")]
+    assert shown.group(2).strip().splitlines() == table
+
+
 def test_every_make_target_that_the_readme_names_exists():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:`|\$ )make ([a-z-]+)", README))
