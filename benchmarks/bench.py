@@ -94,7 +94,7 @@ def work(
 
 
 def _peak_memory() -> float:
-    """This process's largest resident set so far, MiB. (`ru_maxrss` would start from the parent's.)"""
+    """The process's largest resident set so far, MiB; `ru_maxrss` would start from its parent's."""
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 2**10
 
 
