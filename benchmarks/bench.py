@@ -43,6 +43,17 @@ ARCHITECTURES = {  # track, architecture, arguments
     "student_distilled": ("distillation", "compact_cnn", {"width": 16, "hidden": 64}),
     "student_alone": ("distillation", "compact_cnn", {"width": 16, "hidden": 64}),
 }
+STAGES = (  # module and argument, in the order of the graph
+    "fetch_data baselines",
+    "fetch_data distillation",
+    "train_baselines simple_cnn",
+    "train_baselines resnet18",
+    "train_teacher",
+    "distill_student",
+    "train_student_alone",
+    "evaluate baselines",
+    "evaluate distillation",
+)
 
 
 def main() -> None:
@@ -169,7 +180,8 @@ def measure(arguments: argparse.Namespace) -> None:
             track: prepare(read_source(dataset), 0.1, folder / track)
             for track, dataset in (("baselines", arguments.baselines), ("distillation", arguments.distillation))
         }
-        rates = {precision: matmul_rate(device, precision) for precision in ("fp32", "bf16")}
+        precision = choose_precision("auto", device)  # of (c)
+        rates = {kind: matmul_rate(device, kind) for kind in ("fp32", "bf16")}
 
         def worker(way: str, model: str, share: float, seeds: int = 1) -> dict[str, float]:
             command = [
@@ -203,9 +215,14 @@ def measure(arguments: argparse.Namespace) -> None:
             "repeats": arguments.repeats,
             "datasets": {track: dataset.name for track, dataset in datasets.items()},
             "matmul_gflops_per_second": rates,
-            "precision": choose_precision("auto", device),
+            "precision": precision,
             "trainings": {
-                model: {way: summarise(runs[model][way], flops_per_image(model, datasets), rates, way) for way in WAYS}
+                model: {
+                    way: summarise(
+                        runs[model][way], flops_per_image(model, datasets), rates[precision if way == "c" else "fp32"]
+                    )
+                    for way in WAYS
+                }
                 for model in arguments.models
             },
             "growth": grow,
@@ -262,26 +279,24 @@ def flops_per_image(model: str, datasets: dict[str, Any]) -> float:
     return counter.get_total_flops() / 8
 
 
-def summarise(runs: list[dict[str, float]], flops: float, rates: dict[str, float], way: str) -> dict[str, Any]:
-    """Median, minimum and maximum over the repeats, and the rates that follow from the median."""
+def summarise(runs: list[dict[str, float]], flops: float, rate: float) -> dict[str, Any]:
+    """Median, minimum and maximum over the repeats, and the rates that follow; `rate` is the matrix product's, GFLOP/s."""
     seconds = [run["seconds_per_epoch"] for run in runs]
     images = runs[0]["images"]
     achieved = flops * images / statistics.median(seconds) / 1e9
-    precision = choose_precision("auto", choose_device("auto")) if way == "c" else "fp32"
     return {
         "seconds_per_epoch": {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)},
         "images_per_second": images / statistics.median(seconds),
         "accuracy": statistics.median(run["accuracy"] for run in runs),
         "peak_memory_mib": max(run["peak_memory_mib"] for run in runs),
         "gflops_per_second": achieved,
-        "share_of_matmul_rate": achieved / rates[precision],
+        "share_of_matmul_rate": achieved / rate,
     }
 
 
 def stage_overheads() -> dict[str, dict[str, float]]:
     """What each stage takes beyond training, and `dvc repro` with nothing to do: in a copy of the checkout, on mnist5k."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
-    overheads = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "checkout"
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -301,12 +316,7 @@ def stage_overheads() -> dict[str, dict[str, float]]:
             return time.perf_counter() - start, done.stdout
 
         run("dvc", "repro")
-        for stage in ("fetch_data baselines", "fetch_data distillation", "train_baselines simple_cnn"):
-            overheads[stage] = _overheads(stage, run)
-        for stage in ("train_baselines resnet18", "train_teacher", "distill_student", "train_student_alone"):
-            overheads[stage] = _overheads(stage, run)
-        for stage in ("evaluate baselines", "evaluate distillation"):
-            overheads[stage] = _overheads(stage, run)
+        overheads = {stage: _overheads(stage, run) for stage in STAGES}
         nothing = [run("dvc", "repro")[0] for _ in range(3)]
         overheads["dvc repro, nothing to do"] = {"median": statistics.median(nothing), "max": max(nothing)}
     return overheads
@@ -344,13 +354,12 @@ def markdown(result: dict[str, Any]) -> str:
                 f" | {figures['images_per_second']:,.0f} | {ratio['a']:.2f}x | {ratio['b']:.2f}x"
                 f" | {figures['accuracy']:.4f} | {figures['peak_memory_mib']:,.0f} | {figures['share_of_matmul_rate']:.0%} |"
             )
-    for track, models in (("distillation track", ("teacher", "student_distilled", "student_alone")),):
-        if set(models) <= set(result["trainings"]):
-            total = {
-                way: sum(result["trainings"][model][way]["seconds_per_epoch"]["median"] for model in models)
-                for way in WAYS
-            }
-            lines += ["", f"The {track}, one seed: {_ratio(total)}."]
+    models = [model for model, (track, _, _) in ARCHITECTURES.items() if track == "distillation"]
+    if set(models) <= set(result["trainings"]):
+        total = {
+            way: sum(result["trainings"][model][way]["seconds_per_epoch"]["median"] for model in models) for way in WAYS
+        }
+        lines += ["", f"The distillation track, one seed: {_ratio(total)}."]
     lines += ["", "How this pipeline's cost grows, s / epoch (two seeds: wall seconds of both):", ""]
     for model, sizes in result["growth"].items():
         grown = ", ".join(
