@@ -39,6 +39,11 @@ class Description(BaseModel):
     history: list[Epoch]
     best_epoch: int  # 1-based; the weights are those after this epoch
 
+    def best(self) -> tuple[float, float]:
+        """How good the weights are on the validation images, to compare with others': accuracy, then minus the loss."""
+        epoch = self.history[self.best_epoch - 1]
+        return epoch.val_accuracy, -epoch.val_loss
+
 
 def new_classifier(architecture: str, arguments: dict[str, Any], dataset: Dataset, seed: int) -> Classifier:
     """A classifier for `dataset` whose random weights `seed` alone determines."""

@@ -7,6 +7,7 @@ train_student_alone with the same seed, so that the two students can be compared
 from pathlib import Path
 
 from pipeline.checkpoints import checkpoint_path, load_checkpoint
+from pipeline.data.labels import hide_unknown
 from pipeline.data.prepared import load_training_data
 from pipeline.distillation import DistillationLoss
 from pipeline.errors import run
@@ -29,7 +30,8 @@ def main() -> None:
         teacher, _ = load_checkpoint(path, device)
         logits = predict(teacher, data.train.images, choose_precision(params.precision, device))
         taught = recipe._replace(parameters=recipe.parameters | {"teacher_md5": md5(path)})
-        train(taught, data, seed, tracker, loss=loss, targets=(logits,))
+        known = hide_unknown(data, params.distillation.label_fraction, seed)
+        train(taught, known, seed, tracker, loss=loss, targets=(logits,))
 
 
 if __name__ == "__main__":

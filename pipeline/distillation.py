@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.data.labels import UNKNOWN
+
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """KL(teacher || student) of the softened distributions, mean over the batch, in nats.
@@ -23,7 +25,8 @@ class DistillationLoss(nn.Module):
     """alpha * CE(labels) + (1 - alpha) * T^2 * KL.
 
     T^2 keeps the two terms' gradients in proportion when the temperature changes (Hinton et al. 2015, section 2). With
-    alpha = 1 it is the cross-entropy and nothing else, to the bit.
+    alpha = 1 it is the cross-entropy and nothing else, to the bit. An image whose label is UNKNOWN has the teacher's term only;
+    both terms are means over the whole batch.
 
     Parameters
     ----------
@@ -41,7 +44,7 @@ class DistillationLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> Tensor:
         """Scalar loss from logits (N, K), labels int64 (N,) and teacher logits (N, K)."""
-        hard = F.cross_entropy(logits, labels)
+        hard = F.cross_entropy(logits, labels, ignore_index=UNKNOWN, reduction="sum") / len(labels)
         if self.alpha == 1:
             return hard
         soft = self.divergence(logits, teacher_logits, self.temperature) * self.temperature**2

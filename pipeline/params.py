@@ -14,6 +14,7 @@ Count = Annotated[int, Field(ge=1, le=100_000)]
 BatchSize = Annotated[int, Field(ge=2, le=1_000_000)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 ValidationShare = Annotated[float, Field(gt=0, lt=0.5)]
+LabelFraction = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -47,6 +48,7 @@ class Baselines(Block):
 class Distillation(Block):
     dataset: Text
     validation: ValidationShare
+    label_fraction: LabelFraction
     epochs: Count
     batch_size: BatchSize
     lr: LearningRate

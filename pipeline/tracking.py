@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from pipeline.checkpoints import Description, Epoch
 from pipeline.data.prepared import Dataset
 from pipeline.errors import UserError
 from pipeline.files import main_checkout
+from pipeline.provenance import commit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
 from mlflow import MlflowClient
@@ -163,6 +163,11 @@ class Tracker:
             self.client.set_tag(run_id, SUMMARY, digest)
             self.client.set_terminated(run_id)
 
+    def training_seconds(self, checkpoint_md5: str) -> float | None:
+        """How long the training of a checkpoint took; None if the store does not know."""
+        run = self._find(CHECKPOINT, checkpoint_md5)
+        return run.data.metrics.get("training_seconds") if run else None
+
     def _find(self, tag: str, value: str) -> Run | None:
         """The newest finished run that carries the tag."""
         found = self.client.search_runs(
@@ -213,13 +218,11 @@ def _digest(metrics: Mapping[str, float], texts: Mapping[str, str]) -> str:
 
 def _origin() -> dict[str, str]:
     """Tags that say which code, stage and experiment a run comes from."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
-    commit = os.environ.get("DVC_EXP_BASELINE_REV") or git.stdout.strip()
     tags = {
         "mlflow.user": _user(),
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": Path(sys.argv[0]).name,
-        "mlflow.source.git.commit": commit,
+        "mlflow.source.git.commit": commit(),
         "dvc.stage": os.environ.get("DVC_STAGE"),
         "dvc.experiment": os.environ.get("DVC_EXP_NAME"),
     }

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pipeline.data.labels import only_known
 from pipeline.data.prepared import load_training_data
 from pipeline.errors import run
 from pipeline.inference import choose_device
@@ -16,7 +17,7 @@ def main() -> None:
     recipe = distillation_recipe(params, "student_alone", "student")
     tracker = Tracker(params.tracking.experiment)
     for seed in params.seeds:
-        train(recipe, data, seed, tracker)
+        train(recipe, only_known(data, params.distillation.label_fraction, seed), seed, tracker)
 
 
 if __name__ == "__main__":

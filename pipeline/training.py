@@ -82,7 +82,7 @@ def fit(
             logits = predict(model, val.images, precision)
             result = Epoch(
                 train_loss=step.loss_sum.item() / used,
-                train_accuracy=step.correct.item() / used,
+                train_accuracy=step.correct.item() / step.known.item(),
                 val_loss=F.cross_entropy(logits, val.labels).item(),
                 val_accuracy=(logits.argmax(1) == val.labels).float().mean().item(),
             )
@@ -114,7 +114,8 @@ class _Step:
             model.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"), capturable=device.type == "cuda"
         )
         self.loss_sum = torch.zeros((), device=device)  # over the images since the last reset
-        self.correct = torch.zeros((), device=device, dtype=torch.int64)
+        self.correct = torch.zeros((), device=device, dtype=torch.int64)  # of those whose label is known
+        self.known = torch.zeros((), device=device, dtype=torch.int64)
 
     def __call__(self, batch: Tensor) -> None:
         """Train on the images whose numbers are in `batch`, int64 of shape (B,)."""
@@ -127,11 +128,13 @@ class _Step:
         self.optimizer.step()
         self.loss_sum += loss.detach() * len(batch)
         self.correct += (logits.argmax(1) == labels).sum()
+        self.known += (labels >= 0).sum()
 
     def reset(self) -> None:
         """Start the sums of an epoch."""
         self.loss_sum.zero_()
         self.correct.zero_()
+        self.known.zero_()
 
 
 def _captured(step: _Step, batch_size: int) -> Callable[[Tensor], None]:

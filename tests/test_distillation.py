@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from scipy.special import softmax
 from scipy.stats import entropy
 
+from pipeline.data.labels import UNKNOWN
 from pipeline.distillation import DistillationLoss, forward_kl, reverse_kl
 
 
@@ -38,6 +39,16 @@ def test_the_loss_weighs_labels_by_alpha_and_the_teacher_by_the_rest(batch, dive
     logits, labels, teacher = batch
     expected = 0.7 * F.cross_entropy(logits, labels) + 0.3 * 25 * kl(logits, teacher, 5.0)
     torch.testing.assert_close(DistillationLoss(5.0, 0.7, divergence)(logits, labels, teacher), expected)
+
+
+def test_an_image_without_a_label_has_the_teachers_term_alone(batch):
+    logits, labels, teacher = batch
+    hidden = torch.where(torch.arange(8) < 3, labels, UNKNOWN)
+    known = F.cross_entropy(logits[:3], labels[:3], reduction="sum") / 8
+    expected = 0.7 * known + 0.3 * 25 * forward_kl(logits, teacher, 5.0)
+    torch.testing.assert_close(DistillationLoss(5.0, 0.7, "forward")(logits, hidden, teacher), expected)
+    none = DistillationLoss(5.0, 0.7, "forward")(logits, torch.full_like(labels, UNKNOWN), teacher)
+    torch.testing.assert_close(none, 0.3 * 25 * forward_kl(logits, teacher, 5.0))
 
 
 def test_alpha_one_is_cross_entropy_to_the_bit_whatever_the_teacher_says(batch):

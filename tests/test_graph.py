@@ -25,6 +25,12 @@ STAGES = [
     "train_student_alone",
     "evaluate@baselines",
     "evaluate@distillation",
+    "export_student",
+    "evaluate_export",
+    "measure_cost@baselines",
+    "measure_cost@distillation",
+    "report@baselines",
+    "report@distillation",
 ]
 
 
@@ -103,11 +109,11 @@ def test_a_stage_declares_exactly_what_it_reads_and_writes(checkout: Path, obser
     assert problems(declared(checkout)[name], observed[name]) == []
 
 
-def test_only_evaluate_reads_a_test_split(observed: dict[str, Reads]):
+def test_only_evaluations_read_a_test_split(observed: dict[str, Reads]):
     readers = {
         name for name, reads in observed.items() if any("/test/" in path for path in reads.files - reads.written)
     }
-    assert readers == {"evaluate@baselines", "evaluate@distillation"}
+    assert readers == {"evaluate@baselines", "evaluate@distillation", "evaluate_export"}
 
 
 def test_every_parameter_is_read_by_some_stage(checkout: Path, observed: dict[str, Reads]):
@@ -119,7 +125,7 @@ def incomplete() -> list[tuple[str, str, str]]:
     entries = []
     for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
         body = stage.get("do", stage)
-        entries += [(name, key, entry) for key in ("deps", "params") for entry in body[key]]
+        entries += [(name, key, entry) for key in ("deps", "params") for entry in body.get(key, [])]
     return entries
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.checkpoints import new_classifier
+from pipeline.data.labels import hide_unknown
 from pipeline.data.prepared import Split, TrainingData
 from pipeline.distillation import DistillationLoss
 from pipeline.inference import choose_precision, predict
@@ -60,6 +61,18 @@ def test_alpha_one_gives_the_weights_of_training_alone(data: TrainingData):
     fit(alone, data.train, data.val, F.cross_entropy, seed=3, **RECIPE)
     fit(distilled, data.train, data.val, DistillationLoss(5.0, 1.0, "forward"), teacher_logits, seed=3, **RECIPE)
     assert equal(alone, distilled)
+
+
+def test_accuracy_is_that_of_the_images_whose_label_is_known(data: TrainingData):
+    train = hide_unknown(data, 0.5, seed=0).train
+    loss = DistillationLoss(5.0, 0.7, "forward")
+    model = student(data)
+    predicted = predict(model, train.images).argmax(1)
+    recipe = RECIPE | {"lr": 0.0, "epochs": 1}
+    history = fit(model, train, data.val, loss, torch.randn(400, 10), seed=0, **recipe).history
+    known = train.labels >= 0
+    expected = (predicted[known] == train.labels[known]).float().mean().item()
+    assert history[0].train_accuracy == pytest.approx(expected)
 
 
 def test_targets_follow_their_images(data: TrainingData):

@@ -1,4 +1,4 @@
-"""Figures: loss curves and confusion matrices."""
+"""Figures. They can be read in greyscale: what differs, differs in shape or line as well as in colour."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +8,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from pipeline.checkpoints import Epoch
+from pipeline.evaluation.statistics import Comparison
 
 
 def curves(histories: Sequence[Sequence[Epoch]]) -> pd.DataFrame:
@@ -57,4 +58,40 @@ def plot_confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Fi
         ax=axes,
     )
     axes.set(title=title, xlabel="predicted", ylabel="true")
+    return figure
+
+
+def plot_reliability(bins_by_model: Mapping[str, pd.DataFrame]) -> Figure:
+    """A reliability diagram per model: accuracy by confidence, and below it how many predictions each bin holds.
+
+    The frames are those of `metrics.reliability`.
+    """
+    figure = Figure(figsize=(3.6 * len(bins_by_model), 4.4), layout="constrained")
+    rows = figure.subplots(2, len(bins_by_model), squeeze=False, sharex=True, height_ratios=[3, 1])
+    for (upper, lower), (model, frame) in zip(rows.T, bins_by_model.items(), strict=True):
+        filled = frame[frame["images"] > 0]
+        upper.plot([0, 1], [0, 1], ":", color="black", linewidth=1, label="perfectly calibrated")
+        upper.plot(filled["confidence"], filled["accuracy"], "-o", markersize=4, label="observed")
+        upper.set(title=model, ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+        upper.legend(loc="upper left", fontsize=8)
+        width = frame["bin"].iloc[0]
+        lower.bar(
+            frame["bin"] - width / 2, np.maximum(frame["images"], 0.5), width=width, color="0.5", edgecolor="white"
+        )
+        lower.set(yscale="log", ylim=(0.5, None), xlabel="confidence", ylabel="predictions")
+    return figure
+
+
+def plot_gains(comparisons: Mapping[str, Comparison], gains: pd.DataFrame) -> Figure:
+    """Each comparison's gain in accuracy with its 95 % interval, and every seed's: percentage points."""
+    figure = Figure(figsize=(7, 1.1 + 0.7 * len(comparisons)), layout="constrained")
+    axes = figure.subplots()
+    for row, (name, one) in enumerate(comparisons.items()):
+        ends = [[100 * (one.gain - one.low)], [100 * (one.high - one.gain)]]
+        mean = axes.errorbar(100 * one.gain, row, xerr=ends, fmt="D", color="black", capsize=5)
+        seeds = axes.scatter(100 * gains[name], [row + 0.22] * len(gains), marker="|", s=80, color="0.4")
+    axes.axvline(0, linestyle=":", color="black", linewidth=1)
+    axes.set_yticks(range(len(comparisons)), [name.replace("_vs_", "\nagainst ") for name in comparisons])
+    axes.set(ylim=(len(comparisons) - 0.5, -0.5), xlabel="difference in test accuracy (percentage points)")
+    axes.legend([mean, seeds], ["mean and 95 % interval", "one seed"], fontsize=8)
     return figure

@@ -1,22 +1,33 @@
-"""Figures of merit from predictions."""
+"""Figures of merit from predictions.
+
+`labels` are int arrays of shape (N,), `probabilities` float arrays of shape (N, K) whose rows sum to 1.
+"""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 import numpy as np
-from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score, roc_auc_score
+import pandas as pd
+from scipy.special import rel_entr
+from sklearn.metrics import (
+    accuracy_score,
+    classification_report,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
+
+from pipeline.evaluation.statistics import half_width
+
+CALIBRATION_BINS = 15
 
 
 def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Area under the ROC curve by MedMNIST's definition (`medmnist.Evaluator`), 0-1.
 
     Two classes: the AUC of the second class's probability. More: the mean over the classes of one against the rest, here
-    over the classes that the labels hold (MedMNIST's own sets hold them all).
-
-    Parameters
-    ----------
-    labels : int array of shape (N,), of at least two classes
-    probabilities : float array of shape (N, K)
+    over the classes that the labels hold (MedMNIST's own sets hold them all). At least two classes must be among the labels.
     """
     if probabilities.shape[1] == 2:
         return float(roc_auc_score(labels == 1, probabilities[:, 1]))
@@ -24,40 +35,94 @@ def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """Accuracy, AUC and weighted F1, all 0-1; arguments as in `auc`."""
+    """Accuracy, AUC, weighted F1 (0-1), negative log-likelihood (nats per image) and expected calibration error (0-1)."""
     predicted = probabilities.argmax(axis=1)
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
         "auc": auc(labels, probabilities),
         "f1_weighted": float(f1_score(labels, predicted, average="weighted", zero_division=0)),
+        "nll": negative_log_likelihood(labels, probabilities),
+        "ece": calibration_error(reliability(labels, probabilities)),
     }
 
 
-def f1_by_class(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
-    """F1 of each class by its name, 0-1; arguments as in `auc`."""
-    predicted = probabilities.argmax(axis=1)
-    values = f1_score(labels, predicted, labels=range(len(classes)), average=None, zero_division=0)
-    return dict(zip(classes, values.tolist(), strict=True))
+def negative_log_likelihood(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean of -log of the true class's probability, nats. A probability of 0 counts as the smallest number above it."""
+    of_label = probabilities[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(of_label, np.finfo(float).tiny)).mean())
+
+
+def reliability(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
+    """How often the prediction is right, by its confidence (the largest probability): the points of a reliability diagram.
+
+    A row per bin of (0, 1], 15 of equal width: `bin` (its upper end), `images`, and their mean `confidence` and `accuracy`,
+    0 where a bin is empty.
+    """
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    number = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    images = np.bincount(number, minlength=CALIBRATION_BINS)
+    of_images = np.maximum(images, 1)
+    return pd.DataFrame(
+        {
+            "bin": np.arange(1, CALIBRATION_BINS + 1) / CALIBRATION_BINS,
+            "images": images,
+            "confidence": np.bincount(number, confidence, CALIBRATION_BINS) / of_images,
+            "accuracy": np.bincount(number, right, CALIBRATION_BINS) / of_images,
+        }
+    )
+
+
+def calibration_error(bins: pd.DataFrame) -> float:
+    """Expected calibration error, 0-1: |accuracy - confidence| of the bins, weighted by their images (Guo et al. 2017, eq. 3)."""
+    gap = (bins["accuracy"] - bins["confidence"]).abs()
+    return float((gap * bins["images"]).sum() / bins["images"].sum())
+
+
+def agreement(probabilities: np.ndarray, teacher: np.ndarray) -> float:
+    """Share of the images, 0-1, for which two models name the same class (Stanton et al. 2021, arXiv:2106.05945)."""
+    return float((probabilities.argmax(axis=1) == teacher.argmax(axis=1)).mean())
+
+
+def divergence(probabilities: np.ndarray, teacher: np.ndarray) -> float:
+    """KL(teacher || student) at temperature 1, mean over the images, nats."""
+    return float(rel_entr(teacher, np.maximum(probabilities, np.finfo(float).tiny)).sum(axis=1).mean())
+
+
+def by_class(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Precision, recall and F1 (0-1) of each class by its name."""
+    columns = precision_recall_fscore_support(
+        labels, probabilities.argmax(axis=1), labels=range(len(classes)), average=None, zero_division=0
+    )[:3]
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return {
+        name: dict(zip(("precision", "recall", "f1"), row, strict=True))
+        for name, row in zip(classes, rows, strict=True)
+    }
 
 
 def report(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> str:
-    """scikit-learn's classification report as text; arguments as in `auc`."""
+    """scikit-learn's classification report as text."""
     predicted = probabilities.argmax(axis=1)
     every = range(len(classes))
     return classification_report(labels, predicted, labels=every, target_names=classes, digits=4, zero_division=0)
 
 
 def confusion(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Counts of shape (K, K): rows are the true classes, columns the predicted ones; arguments as in `auc`."""
+    """Counts of shape (K, K): rows are the true classes, columns the predicted ones."""
     return confusion_matrix(labels, probabilities.argmax(axis=1), labels=range(probabilities.shape[1]))
 
 
 def over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each figure over the seeds' runs and, from two seeds on, its sample standard deviation as `<figure>_sd`."""
+    """Mean of each figure over the seeds' runs and, from two seeds on, beside it two measures of its spread.
+
+    `<figure>_sd` is the sample standard deviation, `<figure>_ci95` half the width of Student's 95 % interval of the mean.
+    """
     summary = {}
     for key in runs[0]:
         values = [run[key] for run in runs]
         summary[key] = fmean(values)
         if len(values) > 1:
             summary[f"{key}_sd"] = stdev(values)
+            summary[f"{key}_ci95"] = half_width(values)
     return summary

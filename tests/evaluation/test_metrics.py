@@ -4,8 +4,21 @@ import numpy as np
 import pytest
 from medmnist import Evaluator
 from medmnist.evaluator import getACC, getAUC
+from scipy.stats import entropy
+from sklearn.metrics import log_loss
 
-from pipeline.evaluation.metrics import auc, confusion, f1_by_class, over_seeds, report, score
+from pipeline.evaluation.metrics import (
+    agreement,
+    auc,
+    by_class,
+    confusion,
+    divergence,
+    negative_log_likelihood,
+    over_seeds,
+    reliability,
+    report,
+    score,
+)
 
 
 def predictions(classes: int, count: int = 500) -> tuple[np.ndarray, np.ndarray]:
@@ -54,18 +67,63 @@ def test_auc_is_over_the_classes_that_the_labels_hold():
     assert auc(labels[keep], probabilities[keep]) == pytest.approx(expected)
 
 
-def test_f1_by_hand():
+def test_precision_recall_and_f1_by_hand():
     labels = np.array([0, 0, 0, 1, 1, 2])
     probabilities = np.eye(3)[[0, 0, 1, 1, 1, 0]]
-    by_class = f1_by_class(labels, probabilities, ["a", "b", "c"])
-    assert by_class == pytest.approx({"a": 2 / 3, "b": 4 / 5, "c": 0})
+    found = by_class(labels, probabilities, ["a", "b", "c"])
+    assert found["a"] == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
+    assert found["b"] == pytest.approx({"precision": 2 / 3, "recall": 1, "f1": 4 / 5})
+    assert found["c"] == {"precision": 0, "recall": 0, "f1": 0}
     assert score(labels, probabilities)["f1_weighted"] == pytest.approx((3 * 2 / 3 + 2 * 4 / 5) / 6)
     assert confusion(labels, probabilities).tolist() == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
     assert "0.6667" in report(labels, probabilities, ["a", "b", "c"])
 
 
-def test_seeds_are_summed_up_as_mean_and_sample_deviation():
-    assert over_seeds([{"accuracy": 0.9}, {"accuracy": 0.8}]) == pytest.approx(
-        {"accuracy": 0.85, "accuracy_sd": 0.0707106781}
-    )
+@pytest.mark.parametrize("classes", [2, 9])
+def test_the_likelihood_is_scikit_learns(classes: int):
+    labels, probabilities = predictions(classes)
+    expected = log_loss(labels, probabilities, labels=range(classes))
+    assert score(labels, probabilities)["nll"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_certain_mistake_has_a_finite_likelihood():
+    assert np.isfinite(negative_log_likelihood(np.array([1, 0]), np.array([[1.0, 0.0], [1.0, 0.0]])))
+
+
+@pytest.mark.parametrize("classes", [2, 9])
+def test_the_calibration_error_is_that_of_a_plain_loop(classes: int):
+    labels, probabilities = predictions(classes)
+    expected = 0.0
+    for number in range(15):
+        inside = []
+        for label, row in zip(labels, probabilities, strict=True):
+            if number / 15 < max(row) <= (number + 1) / 15:
+                inside.append((max(row), float(np.argmax(row) == label)))
+        if inside:
+            expected += (
+                len(inside) / len(labels) * abs(np.mean([c for c, _ in inside]) - np.mean([r for _, r in inside]))
+            )
+    assert score(labels, probabilities)["ece"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_every_prediction_is_in_a_bin_of_the_reliability_diagram():
+    labels = np.array([0, 1])
+    bins = reliability(labels, np.array([[1.0, 0.0], [0.5, 0.5]]))
+    assert bins["images"].sum() == 2
+    assert bins["images"].iloc[-1] == 1
+    assert bins["accuracy"].iloc[-1] == 1
+
+
+def test_fidelity_is_scipys_divergence_and_the_share_of_equal_predictions():
+    _, student = predictions(5)
+    teacher = np.roll(student, 1, axis=0)
+    assert divergence(student, teacher) == pytest.approx(np.mean(entropy(teacher, student, axis=1)))
+    assert divergence(student, student) == pytest.approx(0)
+    assert agreement(student, student) == 1
+    assert agreement(student, teacher) == np.mean(student.argmax(1) == teacher.argmax(1))
+
+
+def test_seeds_are_summed_up_as_mean_deviation_and_interval():
+    summary = over_seeds([{"accuracy": 0.9}, {"accuracy": 0.8}])
+    assert summary == pytest.approx({"accuracy": 0.85, "accuracy_sd": 0.0707106781, "accuracy_ci95": 0.6353102368})
     assert over_seeds([{"accuracy": 0.9}]) == {"accuracy": 0.9}, "one seed has no spread"

@@ -1,0 +1,44 @@
+"""Training with few labels: which labels are known, and what that makes of the training images.
+
+The fewer labels, the fewer images a teacher and a lone student can learn from; a distilled student still sees all of them,
+since a teacher answers for any image. An epoch has as many images, and a training as many steps, whatever the share.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.prepared import Split, TrainingData
+
+UNKNOWN = -1  # the label of an image whose label may not be used
+
+
+def known_labels(labels: Tensor, share: float, seed: int) -> Tensor:
+    """The numbers of the images whose labels may be used: `share` (0-1) of each class, at least one image, drawn by `seed`.
+
+    int64, ascending. A smaller share is a part of a larger one.
+    """
+    if share == 1:
+        return torch.arange(len(labels), device=labels.device)
+    random = np.random.default_rng(seed)
+    values = labels.cpu().numpy()
+    drawn = []
+    for label in np.unique(values):
+        of_class = random.permutation(np.flatnonzero(values == label))
+        drawn.append(of_class[: max(1, round(share * len(of_class)))])
+    return torch.from_numpy(np.sort(np.concatenate(drawn))).to(labels.device)
+
+
+def only_known(data: TrainingData, share: float, seed: int) -> TrainingData:
+    """`data` with the labelled training images alone, repeated to as many as there were."""
+    known = known_labels(data.train.labels, share, seed)
+    rows = known[torch.arange(len(data.train.labels), device=known.device) % len(known)]
+    return data._replace(train=Split(*(tensor[rows] for tensor in data.train)))
+
+
+def hide_unknown(data: TrainingData, share: float, seed: int) -> TrainingData:
+    """`data` with all training images, the labels of all but the known ones replaced by UNKNOWN."""
+    known = known_labels(data.train.labels, share, seed)
+    labels = torch.full_like(data.train.labels, UNKNOWN)
+    labels[known] = data.train.labels[known]
+    return data._replace(train=data.train._replace(labels=labels))
