@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PORT ?= 5000
+JOBS ?= 2
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -10,12 +11,14 @@ export MLFLOW_DISABLE_TELEMETRY := true
 DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.epochs=2 \
         -S distillation.dataset=mnist5k -S distillation.epochs=3 -S 'seeds=[0,1]'
 
-.PHONY: help install demo test bench lint format ui clean
+.PHONY: help install demo test bench study study-table lint format ui clean
 
 help:
 	@echo "make demo     install, run the whole graph on 5,000 embedded images, print the results (3 minutes)"
 	@echo "make test     install what tests need, run them all"
 	@echo "make bench    time the trainings against an ordinary loop (BENCH='--share 0.1' for a quick look)"
+	@echo "make study STUDY=mnist        queue what is missing of studies/mnist.yaml and work it off, JOBS=2 at a time"
+	@echo "make study-table STUDY=mnist  table and figure of what has finished, into metrics/studies/"
 	@echo "make install  create .venv with everything that requirements.txt names"
 	@echo "make ui       open the MLflow UI on http://127.0.0.1:$(PORT)"
 	@echo "make lint     ruff: rules and formatting"
@@ -41,6 +44,14 @@ test: .venv/installed-for-tests
 
 bench: .venv/installed
 	python -m benchmarks.bench $(BENCH)
+
+study: .venv/installed
+	python -m studies.study queue $(STUDY)
+	OMP_NUM_THREADS=$(shell $(PYTHON) -c "import os; print(max(1, os.cpu_count() // $(JOBS)))") dvc queue start -j $(JOBS)
+	@echo "It works in the background: 'dvc queue status' shows how far it is. Interrupted, the same command goes on."
+
+study-table: .venv/installed
+	python -m studies.study collect $(STUDY)
 
 lint: .venv/installed-for-tests
 	ruff check .

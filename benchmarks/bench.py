@@ -196,7 +196,9 @@ def measure(arguments: argparse.Namespace) -> None:
             command += ["--worker", way, model, str(share), str(seeds), name]
             print(f"({way}) {model}, {share:g} of the images, {seeds} seed(s)", file=sys.stderr, flush=True)
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-            return json.loads(done.stdout.splitlines()[-1])
+            figures = json.loads(done.stdout.splitlines()[-1])
+            print(f"    {figures['seconds_per_epoch']:.2f} s per epoch", file=sys.stderr, flush=True)
+            return figures
 
         runs: dict[str, dict[str, list]] = {model: {way: [] for way in WAYS} for model in arguments.models}
         for _ in range(arguments.repeats):

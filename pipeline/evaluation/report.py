@@ -24,6 +24,7 @@ QUESTIONS = {
 }
 HARDEST = 3  # classes named as hardest
 MARKERS = "osD^vPX"
+NO_REQUESTS = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #111; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
@@ -117,6 +118,7 @@ def to_html(text: str, folder: Path, title: str) -> str:
     body = re.sub(r'src="([^":]+)"', embed, markdown(text, extensions=["tables"]))
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{NO_REQUESTS}">\n'
         f'<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n'
     )
 

@@ -1,0 +1,261 @@
+"""A grid of experiments through DVC's queue, and the finished ones as a table and a figure.
+
+    python -m studies.study queue mnist      queue the points of studies/mnist.yaml that are neither finished nor waiting
+    python -m studies.study collect mnist    write metrics/studies/mnist.csv, .md and .png from the finished ones
+
+A point is a DVC experiment named after the study and its settings, on the commit that is checked out. So a study that was
+interrupted goes on with the same command, and another commit, which may be other code, starts a new one.
+"""
+
+import argparse
+import hashlib
+import io
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import dvc.api
+import numpy as np
+import pandas as pd
+import yaml
+from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict, ValidationError
+from tabulate import tabulate
+
+from pipeline.errors import UserError
+from pipeline.files import write_whole
+from pipeline.params import Params
+
+ROOT = Path(__file__).parents[1]
+COMPARISON = "student_distilled_vs_student_alone"
+MARKERS = "osD^vPX*"
+LINES = ("-", "--", ":", "-.")
+
+
+class Grid(BaseModel):
+    """All combinations of `vary` with `fixed`; a key is a parameter, or a block whose values are mappings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    x: str  # the varied key that the figure has on its horizontal axis
+    fixed: dict[str, Any] = {}
+    vary: dict[str, list[Any]]
+
+
+class Study(BaseModel):
+    """A study file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str  # the DVC stage to reproduce
+    fixed: dict[str, Any] = {}
+    grids: list[Grid]
+
+    def points(self, grid: Grid) -> Iterator[dict[str, Any]]:
+        """The settings of a grid's points, by dotted parameter."""
+        for values in itertools.product(*grid.vary.values()):
+            yield flat({**self.fixed, **grid.fixed, **dict(zip(grid.vary, values, strict=True))})
+
+
+def main() -> None:
+    """Parse the command line and queue or collect."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["queue", "collect"])
+    parser.add_argument("study", help="a file studies/<study>.yaml")
+    arguments = parser.parse_args()
+    try:
+        study = load_study(arguments.study)
+        {"queue": queue, "collect": collect}[arguments.action](arguments.study, study)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def load_study(name: str) -> Study:
+    """Read studies/<name>.yaml. Raises UserError for a missing or malformed file and for settings that params.yaml refuses."""
+    path = ROOT / "studies" / f"{name}.yaml"
+    try:
+        study = Study.model_validate(yaml.safe_load(path.read_text()))
+        for grid in study.grids:
+            if grid.x not in grid.vary:
+                raise UserError(f"{path}: {grid.title}: x = {grid.x!r} is not varied; what is: {', '.join(grid.vary)}")
+            for point in study.points(grid):
+                Params.model_validate(applied(yaml.safe_load((ROOT / "params.yaml").read_text()), point))
+    except OSError as error:
+        known = ", ".join(sorted(one.stem for one in path.parent.glob("*.yaml")))
+        raise UserError(f"{path}: cannot be read; the studies here: {known}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: {error}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(
+            f"{path}: {'.'.join(map(str, problem['loc']))} = {problem['input']!r}: {problem['msg']}"
+        ) from error
+    return study
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of blocks (a mapping as value) spelt out to single parameters."""
+    found = {}
+    for key, value in settings.items():
+        found |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, Mapping) else {key: value}
+    return found
+
+
+def applied(params: dict[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
+    """`params`, the content of params.yaml, with the settings of `point` in place."""
+    for key, value in point.items():
+        *blocks, last = key.split(".")
+        place = params
+        for block in blocks:
+            place = place.setdefault(block, {})
+        place[last] = value
+    return params
+
+
+def name_of(study: str, point: Mapping[str, Any]) -> str:
+    """The DVC experiment of a point: the same for the same settings."""
+    digest = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()
+    return f"{study}-{digest[:8]}"
+
+
+def all_points(name: str, study: Study) -> dict[str, dict[str, Any]]:
+    """Every point by its experiment's name; one that two grids share counts once."""
+    return {name_of(name, point): point for grid in study.grids for point in study.points(grid)}
+
+
+def queue(name: str, study: Study) -> None:
+    """Queue what is neither finished nor waiting; what has failed is queued again."""
+    points = all_points(name, study)
+    finished, status = finished_experiments(), queue_status()
+    waiting = {one for one, state in status.items() if state in ("Queued", "Running")}
+    missing = [one for one in points if one not in finished | waiting]
+    for one in missing:
+        if status.get(one) == "Failed":
+            command("dvc", "queue", "remove", one)
+        settings = [argument for key, value in points[one].items() for argument in ("-S", f"{key}={json.dumps(value)}")]
+        command("dvc", "exp", "run", "--queue", "--name", one, *settings, study.target)
+    print(
+        f"{name}: {len(points)} points, {len(finished & points.keys())} finished, {len(waiting & points.keys())} waiting,"
+        f" {len(missing)} queued now"
+    )
+
+
+def finished_experiments() -> set[str]:
+    """The names of the finished experiments on the commit that is checked out."""
+    listed = command("dvc", "exp", "list", "--name-only")
+    return set(listed.split())
+
+
+def queue_status() -> dict[str, str]:
+    """The state of every named task of DVC's queue."""
+    rows = (line.split() for line in command("dvc", "queue", "status").splitlines())
+    return {row[1]: row[-1] for row in rows if row and row[-1] in ("Queued", "Running", "Success", "Failed")}
+
+
+def command(*words: str) -> str:
+    """Run a command in the checkout; its output. Raises UserError with its complaint if it fails."""
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 (dvc and git)
+    if done.returncode:
+        raise UserError(f"{' '.join(words[:3])} failed: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def collect(name: str, study: Study) -> None:
+    """Write table and figure of the finished points, and say which are missing."""
+    finished = finished_experiments()
+    points = all_points(name, study)
+    results = {one: read_result(one) for one in points if one in finished}
+    if not results:
+        raise UserError(f"study {name}: no finished experiment on this commit: make study STUDY={name}")
+    frame = pd.DataFrame(
+        [points[one] | result for one, result in results.items()], index=pd.Index(results, name="experiment")
+    )
+    folder = ROOT / "metrics" / "studies"
+    varied = [key for key in frame if key in next(iter(points.values())) and frame[key].map(json.dumps).nunique() > 1]
+    write_whole(folder / f"{name}.csv", frame.drop(columns="seeds", errors="ignore").to_csv())
+    write_whole(folder / f"{name}.md", markdown(name, study, frame, varied, len(points)))
+    picture = io.BytesIO()
+    plot(name, study, frame).savefig(picture, dpi=110)
+    write_whole(folder / f"{name}.png", picture.getvalue())
+    print((folder / f"{name}.md").read_text())
+
+
+def read_result(experiment: str) -> dict[str, Any]:
+    """Accuracies (shares of 1) of the three models and the gain with its interval and verdict, of a finished experiment."""
+    metrics = json.loads(dvc.api.read("metrics/distillation.json", repo=str(ROOT), rev=experiment))
+    gain = json.loads(dvc.api.read("metrics/distillation_comparisons.json", repo=str(ROOT), rev=experiment))[COMPARISON]
+    accuracy = {
+        f"accuracy_{model}": metrics[model]["accuracy"] for model in ("teacher", "student_alone", "student_distilled")
+    }
+    return accuracy | {key: gain[key] for key in ("gain", "low", "high", "detectable", "verdict")}
+
+
+def markdown(name: str, study: Study, frame: pd.DataFrame, varied: list[str], planned: int) -> str:
+    """The table: a row per finished point, in percent and percentage points."""
+    counts = frame["verdict"].value_counts()
+    said = ", ".join(f"{verdict} {counts.get(verdict, 0)}" for verdict in ("better", "worse", "not distinguishable"))
+    fixed = ", ".join(f"{key} {value}" for key, value in flat(study.fixed).items())
+    rows = [
+        [
+            *(row[key] for key in varied),
+            *(f"{100 * row[f'accuracy_{model}']:.2f}" for model in ("teacher", "student_alone", "student_distilled")),
+            f"{100 * row['gain']:+.2f}",
+            f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}",
+            row["verdict"],
+        ]
+        for _, row in frame.sort_values(varied).iterrows()
+    ]
+    headings = [*varied, "teacher (%)", "alone (%)", "distilled (%)", "gain (points)", "95 % interval", "distilled is"]
+    commit = command("git", "rev-parse", "HEAD").strip()
+    return (
+        f"Study {name}: {len(frame)} of {planned} points finished, on commit `{commit}`; {fixed}.\n\n"
+        f"The distilled student against the same student alone, at 95 % each: {said}. Where nothing is gained, up to one point in"
+        " twenty is expected to be called better or worse by chance.\n\n"
+        f"{tabulate(rows, headings, tablefmt='github', disable_numparse=True)}\n\n![Gains of study {name}]({name}.png)\n"
+    )
+
+
+def plot(name: str, study: Study, frame: pd.DataFrame) -> Figure:
+    """A panel per grid: the gain in percentage points with its interval over the grid's x, a line per other setting."""
+    figure = Figure(figsize=(6.5 * len(study.grids), 5), layout="constrained")
+    panels = figure.subplots(1, len(study.grids), squeeze=False)[0]
+    for axes, grid in zip(panels, study.grids, strict=True):
+        lines: dict[str, list[tuple[float, pd.Series]]] = {}
+        for values in itertools.product(*grid.vary.values()):
+            chosen = dict(zip(grid.vary, values, strict=True))
+            one = name_of(name, flat({**study.fixed, **grid.fixed, **chosen}))
+            if one in frame.index:
+                label = ", ".join(
+                    f"{key.split('.')[-1]} {short(value)}" for key, value in chosen.items() if key != grid.x
+                )
+                lines.setdefault(label, []).append((float(chosen[grid.x]), frame.loc[one]))
+        for number, (label, line) in enumerate(lines.items()):
+            xs = np.array([x for x, _ in line]) * 1.05 ** (number - (len(lines) - 1) / 2)  # side by side
+            gain = np.array([100 * row["gain"] for _, row in line])
+            ends = [gain - [100 * row["low"] for _, row in line], [100 * row["high"] for _, row in line] - gain]
+            style = {"marker": MARKERS[number % len(MARKERS)], "linestyle": LINES[number % len(LINES)]}
+            axes.errorbar(xs, gain, yerr=ends, capsize=3, markersize=5, linewidth=1, label=label, **style)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(title=grid.title, xscale="log", xlabel=grid.x, ylabel="gain of distillation (percentage points)")
+        ticks = sorted({float(value) for value in grid.vary[grid.x]})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        if any(lines):
+            axes.legend(fontsize=8)
+    return figure
+
+
+def short(value: Any) -> str:
+    """A varied value for a legend: a block by its first entry."""
+    return (
+        ", ".join(f"{key} {one}" for key, one in list(value.items())[:1]) if isinstance(value, Mapping) else str(value)
+    )
+
+
+if __name__ == "__main__":
+    main()
