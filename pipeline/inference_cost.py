@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 LATENCY_PASSES = 200
-THROUGHPUT_PASSES = 10
+THROUGHPUT_PASSES = 30
 THROUGHPUT_BATCH = 256
 
 
@@ -69,9 +69,9 @@ def _torch(path: Path) -> Callable[[np.ndarray], None]:
     import torch
 
     from pipeline.checkpoints import load_checkpoint
-    from pipeline.inference import predict
+    from pipeline.inference import choose_device, predict
 
-    classifier, _ = load_checkpoint(path, torch.device("cpu"))
+    classifier, _ = load_checkpoint(path, choose_device("cpu"))
     return lambda images: torch.softmax(predict(classifier, torch.from_numpy(images)), dim=1)
 
 
