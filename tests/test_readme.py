@@ -23,3 +23,8 @@ def test_every_make_target_that_the_readme_names_exists():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:`|\$ )make ([a-z-]+)", README))
     assert {"demo", "test", "ui"} <= named <= targets
+
+
+def test_the_verdict_in_the_readme_is_the_reports():
+    verdict = next(line for line in (ROOT / "metrics" / "report.md").read_text().splitlines() if line.startswith("> "))
+    assert verdict in README.splitlines()
