@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.epochs=2 \
         -S distillation.dataset=mnist5k -S distillation.epochs=3 -S 'seeds=[0,1]'
 
-.PHONY: help install demo test bench study study-table lint format ui clean
+.PHONY: help install demo test bench study study-table register promote serve lint format ui clean
 
 help:
 	@echo "make demo     install, run the whole graph on 5,000 embedded images, print the results (3 minutes)"
@@ -19,6 +19,9 @@ help:
 	@echo "make bench    time the trainings against an ordinary loop (BENCH='--share 0.1' for a quick look)"
 	@echo "make study STUDY=mnist        queue what is missing of studies/mnist.yaml and work it off, JOBS=2 at a time"
 	@echo "make study-table STUDY=mnist  table and figure of what has finished, into metrics/studies/"
+	@echo "make register  the exported student into MLflow's registry, as champion if it is better than the present one"
+	@echo "make promote VERSION=2  make a registered version the champion by hand"
+	@echo "make serve     MLflow's model server with the champion, on http://127.0.0.1:5001"
 	@echo "make install  create .venv with everything that requirements.txt names"
 	@echo "make ui       open the MLflow UI on http://127.0.0.1:$(PORT)"
 	@echo "make lint     ruff: rules and formatting"
@@ -52,6 +55,15 @@ study: .venv/installed
 
 study-table: .venv/installed
 	python -m studies.study collect $(STUDY)
+
+register: .venv/installed
+	python -m pipeline.register_student
+
+promote: .venv/installed
+	python -m pipeline.promote_student $(VERSION)
+
+serve: .venv/installed
+	PORT=$(or $(SERVE_PORT),5001) python -m pipeline.serve_student
 
 lint: .venv/installed-for-tests
 	ruff check .

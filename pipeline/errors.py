@@ -12,13 +12,17 @@ class UserError(Exception):
     """Something the user can put right. The message says what is wrong, where, and what to do."""
 
 
-def run(main: Callable[..., None], **choices: Sequence[str]) -> None:
-    """Run a stage as a process: `main` with one command-line argument for each name in `choices`, one of the values there.
+def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
+    """Run a stage as a process: `main` with one command-line argument for each name in `choices`.
+
+    An argument is one of the values given for it or, for None, any text.
 
     A `UserError` or a full disk becomes one line on stderr and exit status 1, Ctrl-C status 130. Anything else is a defect
     of ours and keeps its traceback. Does not return.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {main.__module__}", description=sys.modules["__main__"].__doc__)
+    parser = argparse.ArgumentParser(
+        description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, values in choices.items():
         parser.add_argument(name, choices=values)
     arguments = vars(parser.parse_args())

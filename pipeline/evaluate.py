@@ -1,5 +1,6 @@
 """Stage evaluate: measure a track's models on the test images and put the figures into metrics/ and MLflow."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from pipeline.evaluation.measured import (
     how_it_was_run,
     measure_track,
     pooled_reliability,
+    predictions,
     summarise,
     summarise_classes,
 )
 from pipeline.evaluation.metrics import report
-from pipeline.evaluation.statistics import Comparison
+from pipeline.evaluation.report import sentence
+from pipeline.evaluation.statistics import Comparison, share_interval
 from pipeline.evaluation.table import results_table
 from pipeline.files import folder_whole, write_json, write_whole
 from pipeline.inference import choose_device
@@ -43,13 +46,19 @@ def main(track: str) -> None:
     write_json(Path(f"metrics/{track}_comparisons.json"), {key: as_json(one) for key, one in comparisons.items()})
     by_class = {model: summarise_classes(runs) for model, runs in measured.items()}
     write_json(Path(f"metrics/{track}_by_class.json"), by_class)
-    write_json(Path(f"metrics/{track}_run.json"), how_it_was_run(dataset, measured))
+    how = how_it_was_run(dataset, measured)
+    write_json(Path(f"metrics/{track}_run.json"), how)
     write_whole(Path(f"metrics/{track}.md"), table)
+    said = io.BytesIO()
+    np.savez_compressed(said, **predictions(measured))
+    write_whole(Path(f"metrics/predictions/{track}.npz"), said.getvalue())
     tracker = Tracker(params.tracking.experiment)
     publish(tracker, measured)
     flat = {f"{model}/{key}": value for model, entry in metrics.items() for key, value in entry.items()}
     flat |= {f"{name}/{key}": getattr(one, key) for name, one in comparisons.items() for key in ("gain", "low", "high")}
-    tracker.log_summary(track, params.flat(track), flat, {"results.md": table}, sorted(plots.glob("*.png")))
+    settings = {key: value for model in how["models"].values() for key, value in model["parameters"].items()}
+    sentences = " ".join(sentence(name, as_json(one)) for name, one in comparisons.items())
+    tracker.log_summary(track, settings, flat, sentences, {"results.md": table}, sorted(plots.glob("*.png")))
     print(f"\n{table}")
 
 
@@ -100,6 +109,8 @@ def publish(tracker: Tracker, measured: Mapping[str, Sequence[Measured]]) -> Non
             for key, value in result.figures.items()
             if key not in ("final_train_loss", "parameters")
         }
+        low, high = share_interval(int(result.right.sum()), len(result.labels))
+        figures |= {"test_accuracy_low": low, "test_accuracy_high": high}
         f1 = {f"test_f1/{name}": values["f1"] for name, values in result.by_class.items()}
         title = f"{description.model}, seed {description.seed}"
         classes = description.dataset.classes

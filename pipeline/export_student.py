@@ -5,14 +5,13 @@ The best of the seeds and whether its int8 version is good enough are decided on
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy.stats import binomtest
 
 from pipeline.checkpoints import checkpoints_in, load_checkpoint
 from pipeline.data.prepared import load_training_data
 from pipeline.deployment import export_onnx, predict_onnx, quantize
 from pipeline.errors import run
+from pipeline.evaluation.statistics import share_interval
 from pipeline.files import folder_whole, md5, write_json, write_whole
 
 CALIBRATION_IMAGES = 1000
@@ -35,8 +34,8 @@ def main() -> None:
             name: int((predict_onnx(folder / f"{name}.onnx", data.val.images.numpy()).argmax(1) == labels).sum())
             for name in ("student", "int8")
         }
-        interval = binomtest(right["student"], len(labels)).proportion_ci(method="wilson")
-        keeps = bool(right["int8"] / len(labels) >= interval.low)
+        least, _ = share_interval(right["student"], len(labels))
+        keeps = right["int8"] / len(labels) >= least
         if keeps:
             (folder / "int8.onnx").rename(folder / "student_int8.onnx")
         else:
@@ -47,7 +46,7 @@ def main() -> None:
             "validation_images": len(labels),
             "validation_accuracy": right["student"] / len(labels),
             "validation_accuracy_int8": right["int8"] / len(labels),
-            "int8_at_least": float(np.float64(interval.low)),
+            "int8_at_least": least,
             "int8_kept": keeps,
         }
         write_json(folder / "choice.json", choice)

@@ -1,12 +1,16 @@
 """Which code on which machine: for tags and reports."""
 
+import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 
 def commit() -> str:
@@ -22,6 +26,22 @@ def code_is_committed() -> bool:
 def _git(*arguments: str) -> str:
     command = ["git", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603 (git)
+
+
+def changed_settings() -> list[str]:
+    """Where params.yaml differs from the commit's, as arguments of `dvc exp run -S`."""
+    committed = yaml.safe_load(_git("show", f"{commit()}:./params.yaml")) or {}
+    present = yaml.safe_load(Path("params.yaml").read_text()) if Path("params.yaml").exists() else {}
+    before, now = dict(_leaves(committed)), dict(_leaves(present))
+    return [f"{key}={json.dumps(value)}" for key, value in now.items() if before.get(key) != value]
+
+
+def _leaves(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in block.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def machine() -> dict[str, str | int]:

@@ -19,13 +19,17 @@ from pipeline.checkpoints import Description, Epoch
 from pipeline.data.prepared import Dataset
 from pipeline.errors import UserError
 from pipeline.files import main_checkout
-from pipeline.provenance import commit
+from pipeline.provenance import changed_settings, code_is_committed, commit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 from mlflow import MlflowClient
 from mlflow.entities import Dataset as LoggedDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from sqlalchemy.exc import SQLAlchemyError
 
 if TYPE_CHECKING:
@@ -87,7 +91,7 @@ class Tracker:
         run_id = self._start(model, seed, dataset, parameters, {"device": device})
         status = RunStatus.FAILED
         try:
-            yield TrainingRun(self.client, run_id)
+            yield TrainingRun(self.client, run_id, _monitors())
             status = RunStatus.FINISHED
         except KeyboardInterrupt:
             status = RunStatus.KILLED
@@ -98,7 +102,9 @@ class Tracker:
     def _start(
         self, model: str, seed: int, dataset: Dataset, parameters: Mapping[str, Any], tags: Mapping[str, str]
     ) -> str:
-        tags = {"model": model, "dataset": dataset.name, **_origin(), **tags}
+        origin = _origin()
+        note = f"**{model}**, trained on {dataset.name} with seed {seed}.\n\n{_how_to_repeat(origin)}"
+        tags = {"model": model, "dataset": dataset.name, "mlflow.note.content": note, **origin, **tags}
         run_id = self.client.create_run(self.experiment_id, run_name=f"{model}/seed{seed}", tags=tags).info.run_id
         params = {"model": model, "seed": seed, "dataset": dataset.name, **parameters}
         self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
@@ -148,13 +154,17 @@ class Tracker:
         track: str,
         parameters: Mapping[str, Any],
         metrics: Mapping[str, float],
+        sentences: str,
         texts: Mapping[str, str],
         plots: Sequence[Path],
     ) -> None:
-        """A run that holds a track's table and figures, once for the same results."""
+        """A run that holds a track's table and figures, once for the same results; `sentences` is what they show in words."""
         digest = _digest(metrics, texts)
         if self._find(SUMMARY, digest) is None:
-            run = self.client.create_run(self.experiment_id, run_name=f"{track}/summary", tags=_origin())
+            origin = _origin()
+            note = f"{sentences}\n\n{_how_to_repeat(origin)}"
+            tags = {"model": f"all of {track}", "mlflow.note.content": note, **origin}
+            run = self.client.create_run(self.experiment_id, run_name=f"{track}/summary", tags=tags)
             run_id = run.info.run_id
             self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
             self._add(run_id, metrics, texts)
@@ -163,10 +173,40 @@ class Tracker:
             self.client.set_tag(run_id, SUMMARY, digest)
             self.client.set_terminated(run_id)
 
+    def run_of(self, checkpoint_md5: str) -> str | None:
+        """The id of the run that made a checkpoint; None if the store does not know."""
+        run = self._find(CHECKPOINT, checkpoint_md5)
+        return run.info.run_id if run else None
+
     def training_seconds(self, checkpoint_md5: str) -> float | None:
         """How long the training of a checkpoint took; None if the store does not know."""
         run = self._find(CHECKPOINT, checkpoint_md5)
         return run.data.metrics.get("training_seconds") if run else None
+
+    def describe_runs(self, checkpoint_md5: str) -> list[str]:
+        """A line for each run of the experiment that made a checkpoint, the newest first."""
+        found = self.client.search_runs(
+            [self.experiment_id], f"tags.{CHECKPOINT} = '{checkpoint_md5}'", order_by=["attributes.start_time DESC"]
+        )
+        lines = []
+        for run in found:
+            tags, measured = run.data.tags, run.data.metrics.get("test_accuracy")
+            parts = [
+                run.info.run_name,
+                f"run {run.info.run_id}",
+                run.info.status.lower(),
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(run.info.start_time / 1000)),
+                f"commit {tags.get('mlflow.source.git.commit', 'unknown')[:12]}",
+                *(
+                    f"{name} {tags[key]}"
+                    for name, key in (("stage", "dvc.stage"), ("experiment", "dvc.experiment"))
+                    if key in tags
+                ),
+                f"test accuracy {measured:.4f}" if measured is not None else "not measured",
+                *(["recreated by evaluate, not trained here"] if "recreated" in tags else []),
+            ]
+            lines.append(", ".join(parts))
+        return lines
 
     def _find(self, tag: str, value: str) -> Run | None:
         """The newest finished run that carries the tag."""
@@ -188,14 +228,20 @@ class Tracker:
 class TrainingRun:
     """The MLflow run of one training."""
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
+    def __init__(self, client: MlflowClient, run_id: str, monitors: Sequence[BaseMetricsMonitor] = ()) -> None:
         self.client = client
         self.run_id = run_id
+        self.monitors = monitors
 
     def log_epoch(self, number: int, epoch: Epoch) -> None:
-        """The curves' values after epoch `number`, in one write."""
+        """The curves' values after epoch `number`, and the machine's load during it, in one write."""
         now = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, [Metric(key, value, now, number) for key, value in epoch])
+        values = dict(epoch)
+        for monitor in self.monitors:
+            monitor.collect_metrics()
+            values |= {f"system/{key}": value for key, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        self.client.log_batch(self.run_id, [Metric(key, value, now, number) for key, value in values.items()])
 
     def log_checkpoint(self, md5: str, best_epoch: int, seconds: float | None = None) -> None:
         """Which file the training made: the tag by which `Tracker.log_test` finds the run."""
@@ -204,6 +250,26 @@ class TrainingRun:
         self.client.log_batch(
             self.run_id, [Metric(key, value, now, 0) for key, value in metrics.items()], tags=[RunTag(CHECKPOINT, md5)]
         )
+
+
+def _monitors() -> list[BaseMetricsMonitor]:
+    """MLflow's own, of the processor's load since the last look, of memory and of an NVIDIA GPU if its library is there."""
+    monitors: list[BaseMetricsMonitor] = [CPUMonitor()]
+    with contextlib.suppress(Exception):  # no library, no driver, no GPU: each says so in its own way
+        monitors.append(GPUMonitor())
+    return monitors
+
+
+def _how_to_repeat(origin: Mapping[str, str]) -> str:
+    """A Markdown sentence with the commands that make this again."""
+    stage = origin.get("dvc.stage")
+    settings = "".join(f" -S '{setting}'" for setting in changed_settings())
+    checkout = f"git checkout {origin.get('mlflow.source.git.commit', '')[:12]}"
+    caution = "" if code_is_committed() else " (The code had uncommitted changes.)"
+    if not stage:
+        return f"Made outside of DVC, by {origin['mlflow.source.name']}, at `{checkout}`.{caution}"
+    command = f"dvc exp run{settings} {stage}" if settings else f"dvc repro {stage}"
+    return f"Again: `{checkout} && {command}`{caution}"
 
 
 def _allowed(name: str) -> str:

@@ -132,6 +132,15 @@ def pooled_reliability(runs: Sequence[Measured]) -> pd.DataFrame:
     )
 
 
+def predictions(measured: Mapping[str, Sequence[Measured]]) -> dict[str, np.ndarray]:
+    """What every checkpoint said: `labels` int64 (N,), `seeds` int64 (S,), and by model the predicted class, int16 (S, N)."""
+    first = next(iter(measured.values()))
+    found = {"labels": first[0].labels, "seeds": np.array([run.description.seed for run in first])}
+    for model, runs in measured.items():
+        found[model] = np.stack([run.probabilities.argmax(axis=1) for run in runs]).astype(np.int16)
+    return found
+
+
 def how_it_was_run(dataset: Dataset, measured: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
     """Data set, seeds and parameters of the checkpoints that were measured."""
     models = {}

@@ -103,6 +103,12 @@ def half_width(values: Sequence[float]) -> float:
     return float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
+def share_interval(hits: int, images: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of an accuracy measured on so many images."""
+    interval = binomtest(hits, images).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def bootstrap(difference: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Means of (S, N) values over resamples of rows and of columns, each drawn with replacement: shape (resamples,).
 

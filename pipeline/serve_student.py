@@ -1,0 +1,85 @@
+"""Serve the champion with MLflow's model server, on 127.0.0.1: `make serve` (PORT=5001, HOST=127.0.0.1).
+
+POST images as JSON to /invocations; see README.md. Bodies over 32 MiB are refused and not kept.
+"""
+
+import json
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import mlflow
+import uvicorn
+from mlflow.pyfunc import scoring_server
+
+from pipeline.errors import UserError, run
+from pipeline.params import load_params
+from pipeline.registry import CHAMPION, NAME, by_alias
+from pipeline.tracking import Tracker
+
+LIMIT = 32 * 2**20  # bytes of a request's body
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class GuardBody:
+    """ASGI middleware: 413 for a body over the limit, which it does not keep, and 400 for JSON that cannot be read."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Read the body and hand it on if it is well."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body, size, more = b"", 0, True
+        while more:
+            message = await receive()
+            part = message.get("body", b"")
+            size += len(part)
+            body = body + part if size <= self.limit else b""
+            more = message.get("more_body", False)
+        if size > self.limit:
+            await _answer(send, 413, f"the body is over the limit of {self.limit} bytes")
+        elif b"json" in dict(scope["headers"]).get(b"content-type", b"") and not _readable(body):
+            await _answer(send, 400, "the body is no JSON that can be read")
+        else:
+            await self.app(scope, _once(body), send)
+
+
+def _readable(body: bytes) -> bool:
+    try:
+        json.loads(body)
+    except (ValueError, RecursionError):  # among them numbers of thousands of digits, and brackets by the thousand
+        return False
+    return True
+
+
+def _once(body: bytes) -> Receive:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
+
+
+async def _answer(send: Send, status: int, text: str) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": text.encode()})
+
+
+def main() -> None:
+    tracker = Tracker(load_params().tracking.experiment)
+    champion = by_alias(tracker.client, CHAMPION)
+    if champion is None:
+        raise UserError(f"no {CHAMPION} of {NAME} in the registry: dvc repro, then make register")
+    mlflow.set_tracking_uri(tracker.client.tracking_uri)
+    model = mlflow.pyfunc.load_model(f"models:/{NAME}@{CHAMPION}")
+    host, port = os.environ.get("HOST") or "127.0.0.1", int(os.environ.get("PORT") or 5001)
+    print(f"{NAME} version {champion.version} on http://{host}:{port}/invocations", flush=True)
+    uvicorn.run(GuardBody(scoring_server.init(model), LIMIT), host=host, port=port, log_level="warning")
+
+
+if __name__ == "__main__":
+    run(main)

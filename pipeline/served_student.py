@@ -1,0 +1,51 @@
+"""The student as an MLflow model: raw images in, class names and probabilities out. MLflow keeps this file with the model.
+
+Needs MLflow, NumPy and ONNX Runtime, nothing of this project.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc import PythonModel
+
+BATCH = 250  # images per pass
+
+
+class Student(PythonModel):
+    """Artifact `onnx`: a file as written by stage export_student."""
+
+    def load_context(self, context: Any) -> None:
+        """Open the ONNX file: MLflow calls this once."""
+        from onnxruntime import InferenceSession
+
+        self.session = InferenceSession(context.artifacts["onnx"], providers=["CPUExecutionProvider"])
+        self.classes = json.loads(self.session.get_modelmeta().custom_metadata_map["classes"])
+        self.shape = tuple(self.session.get_inputs()[0].shape[1:])
+
+    def predict(self, context, model_input, params=None):
+        """Class and probabilities of each image; whole numbers from 0 to 255, shape (N, H, W, C). MlflowException for others."""
+        images = np.asarray(model_input)
+        if images.ndim != 4 or images.shape[1:] != self.shape or not len(images):
+            self._refuse(f"images must have shape (N, {', '.join(map(str, self.shape))}), not {images.shape}")
+        # Scaled images (0-1) would otherwise all be black.
+        if not ((images >= 0) & (images <= 255) & (images == np.floor(images))).all():
+            self._refuse(f"pixels must be whole numbers from 0 to 255; these are from {images.min()} to {images.max()}")
+        batches = np.array_split(images.astype(np.uint8), -(-len(images) // BATCH))
+        rows = np.concatenate([self.session.run(None, {"images": batch})[0] for batch in batches])
+        return [
+            {
+                "class": self.classes[int(row.argmax())],
+                "probabilities": {name: float(value) for name, value in zip(self.classes, row, strict=True)},
+            }
+            for row in rows
+        ]
+
+    def _refuse(self, why: str) -> None:
+        raise MlflowException(why, error_code=INVALID_PARAMETER_VALUE)
+
+
+set_model(Student())
