@@ -51,7 +51,7 @@ def register(client: MlflowClient, candidate: Candidate) -> Registration:
     for version in client.search_model_versions(f"name = '{NAME}'") if champion else []:
         if version.tags.get("checkpoint_md5") == candidate.checkpoint_md5:
             aliases = client.get_model_version(NAME, version.version).aliases
-            return Registration(version.version, ", ".join(aliases) or "no alias", "registered before")
+            return Registration(str(version.version), ", ".join(aliases) or "no alias", "registered before")
     alias, reason = CHAMPION, "the first version"
     if champion:
         alias, reason = judge(client, candidate, champion)

@@ -1,5 +1,7 @@
 """The real graph, run by the real DVC in a checkout of its own, on small images. The tests of this file go from top to bottom."""
 
+import hashlib
+import io
 import json
 import os
 import re
@@ -10,10 +12,13 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from PIL import Image
 
+from pipeline.deployment import predict_onnx
 from tests.conftest import copy_checkout, write_npz
 from tests.test_graph import STAGES
 
@@ -170,6 +175,55 @@ def test_queued_experiments_run_side_by_side_into_the_main_store(checkout: Check
     listed = checkout.dvc("exp", "show", "--csv")
     assert "t2" in listed
     assert "t3" in listed
+
+
+@pytest.mark.parametrize("target", ["models/distillation/teacher/seed0.safetensors", "HEAD", "warmer"])
+def test_lineage_goes_from_bytes_to_runs(checkout: Checkout, target: str):
+    output = checkout.run(sys.executable, "-m", "pipeline.lineage", target).stdout
+    runs = {run.info.run_id: run for run in checkout.mlflow_runs()}
+    checksum, run_id = re.search(
+        r"teacher/seed0.safetensors  (\w{32})\n    teacher/seed0, run (\w{32}), finished", output
+    ).groups()
+    assert runs[run_id].data.tags["checkpoint_md5"] == checksum
+    path = checkout.folder / "models/distillation/teacher/seed0.safetensors"
+    assert hashlib.md5(path.read_bytes()).hexdigest() == checksum
+    if target == "warmer":
+        assert "experiment warmer" in output
+
+
+def test_lineage_of_nothing_is_one_line(checkout: Checkout):
+    assert "neither a file nor a git revision" in stage_fails(checkout, "pipeline.lineage", "no-such-thing")
+
+
+def test_a_runs_note_says_how_to_repeat_it(checkout: Checkout):
+    (run,) = [
+        run
+        for run in checkout.mlflow_runs()
+        if run.info.run_name == "student_distilled/seed0" and run.data.tags.get("dvc.experiment") == "warmer"
+    ]
+    assert "-S 'kd.temperature=6" in run.data.tags["mlflow.note.content"]
+    summary = [
+        run
+        for run in checkout.mlflow_runs()
+        if run.data.tags.get("dvc.experiment") == "warmer" and "summary" in run.info.run_name
+    ]
+    assert summary[0].data.params["kd.temperature"] == "6.0"
+    assert "student_distilled_vs_student_alone/gain" in summary[0].data.metrics
+
+
+def test_a_folder_of_images_becomes_a_table(checkout: Checkout, tmp_path: Path):
+    images = np.load(checkout.folder / "data/distillation/test/images.npy")[:5]
+    for number, image in enumerate(images):
+        Image.fromarray(image.squeeze()).save(tmp_path / f"{number}.png")
+    output = checkout.run(sys.executable, "-m", "pipeline.score_images", str(tmp_path)).stdout
+    table = pd.read_csv(io.StringIO(output), index_col="file", dtype={"class": str})
+    expected = predict_onnx(checkout.folder / "models/student/student.onnx", images)
+    np.testing.assert_allclose(table.drop(columns="class").to_numpy(), expected, atol=1e-6)
+    assert table["class"].tolist() == [str(number) for number in expected.argmax(1)]
+    Image.fromarray(images[0].squeeze()).resize((28, 28)).save(tmp_path / "z.png")
+    assert "28x28 pixels; the student takes 8x8" in stage_fails(checkout, "pipeline.score_images", str(tmp_path))
+    (tmp_path / "z.png").write_bytes(b"no image")
+    assert "z.png: cannot be read as an image" in stage_fails(checkout, "pipeline.score_images", str(tmp_path))
 
 
 def test_dvc_can_draw_the_plots(checkout: Checkout):

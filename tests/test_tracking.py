@@ -71,6 +71,10 @@ def test_a_training_is_one_run_with_its_parameters_curves_and_origin(described: 
     assert run.data.tags["dvc.stage"] == "train_teacher"
     assert run.data.tags["dvc.experiment"] == "warm-owl"
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
+    note = run.data.tags["mlflow.note.content"]
+    assert "**teacher**, trained on digits with seed 3" in note
+    assert "train_teacher`" in note
+    assert run.data.metrics["system/cpu_utilization_percentage"] >= 0
     assert run.data.tags["checkpoint_md5"] == "abc"
     assert run.inputs.dataset_inputs[0].dataset.name == "digits"
     curve = MlflowClient(tracking_uri()).get_metric_history(run.info.run_id, "val_loss")
@@ -119,10 +123,27 @@ def test_a_checkpoint_that_the_store_does_not_know_gets_its_run_made_again_once(
     assert run.data.metrics["train_loss"] == pytest.approx(1 / 3)
 
 
+def test_a_checkpoints_runs_are_told_in_a_line_each(described: Description):
+    log_training(described)
+    log_training(described, md5="other")
+    log_test(described)
+    (line,) = Tracker("e").describe_runs("abc")
+    assert line.startswith("teacher/seed3, run ")
+    assert "finished" in line
+    assert line.endswith("test accuracy 0.9000")
+    log_test(described, md5="unknown")
+    (line,) = Tracker("e").describe_runs("unknown")
+    assert line.endswith("recreated by evaluate, not trained here")
+    assert Tracker("e").describe_runs("nothing") == []
+
+
 def test_a_summary_is_written_once_for_the_same_results():
     for accuracy in (0.9, 0.9, 0.8):
-        Tracker("e").log_summary("baselines", {}, {"accuracy": accuracy}, {"results.md": f"{accuracy}"}, [])
+        Tracker("e").log_summary(
+            "baselines", {}, {"accuracy": accuracy}, "It helps.", {"results.md": f"{accuracy}"}, []
+        )
     assert [run.info.run_name for run in runs()] == ["baselines/summary"] * 2
+    assert runs()[0].data.tags["mlflow.note.content"].startswith("It helps.")
 
 
 def open_store(number: int) -> str:
