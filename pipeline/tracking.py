@@ -164,7 +164,9 @@ class Tracker:
             origin = _origin()
             note = f"{sentences}\n\n{_how_to_repeat(origin)}"
             tags = {"model": f"all of {track}", "mlflow.note.content": note, **origin}
-            run = self.client.create_run(self.experiment_id, run_name=f"{track}/summary", tags=tags)
+            varied = [one for one in changed_settings() if one.split("=")[0] in (*parameters, "seeds")]
+            name = " ".join([f"{track}/summary", *varied])  # what differs from the commit is seen at first sight
+            run = self.client.create_run(self.experiment_id, run_name=name[:120], tags=tags)
             run_id = run.info.run_id
             self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
             self._add(run_id, metrics, texts)

@@ -5,11 +5,15 @@ import io
 import json
 import os
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -144,7 +148,8 @@ def test_another_temperature_trains_the_distilled_student_alone_and_leaves_the_o
     output = checkout.dvc("exp", "run", "--name", "warmer", "-S", "kd.temperature=6")
     assert set(stages_run(output)) == {"distill_student", *AFTER_DISTILLATION}
     new = checkout.by_name() - before
-    assert new == Counter({"student_distilled/seed0": 1, "student_distilled/seed1": 1, "distillation/summary": 1})
+    summary = "distillation/summary kd.temperature=6"
+    assert new == Counter({"student_distilled/seed0": 1, "student_distilled/seed1": 1, summary: 1})
     temperatures = {
         (run.data.params["kd.temperature"], run.data.tags.get("dvc.experiment"))
         for run in checkout.mlflow_runs()
@@ -169,7 +174,8 @@ def test_queued_experiments_run_side_by_side_into_the_main_store(checkout: Check
         time.sleep(2)
     assert status.count("Success") == 2, status + checkout.dvc("queue", "logs", "t2", expect=None)
     new = checkout.by_name() - before
-    assert new == Counter({"student_distilled/seed0": 2, "student_distilled/seed1": 2, "distillation/summary": 2})
+    summaries = {f"distillation/summary kd.temperature={temperature}": 1 for temperature in (2, 3)}
+    assert new == Counter({"student_distilled/seed0": 2, "student_distilled/seed1": 2} | summaries)
     experiments = {run.data.tags.get("dvc.experiment") for run in checkout.mlflow_runs()}
     assert {"t2", "t3"} <= experiments
     listed = checkout.dvc("exp", "show", "--csv")
@@ -209,6 +215,60 @@ def test_a_runs_note_says_how_to_repeat_it(checkout: Checkout):
     ]
     assert summary[0].data.params["kd.temperature"] == "6.0"
     assert "student_distilled_vs_student_alone/gain" in summary[0].data.metrics
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_the_pages_of_the_mlflow_ui_show_models_accuracies_curves_and_confusion(checkout: Checkout, tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", "sqlite:///mlflow.db"]
+    server = subprocess.Popen(command, cwd=checkout.folder, env=checkout.environment, start_new_session=True)
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    browser = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        *quiet,
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+
+    def page(address: str, *wanted: str) -> None:
+        """Open a page; everything wanted must be on it, once it has loaded."""
+        seen = [*browser, "--window-size=3000,6000", "--virtual-time-budget=60000", "--dump-dom"]
+        for _ in range(3):
+            shown = subprocess.run(
+                [*seen, f"http://127.0.0.1:{port}/#/{address}"], capture_output=True, text=True, timeout=180, check=True
+            ).stdout
+            missing = [text for text in wanted if text not in shown]
+            if not missing:
+                return
+        raise AssertionError(f"{address}: not on the page: {missing}")
+
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        runs = {run.info.run_name: run for run in checkout.mlflow_runs()}
+        experiment = runs["teacher/seed0"].info.experiment_id
+        page(f"experiments/{experiment}/runs", *TRAININGS, "distillation/summary kd.temperature=6")
+        pair = [runs[f"{model}/seed0"].info.run_id for model in ("student_distilled", "student_alone")]
+        query = f"runs={quote(json.dumps(pair))}&experiments={quote(json.dumps([experiment]))}"
+        page(f"compare-runs?{query}", "Comparing 2 Runs", *pair, "train_loss", "test_accuracy", "kd.temperature")
+        for run_id in pair:
+            page(f"experiments/{experiment}/runs/{run_id}/model-metrics", "val_loss", "train_loss")
+            page(f"experiments/{experiment}/runs/{run_id}/artifacts/confusion_matrix.png", "confusion_matrix.png")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
 
 
 def test_a_folder_of_images_becomes_a_table(checkout: Checkout, tmp_path: Path):

@@ -95,7 +95,10 @@ def test_what_cannot_be_compared_is_a_challenger(registry: Registry, data: Train
 
 def test_a_version_says_what_it_needs_and_where_it_is_from(registry: Registry, data: TrainingData):
     candidate = registry.candidate("first", 0.9)
+    before = registry.client.get_run(candidate.run_id).info
     register(registry.client, candidate)
+    after = registry.client.get_run(candidate.run_id).info
+    assert (after.status, after.end_time) == (before.status, before.end_time)
     version = by_alias(registry.client, "champion")
     assert version.run_id == candidate.run_id
     assert version.tags["checkpoint_md5"] == "first"
