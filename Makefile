@@ -86,6 +86,6 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/installed-for-tests: requirements-dev.txt .venv/installed
+.venv/installed-for-tests: requirements-dev.txt requirements-team.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

@@ -1,0 +1,129 @@
+"""What a team shares: a tracking server on PostgreSQL, and DVC's data on S3. With the real PostgreSQL, and moto for S3."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from tests.conftest import ROOT, copy_checkout
+from tests.test_end_to_end import Checkout, stages_run
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(address: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server has ended"
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(address)
+
+
+@pytest.fixture
+def tracking_server() -> Iterator[str]:
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folders are closed to the user postgres
+    folder.chmod(0o755)
+    port = free_port()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [ROOT / "team" / "tracking_server.sh", folder, str(port)]
+    process = subprocess.Popen(command, env=os.environ | {"PATH": path}, start_new_session=True)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.skipif(not list(Path("/").glob("usr/lib/postgresql/*/bin/initdb")), reason="needs PostgreSQL")
+def test_several_machines_log_into_one_server_and_none_sees_its_store(tracking_server: str, tmp_path: Path):
+    machines = [Checkout(copy_checkout(tmp_path / name)) for name in ("one", "two")]
+    for machine in machines:
+        machine.environment["MLFLOW_TRACKING_URI"] = tracking_server
+        machine.run(sys.executable, "-m", "pipeline.fetch_data", "distillation")
+    at_once = [
+        subprocess.Popen([sys.executable, "-m", f"pipeline.{stage}"], cwd=machine.folder, env=machine.environment)
+        for machine in machines
+        for stage in ("train_teacher", "train_student_alone")
+    ]
+    assert [process.wait(timeout=240) for process in at_once] == [0] * 4
+    for machine in machines:
+        machine.run(sys.executable, "-m", "pipeline.distill_student")
+        machine.run(sys.executable, "-m", "pipeline.evaluate", "distillation")
+        assert not (machine.folder / "mlflow.db").exists()
+        assert not (machine.folder / "mlartifacts").exists()
+    client = MlflowClient(tracking_server)
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    expected = {
+        f"{model}/seed{seed}": 2 for model in ("teacher", "student_distilled", "student_alone") for seed in (0, 1)
+    }
+    found = Counter(run.info.run_name for run in runs if "summary" not in run.info.run_name)
+    assert found == expected
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert all(run.info.artifact_uri.startswith("mlflow-artifacts:/") for run in runs)
+    measured = [run for run in runs if "test_accuracy" in run.data.metrics]
+    assert measured
+    files = {file.path for file in client.list_artifacts(measured[0].info.run_id)}
+    assert "confusion_matrix.png" in files
+
+
+@pytest.fixture
+def s3() -> Iterator[str]:
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/moto-api/", process)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_what_was_pushed_to_s3_is_pulled_into_an_empty_clone_and_nothing_is_left_to_do(s3: str, tmp_path: Path):
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    boto3.client(
+        "s3", endpoint_url=s3, aws_access_key_id="key", aws_secret_access_key="secret", region_name="us-east-1"
+    ).create_bucket(Bucket="team")
+    first = Checkout(copy_checkout(tmp_path / "first"))
+    first.environment |= keys
+    params = yaml.safe_load((first.folder / "params.yaml").read_text())
+    params["distillation"]["dataset"] = "mnist5k"
+    params["seeds"] = [0]
+    (first.folder / "params.yaml").write_text(yaml.safe_dump(params))
+    first.dvc("repro", "train_student_alone")
+    first.dvc("remote", "add", "--default", "team", "s3://team/store")
+    first.dvc("remote", "modify", "team", "endpointurl", s3)
+    first.run("git", "add", "-A")
+    first.run("git", "commit", "-qm", "results and remote")
+    assert "pushed" in first.dvc("push")
+    second = Checkout(tmp_path / "second")
+    subprocess.run(["git", "clone", "-q", first.folder, second.folder], check=True)
+    second.environment |= keys
+    second.dvc("pull", "--with-deps", "train_student_alone")
+    assert stages_run(second.dvc("repro", "train_student_alone")) == []
+    checkpoint = "models/distillation/student_alone/seed0.safetensors"
+    assert (second.folder / checkpoint).read_bytes() == (first.folder / checkpoint).read_bytes()
