@@ -57,10 +57,11 @@ class Tracker:
         """Open the store and the experiment, creating either where missing. Raises UserError if the store refuses."""
         uri = tracking_uri()
         is_local = uri.startswith("sqlite:")
-        # A new SQLite store migrates itself when first opened, and two processes doing so at once break it.
-        lock = FileLock(main_checkout() / "mlflow.db.lock") if is_local else contextlib.nullcontext()
+        # For a new SQLite store, which migrates itself when first opened: two processes doing so at once break it. And for what
+        # is looked for first and created if it is not there.
+        self.lock = FileLock(main_checkout() / "mlflow.db.lock")
         try:
-            with lock:
+            with self.lock:
                 self.client = MlflowClient(uri)
                 found = self.client.get_experiment_by_name(experiment)
                 self.experiment_id = found.experiment_id if found else self._create(experiment, is_local)
@@ -131,23 +132,28 @@ class Tracker:
         Where the store does not know the checkpoint (a new store, a checkpoint from elsewhere), its run is made again from
         the description and tagged `recreated`. `texts` and `figures` go by their artifact path.
         """
-        run = self._find(CHECKPOINT, checkpoint_md5)
-        if run is None:
-            run_id = self._start(
-                description.model, description.seed, description.dataset, description.parameters, {"recreated": "true"}
-            )
-            for number, epoch in enumerate(description.history, start=1):
-                TrainingRun(self.client, run_id).log_epoch(number, epoch)
-            TrainingRun(self.client, run_id).log_checkpoint(checkpoint_md5, description.best_epoch)
-            self.client.set_terminated(run_id)
-        else:
-            run_id = run.info.run_id
-        digest = _digest(metrics, texts)
-        if run is None or run.data.tags.get(EVALUATED) != digest:
-            self._add(run_id, metrics, texts)
-            for path, figure in figures.items():
-                self.client.log_figure(run_id, figure, path)
-            self.client.set_tag(run_id, EVALUATED, digest)
+        with self.lock:
+            run = self._find(CHECKPOINT, checkpoint_md5)
+            if run is None:
+                run_id = self._start(
+                    description.model,
+                    description.seed,
+                    description.dataset,
+                    description.parameters,
+                    {"recreated": "true"},
+                )
+                for number, epoch in enumerate(description.history, start=1):
+                    TrainingRun(self.client, run_id).log_epoch(number, epoch)
+                TrainingRun(self.client, run_id).log_checkpoint(checkpoint_md5, description.best_epoch)
+                self.client.set_terminated(run_id)
+            else:
+                run_id = run.info.run_id
+            digest = _digest(metrics, texts)
+            if run is None or run.data.tags.get(EVALUATED) != digest:
+                self._add(run_id, metrics, texts)
+                for path, figure in figures.items():
+                    self.client.log_figure(run_id, figure, path)
+                self.client.set_tag(run_id, EVALUATED, digest)
 
     def log_summary(
         self,
@@ -160,20 +166,21 @@ class Tracker:
     ) -> None:
         """A run that holds a track's table and figures, once for the same results; `sentences` is what they show in words."""
         digest = _digest(metrics, texts)
-        if self._find(SUMMARY, digest) is None:
-            origin = _origin()
-            note = f"{sentences}\n\n{_how_to_repeat(origin)}"
-            tags = {"model": f"all of {track}", "mlflow.note.content": note, **origin}
-            varied = [one for one in changed_settings() if one.split("=")[0] in (*parameters, "seeds")]
-            name = " ".join([f"{track}/summary", *varied])  # what differs from the commit is seen at first sight
-            run = self.client.create_run(self.experiment_id, run_name=name[:120], tags=tags)
-            run_id = run.info.run_id
-            self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
-            self._add(run_id, metrics, texts)
-            for path in plots:
-                self.client.log_artifact(run_id, str(path))
-            self.client.set_tag(run_id, SUMMARY, digest)
-            self.client.set_terminated(run_id)
+        with self.lock:
+            if self._find(SUMMARY, digest) is None:
+                origin = _origin()
+                note = f"{sentences}\n\n{_how_to_repeat(origin)}"
+                tags = {"model": f"all of {track}", "mlflow.note.content": note, **origin}
+                varied = [one for one in changed_settings() if one.split("=")[0] in (*parameters, "seeds")]
+                name = " ".join([f"{track}/summary", *varied])  # what differs from the commit is seen at first sight
+                run = self.client.create_run(self.experiment_id, run_name=name[:120], tags=tags)
+                run_id = run.info.run_id
+                self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+                self._add(run_id, metrics, texts)
+                for path in plots:
+                    self.client.log_artifact(run_id, str(path))
+                self.client.set_tag(run_id, SUMMARY, digest)
+                self.client.set_terminated(run_id)
 
     def run_of(self, checkpoint_md5: str) -> str | None:
         """The id of the run that made a checkpoint; None if the store does not know."""

@@ -161,23 +161,30 @@ def test_another_temperature_trains_the_distilled_student_alone_and_leaves_the_o
     assert "student_distilled" in checkout.dvc("metrics", "diff", "--all")
 
 
-def test_queued_experiments_run_side_by_side_into_the_main_store(checkout: Checkout):
-    before = checkout.by_name()
-    for temperature in (2, 3):
+def test_four_experiments_at_once_fill_a_store_that_did_not_exist(checkout: Checkout):
+    temperatures = (2, 3, 4, 7)
+    for temperature in temperatures:
         checkout.dvc("exp", "run", "--queue", "--name", f"t{temperature}", "-S", f"kd.temperature={temperature}")
-    checkout.dvc("queue", "start", "-j", "2")
-    deadline = time.monotonic() + 240
+    checkout.environment["MLFLOW_TRACKING_URI"] = "sqlite:///fresh.db"
+    checkout.dvc("queue", "start", "-j", "4")
+    del checkout.environment["MLFLOW_TRACKING_URI"]
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         status = checkout.dvc("queue", "status")
         if "Queued" not in status and "Running" not in status:
             break
         time.sleep(2)
-    assert status.count("Success") == 2, status + checkout.dvc("queue", "logs", "t2", expect=None)
-    new = checkout.by_name() - before
-    summaries = {f"distillation/summary kd.temperature={temperature}": 1 for temperature in (2, 3)}
-    assert new == Counter({"student_distilled/seed0": 2, "student_distilled/seed1": 2} | summaries)
-    experiments = {run.data.tags.get("dvc.experiment") for run in checkout.mlflow_runs()}
-    assert {"t2", "t3"} <= experiments
+    assert status.count("Success") == 4, status + checkout.dvc("queue", "logs", "t2", expect=None)
+    client = MlflowClient(f"sqlite:///{checkout.folder}/fresh.db")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    trained = {f"student_distilled/seed{seed}": 4 for seed in (0, 1)}
+    recreated = {f"{model}/seed{seed}": 1 for model in ("teacher", "student_alone") for seed in (0, 1)}
+    summaries = {f"distillation/summary kd.temperature={temperature}": 1 for temperature in temperatures}
+    assert Counter(run.info.run_name for run in runs) == Counter(trained | recreated | summaries)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert all("test_accuracy" in run.data.metrics for run in runs if "summary" not in run.info.run_name)
+    experiments = {run.data.tags.get("dvc.experiment") for run in runs}
+    assert {f"t{temperature}" for temperature in temperatures} <= experiments
     listed = checkout.dvc("exp", "show", "--csv")
     assert "t2" in listed
     assert "t3" in listed
