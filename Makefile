@@ -26,7 +26,7 @@ help:
 	@echo "make ui       open the MLflow UI on http://127.0.0.1:$(PORT)"
 	@echo "make lint     ruff: rules and formatting"
 	@echo "make format   let ruff rewrite the formatting"
-	@echo "make clean    remove .venv and downloads; results and tracking stay"
+	@echo "make clean    remove .venv, downloads and unfinished trainings; results and tracking stay"
 
 install: .venv/installed
 
@@ -77,7 +77,7 @@ ui: .venv/installed
 	mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
 
 clean:
-	rm -rf .venv data/downloads
+	rm -rf .venv data/downloads .progress
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

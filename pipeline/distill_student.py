@@ -14,6 +14,7 @@ from pipeline.errors import run
 from pipeline.files import md5
 from pipeline.inference import choose_device, choose_precision, predict
 from pipeline.params import load_params
+from pipeline.progress import Progress
 from pipeline.runs import distillation_recipe, train
 from pipeline.tracking import Tracker
 
@@ -25,13 +26,14 @@ def main() -> None:
     loss = DistillationLoss(params.kd.temperature, params.kd.alpha, params.kd.divergence)
     recipe = distillation_recipe(params, "student_distilled", "student", "kd")
     tracker = Tracker(params.tracking.experiment)
-    for seed in params.seeds:
-        path = checkpoint_path(Path("models/distillation/teacher"), seed)
-        teacher, _ = load_checkpoint(path, device)
-        logits = predict(teacher, data.train.images, choose_precision(params.precision, device))
-        taught = recipe._replace(parameters=recipe.parameters | {"teacher_md5": md5(path)})
-        known = hide_unknown(data, params.distillation.label_fraction, seed)
-        train(taught, known, seed, tracker, loss=loss, targets=(logits,))
+    with Progress() as progress:
+        for seed in params.seeds:
+            path = checkpoint_path(Path("models/distillation/teacher"), seed)
+            teacher, _ = load_checkpoint(path, device)
+            logits = predict(teacher, data.train.images, choose_precision(params.precision, device))
+            taught = recipe._replace(parameters=recipe.parameters | {"teacher_md5": md5(path)})
+            known = hide_unknown(data, params.distillation.label_fraction, seed)
+            train(taught, known, seed, tracker, progress, loss=loss, targets=(logits,))
 
 
 if __name__ == "__main__":

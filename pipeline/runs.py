@@ -1,21 +1,25 @@
 """One training from fresh weights to a checkpoint with an MLflow run: what every training stage does for each seed."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.checkpoints import Description, checkpoint_path, new_classifier, save_checkpoint
+from pipeline.checkpoints import Description, Epoch, checkpoint_path, new_classifier, save_checkpoint
 from pipeline.data.prepared import TrainingData
 from pipeline.files import md5
 from pipeline.inference import choose_precision
 from pipeline.models import load_initial
 from pipeline.params import Params
+from pipeline.progress import Progress, Unfinished
 from pipeline.tracking import Tracker
-from pipeline.training import fit
+from pipeline.training import State, fit
 
 
 class Recipe(NamedTuple):
@@ -65,6 +69,7 @@ def train(
     data: TrainingData,
     seed: int,
     tracker: Tracker,
+    progress: Progress,
     *,
     loss: Callable[..., Tensor] = F.cross_entropy,
     targets: tuple[Tensor, ...] = (),
@@ -72,45 +77,76 @@ def train(
 ) -> None:
     """Train one seed and write its checkpoint, `seed<seed>.safetensors` in the recipe's folder.
 
-    `loss` and `targets` as in training.fit, `initial` as in models.load_initial.
+    A training that was killed goes on after its last finished epoch, in its MLflow run. `loss` and `targets` as in training.fit,
+    `initial` as in models.load_initial.
     """
     model = recipe.folder.name
     device = data.train.images.device
     precision = choose_precision(recipe.precision, device)
+    if device.type == "cpu" and recipe.architecture == "resnet18" and min(data.dataset.image_shape[:2]) <= 16:
+        # In bf16, oneDNN leaves part of a gradient unwritten where a 3x3 convolution of stride 2 sees a single pixel.
+        precision = "fp32"
     parameters = recipe.parameters | {"precision": precision}
     classifier = new_classifier(recipe.architecture, recipe.arguments, data.dataset, seed)
     load_initial(classifier.network, initial or {})
     classifier.to(device)
-    with tracker.training(model, seed, data.dataset, parameters, device.type) as run:
-        start = time.perf_counter()
-        result = fit(
-            classifier,
-            data.train,
-            data.val,
-            loss,
-            *targets,
-            epochs=recipe.epochs,
-            batch_size=recipe.batch_size,
-            lr=recipe.lr,
-            seed=seed,
-            precision=precision,
-            on_epoch=run.log_epoch,
-            title=f"{model}/seed{seed}",
-        )
-        seconds = time.perf_counter() - start
-        path = checkpoint_path(recipe.folder, seed)
-        description = Description(
-            model=model,
-            architecture=recipe.architecture,
-            arguments=recipe.arguments,
-            dataset=data.dataset,
-            seed=seed,
-            parameters=parameters,
-            history=result.history,
-            best_epoch=result.best_epoch,
-        )
-        save_checkpoint(path, classifier, description)
-        run.log_checkpoint(md5(path), result.best_epoch, seconds)
+    identity = parameters | {
+        "model": model,
+        "architecture": recipe.architecture,
+        "arguments": recipe.arguments,
+        "data": data.dataset.fingerprint,
+        "seed": seed,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "initial": hashlib.sha256(save(initial or {})).hexdigest(),
+    }
+    with progress.of(identity) as file:
+        before = file.load() if file else None
+        facts = before.facts if before else {"history": [], "best_epoch": 0, "seconds": 0.0, "run_id": None}
+        done = [Epoch(**epoch) for epoch in facts["history"]]
+        with tracker.training(model, seed, data.dataset, parameters, device.type, facts["run_id"], done) as run:
+            start = time.perf_counter() - facts["seconds"]
+
+            def keep(state: State) -> None:
+                if file:
+                    facts = {
+                        "history": [dict(epoch) for epoch in state.history],
+                        "best_epoch": state.best_epoch,
+                        "seconds": time.perf_counter() - start,
+                        "run_id": run.run_id,
+                    }
+                    file.save(Unfinished(state.tensors, facts))
+                run.log_epoch(len(state.history), state.history[-1])
+
+            result = fit(
+                classifier,
+                data.train,
+                data.val,
+                loss,
+                *targets,
+                epochs=recipe.epochs,
+                batch_size=recipe.batch_size,
+                lr=recipe.lr,
+                seed=seed,
+                precision=precision,
+                on_epoch=keep,
+                resume=State(done, facts["best_epoch"], before.tensors) if before else None,
+                title=f"{model}/seed{seed}",
+            )
+            seconds = time.perf_counter() - start
+            path = checkpoint_path(recipe.folder, seed)
+            description = Description(
+                model=model,
+                architecture=recipe.architecture,
+                arguments=recipe.arguments,
+                dataset=data.dataset,
+                seed=seed,
+                parameters=parameters,
+                history=result.history,
+                best_epoch=result.best_epoch,
+            )
+            save_checkpoint(path, classifier, description)
+            run.log_checkpoint(md5(path), result.best_epoch, seconds)
     best = result.history[result.best_epoch - 1]
     print(
         f"{model}/seed{seed}: validation accuracy {best.val_accuracy:.4f} after epoch {result.best_epoch}"

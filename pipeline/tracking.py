@@ -86,10 +86,28 @@ class Tracker:
 
     @contextlib.contextmanager
     def training(
-        self, model: str, seed: int, dataset: Dataset, parameters: Mapping[str, Any], device: str
+        self,
+        model: str,
+        seed: int,
+        dataset: Dataset,
+        parameters: Mapping[str, Any],
+        device: str,
+        unfinished: str | None = None,
+        done: Sequence[Epoch] = (),
     ) -> Iterator["TrainingRun"]:
-        """A run of one training. It ends as FINISHED, FAILED, or KILLED when interrupted."""
-        run_id = self._start(model, seed, dataset, parameters, {"device": device})
+        """A run of one training. It ends as FINISHED, FAILED, or KILLED when interrupted.
+
+        If the store still has the run `unfinished` of the same training, that one goes on. Of the epochs that are `done`, those
+        that the run does not have are logged.
+        """
+        if unfinished and self._goes_on(unfinished):
+            run_id = unfinished
+        else:
+            run_id = self._start(model, seed, dataset, parameters, {"device": device})
+        logged = {metric.step for metric in self.client.get_metric_history(run_id, "val_loss")} if done else set()
+        for number, epoch in enumerate(done, start=1):
+            if number not in logged:
+                TrainingRun(self.client, run_id).log_epoch(number, epoch)
         status = RunStatus.FAILED
         try:
             yield TrainingRun(self.client, run_id, _monitors())
@@ -99,6 +117,14 @@ class Tracker:
             raise
         finally:
             self.client.set_terminated(run_id, RunStatus.to_string(status))
+
+    def _goes_on(self, run_id: str) -> bool:
+        """Set a run to running again; False if the store does not know it."""
+        try:
+            self.client.update_run(run_id, RunStatus.to_string(RunStatus.RUNNING))
+        except MlflowException:
+            return False
+        return True
 
     def _start(
         self, model: str, seed: int, dataset: Dataset, parameters: Mapping[str, Any], tags: Mapping[str, str]

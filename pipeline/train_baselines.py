@@ -8,6 +8,7 @@ from pipeline.data.prepared import load_training_data
 from pipeline.errors import run
 from pipeline.inference import choose_device
 from pipeline.params import load_params
+from pipeline.progress import Progress
 from pipeline.runs import Recipe, train
 from pipeline.tracking import Tracker
 
@@ -32,8 +33,9 @@ def main(model: str) -> None:
         | {"baselines.pretrained": bool(initial)},
     )
     tracker = Tracker(params.tracking.experiment)
-    for seed in params.seeds:
-        train(recipe, data, seed, tracker, initial=initial)
+    with Progress() as progress:
+        for seed in params.seeds:
+            train(recipe, data, seed, tracker, progress, initial=initial)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pipeline.data.prepared import load_training_data
 from pipeline.errors import run
 from pipeline.inference import choose_device
 from pipeline.params import load_params
+from pipeline.progress import Progress
 from pipeline.runs import distillation_recipe, train
 from pipeline.tracking import Tracker
 
@@ -16,8 +17,9 @@ def main() -> None:
     data = load_training_data(Path("data/distillation"), choose_device(params.device))
     recipe = distillation_recipe(params, "student_alone", "student")
     tracker = Tracker(params.tracking.experiment)
-    for seed in params.seeds:
-        train(recipe, only_known(data, params.distillation.label_fraction, seed), seed, tracker)
+    with Progress() as progress:
+        for seed in params.seeds:
+            train(recipe, only_known(data, params.distillation.label_fraction, seed), seed, tracker, progress)
 
 
 if __name__ == "__main__":

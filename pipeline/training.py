@@ -17,7 +17,18 @@ from tqdm import tqdm
 
 from pipeline.checkpoints import Epoch
 from pipeline.data.prepared import Split
+from pipeline.errors import UserError
 from pipeline.inference import autocast, predict
+
+NEVER = 2**62
+
+
+class State(NamedTuple):
+    """A training after an epoch. The tensors are the training's own until it goes on: copy what is to be kept."""
+
+    history: list[Epoch]
+    best_epoch: int
+    tensors: dict[str, Tensor]  # model.*, best.*, adam.<field>.<number of the parameter>, order
 
 
 class Fit(NamedTuple):
@@ -38,7 +49,8 @@ def fit(
     lr: float,
     seed: int,
     precision: str = "fp32",
-    on_epoch: Callable[[int, Epoch], None] | None = None,
+    on_epoch: Callable[["State"], None] | None = None,
+    resume: "State | None" = None,
     title: str = "training",
 ) -> Fit:
     """Train `model` in place with Adam and leave it with the weights of its best epoch on `val`.
@@ -59,8 +71,12 @@ def fit(
         Adam's learning rate.
     precision : "fp32" or "bf16"
         Of the forward and backward pass; weights, loss and update are float32.
-    on_epoch : callable (epoch from 1, Epoch)
+    on_epoch : callable (State)
         Called after each epoch.
+    resume : State, optional
+        Go on from there: the result is, to the bit, that of a training that was never interrupted.
+
+    Raises UserError after an epoch in which the loss became infinite or no number.
     title : str
         Of the progress bar.
     """
@@ -72,13 +88,25 @@ def fit(
     step = _Step(model, loss, (train.images, train.labels, *targets), lr, precision)
     full_step = _captured(step, batch_size) if device.type == "cuda" and used >= batch_size else step
     history, best_epoch, best_state = [], 0, {}
+    if resume:
+        history, best_epoch = list(resume.history), resume.best_epoch
+        best_state = _named(resume.tensors, "best")
+        model.load_state_dict(_named(resume.tensors, "model"))
+        step.restore_adam(_named(resume.tensors, "adam"))
+        order.set_state(resume.tensors["order"])
     with tqdm(total=epochs * -(-used // batch_size), desc=title, unit="step", disable=None, leave=False) as bar:
-        for epoch in range(1, epochs + 1):
+        bar.update(len(history) * -(-used // batch_size))
+        for epoch in range(len(history) + 1, epochs + 1):
             model.train()
             step.reset()
             for batch in torch.randperm(count, generator=order, device=device)[:used].split(batch_size):
                 (full_step if len(batch) == batch_size else step)(batch)
                 bar.update()
+            if (bad := step.first_bad.item()) < NEVER:
+                raise UserError(
+                    f"{title}: the loss is no longer finite from step {bad + 1} of epoch {epoch} on, at a learning rate of {lr:g}:"
+                    " try a tenth of it, precision: fp32, or a smaller kd.temperature. Nothing of this training was kept"
+                )
             logits = predict(model, val.images, precision)
             result = Epoch(
                 train_loss=step.loss_sum.item() / used,
@@ -90,9 +118,15 @@ def fit(
             if not best_epoch or _rank(result) > _rank(history[best_epoch - 1]):
                 best_epoch, best_state = epoch, copy.deepcopy(model.state_dict())
             if on_epoch:
-                on_epoch(epoch, result)
+                parts = {"model": model.state_dict(), "best": best_state, "adam": step.adam()}
+                tensors = {f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
+                on_epoch(State(history, best_epoch, tensors | {"order": order.get_state()}))
     model.load_state_dict(best_state)
     return Fit(history, best_epoch)
+
+
+def _named(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
 
 
 def _rank(epoch: Epoch) -> tuple[float, float]:
@@ -116,6 +150,8 @@ class _Step:
         self.loss_sum = torch.zeros((), device=device)  # over the images since the last reset
         self.correct = torch.zeros((), device=device, dtype=torch.int64)  # of those whose label is known
         self.known = torch.zeros((), device=device, dtype=torch.int64)
+        self.steps = torch.zeros((), device=device, dtype=torch.int64)
+        self.first_bad = torch.full((), NEVER, device=device)  # the first step (from 0) whose loss was not finite
 
     def __call__(self, batch: Tensor) -> None:
         """Train on the images whose numbers are in `batch`, int64 of shape (B,)."""
@@ -129,12 +165,35 @@ class _Step:
         self.loss_sum += loss.detach() * len(batch)
         self.correct += (logits.argmax(1) == labels).sum()
         self.known += (labels >= 0).sum()
+        self.first_bad.copy_(torch.where(loss.isfinite() | (self.first_bad < NEVER), self.first_bad, self.steps))
+        self.steps += 1
+
+    def adam(self) -> dict[str, Tensor]:
+        """The optimiser's state, by field and number of the parameter."""
+        state = self.optimizer.state
+        numbered = enumerate(self.model.parameters())
+        return {f"{field}.{n}": tensor for n, p in numbered for field, tensor in state.get(p, {}).items()}
+
+    def restore_adam(self, saved: dict[str, Tensor]) -> None:
+        """Put a state back, in place where there is one, since a captured graph keeps its addresses."""
+        for number, parameter in enumerate(self.model.parameters()):
+            state = self.optimizer.state[parameter]
+            for field in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{field}.{number}" not in saved:
+                    continue
+                if field not in state:  # laid out in memory as the parameter is
+                    state[field] = (
+                        torch.zeros_like(parameter) if field != "step" else torch.zeros((), dtype=torch.float32)
+                    )
+                state[field].copy_(saved[f"{field}.{number}"])
 
     def reset(self) -> None:
         """Start the sums of an epoch."""
         self.loss_sum.zero_()
         self.correct.zero_()
         self.known.zero_()
+        self.steps.zero_()
+        self.first_bad.fill_(NEVER)
 
 
 def _captured(step: _Step, batch_size: int) -> Callable[[Tensor], None]:

@@ -9,6 +9,7 @@ from pipeline.checkpoints import new_classifier
 from pipeline.data.labels import hide_unknown
 from pipeline.data.prepared import Split, TrainingData
 from pipeline.distillation import DistillationLoss
+from pipeline.errors import UserError
 from pipeline.inference import choose_precision, predict
 from pipeline.training import _Step, fit
 
@@ -75,6 +76,18 @@ def test_accuracy_is_that_of_the_images_whose_label_is_known(data: TrainingData)
     assert history[0].train_accuracy == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_training_and_says_where(data: TrainingData, wrong: float):
+    losses = []
+
+    def breaks(logits, labels):
+        losses.append(F.cross_entropy(logits, labels) * (wrong if len(losses) == 9 else 1))
+        return losses[-1]
+
+    with pytest.raises(UserError, match=r"from step 3 of epoch 2 on, at a learning rate of 0\.003"):
+        fit(student(data), data.train, data.val, breaks, seed=0, **RECIPE)
+
+
 def test_targets_follow_their_images(data: TrainingData):
     def check(logits, labels, teacher_logits):
         assert torch.equal(teacher_logits.argmax(1), labels)
@@ -99,7 +112,7 @@ def test_the_weights_of_the_best_epoch_on_validation_images_are_kept(data: Train
         batch_size=64,
         lr=0.003,
         seed=0,
-        on_epoch=lambda *_: states.append(copy.deepcopy(model.state_dict())),
+        on_epoch=lambda _: states.append(copy.deepcopy(model.state_dict())),
     )
     accuracies = [epoch.val_accuracy for epoch in record.history]
     assert accuracies[-1] < max(accuracies), "or the test shows nothing"
