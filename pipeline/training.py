@@ -104,8 +104,8 @@ def fit(
                 bar.update()
             if (bad := step.first_bad.item()) < NEVER:
                 raise UserError(
-                    f"{title}: the loss is no longer finite from step {bad + 1} of epoch {epoch} on, at a learning rate of {lr:g}:"
-                    " try a tenth of it, precision: fp32, or a smaller kd.temperature. Nothing of this training was kept"
+                    f"{title}: the loss is no longer finite from step {bad + 1} of epoch {epoch} on, at a learning rate of"
+                    f" {lr:g}: try a tenth of it, precision: fp32, or a smaller kd.temperature. Nothing of this training was kept"
                 )
             logits = predict(model, val.images, precision)
             result = Epoch(
@@ -181,10 +181,11 @@ class _Step:
             for field in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{field}.{number}" not in saved:
                     continue
-                if field not in state:  # laid out in memory as the parameter is
+                if field not in state:
+                    scalar = torch.zeros((), dtype=torch.float32, device=parameter.device)
                     state[field] = (
-                        torch.zeros_like(parameter) if field != "step" else torch.zeros((), dtype=torch.float32)
-                    )
+                        scalar if field == "step" else torch.zeros_like(parameter)
+                    )  # in the parameter's layout
                 state[field].copy_(saved[f"{field}.{number}"])
 
     def reset(self) -> None:
