@@ -181,11 +181,9 @@ class _Step:
             for field in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{field}.{number}" not in saved:
                     continue
-                if field not in state:
-                    scalar = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                    state[field] = (
-                        scalar if field == "step" else torch.zeros_like(parameter)
-                    )  # in the parameter's layout
+                if field not in state:  # laid out in memory as the parameter is
+                    scalar = parameter.new_zeros((), dtype=torch.float32)
+                    state[field] = scalar if field == "step" else torch.zeros_like(parameter)
                 state[field].copy_(saved[f"{field}.{number}"])
 
     def reset(self) -> None:
