@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
+
 
 def main_checkout() -> Path:
     """The checkout that the user stands in.
@@ -44,6 +46,14 @@ def write_whole(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as indented JSON, whole. Raises ValueError for NaN and infinity, which JSON does not have."""
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that a stage wrote. Raises UserError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}: run dvc repro") from error
 
 
 @contextlib.contextmanager

@@ -3,12 +3,11 @@
 `make register`, after `dvc repro`. Says which version it became and why. The same student is not registered twice.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 from pipeline.data.prepared import load_dataset
 from pipeline.errors import UserError, run
+from pipeline.files import read_json
 from pipeline.params import load_params
 from pipeline.registry import NAME, Candidate, register
 from pipeline.tracking import Tracker
@@ -16,7 +15,7 @@ from pipeline.tracking import Tracker
 
 def main() -> None:
     tracker = Tracker(load_params().tracking.experiment)
-    checksum = read(Path("models/student/choice.json"))["checkpoint_md5"]
+    checksum = read_json(Path("models/student/choice.json"))["checkpoint_md5"]
     run_id = tracker.run_of(checksum)
     if run_id is None:
         raise UserError(
@@ -28,21 +27,13 @@ def main() -> None:
         dataset=load_dataset(Path("data/distillation")),
         predictions=Path("metrics/predictions/distillation.npz"),
         run_id=run_id,
-        accuracy=read(Path("metrics/export.json"))["student"]["accuracy"],
+        accuracy=read_json(Path("metrics/export.json"))["student"]["accuracy"],
     )
     for path in (candidate.onnx, candidate.predictions):
         if not path.is_file():
             raise UserError(f"{path}: missing: run dvc repro first")
     done = register(tracker.client, candidate)
     print(f"{NAME} version {done.version}: {done.alias}, {done.reason}")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that a stage wrote. Raises UserError if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}: run dvc repro first") from error
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import socket
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,26 @@ def copy_checkout(folder: Path) -> Path:
     for command in (["init", "-q"], *identity, ["add", "-A"], ["commit", "-qm", "as it is"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
     return folder
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(port: int, process: subprocess.Popen) -> None:
+    """Until a server that was just started answers on 127.0.0.1."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server has ended"
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(port)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from mlflow.entities import Run
 from PIL import Image
 
 from pipeline.deployment import predict_onnx
-from tests.conftest import copy_checkout, write_npz
+from tests.conftest import copy_checkout, free_port, wait_for, write_npz
 from tests.test_graph import STAGES
 
 
@@ -229,9 +228,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_the_pages_of_the_mlflow_ui_show_models_accuracies_curves_and_confusion(checkout: Checkout, tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", "sqlite:///mlflow.db"]
     server = subprocess.Popen(command, cwd=checkout.folder, env=checkout.environment, start_new_session=True)
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
@@ -257,13 +254,7 @@ def test_the_pages_of_the_mlflow_ui_show_models_accuracies_curves_and_confusion(
         raise AssertionError(f"{address}: not on the page: {missing}")
 
     try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.5)
+        wait_for(port, server)
         runs = {run.info.run_name: run for run in checkout.mlflow_runs()}
         experiment = runs["teacher/seed0"].info.experiment_id
         page(f"experiments/{experiment}/runs", *TRAININGS, "distillation/summary kd.temperature=6")

@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -23,7 +21,7 @@ from pipeline.deployment import export_onnx, predict_onnx
 from pipeline.errors import UserError
 from pipeline.registry import NAME, Candidate, by_alias, promote, register
 from pipeline.tracking import Tracker
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port, wait_for
 
 
 class Registry:
@@ -115,9 +113,7 @@ def test_a_version_says_what_it_needs_and_where_it_is_from(registry: Registry, d
 def server(registry: Registry) -> Iterator[int]:
     """The champion on a free port of 127.0.0.1."""
     register(registry.client, registry.candidate("first", 0.9))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = os.environ | {"PORT": str(port), "MLFLOW_TRACKING_URI": f"sqlite:///{registry.folder}/mlflow.db"}
     (registry.folder / "params.yaml").write_text(
         re.sub(r"experiment: .*", "experiment: e", (ROOT / "params.yaml").read_text())
@@ -125,14 +121,7 @@ def server(registry: Registry) -> Iterator[int]:
     command = [sys.executable, "-m", "pipeline.serve_student"]
     environment["PYTHONPATH"] = str(ROOT)
     process = subprocess.Popen(command, cwd=registry.folder, env=environment)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            break
-        except OSError:
-            assert process.poll() is None, "the server has ended"
-            time.sleep(0.2)
+    wait_for(port, process)
     yield port
     process.terminate()
     process.wait(timeout=20)

@@ -3,12 +3,9 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,26 +15,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.conftest import ROOT, copy_checkout
+from tests.conftest import ROOT, copy_checkout, free_port, wait_for
 from tests.test_end_to_end import Checkout, stages_run
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def wait_for(address: str, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the server has ended"
-        try:
-            urllib.request.urlopen(address, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise TimeoutError(address)
 
 
 @pytest.fixture
@@ -49,7 +28,7 @@ def tracking_server() -> Iterator[str]:
     command = [ROOT / "team" / "tracking_server.sh", folder, str(port)]
     process = subprocess.Popen(command, env=os.environ | {"PATH": path}, start_new_session=True)
     try:
-        wait_for(f"http://127.0.0.1:{port}/health", process)
+        wait_for(port, process)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGTERM)
@@ -96,7 +75,7 @@ def s3() -> Iterator[str]:
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stderr=subprocess.DEVNULL
     )
     try:
-        wait_for(f"http://127.0.0.1:{port}/moto-api/", process)
+        wait_for(port, process)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
