@@ -28,3 +28,14 @@ def test_every_make_target_that_the_readme_names_exists():
 def test_the_verdict_in_the_readme_is_the_reports():
     verdict = next(line for line in (ROOT / "metrics" / "report.md").read_text().splitlines() if line.startswith("> "))
     assert verdict in README.splitlines()
+
+
+@pytest.mark.parametrize("study", ["mnist", "pneumoniamnist"])
+def test_the_counts_of_the_studies_are_those_of_their_tables(study: str):
+    table = (ROOT / "metrics" / "studies" / f"{study}.md").read_text()
+    counts = re.search(r"at 95 % each: (.*?)\. ", table).group(1)
+    assert counts in README
+    verdicts = [line.split("|")[-2].strip() for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(verdicts) >= 24
+    said = ("better", "worse", "not distinguishable")
+    assert counts == ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in said)
