@@ -54,8 +54,9 @@ def main(track: str) -> None:
     write_whole(Path(f"metrics/predictions/{track}.npz"), said.getvalue())
     tracker = Tracker(params.tracking.experiment)
     publish(tracker, measured)
-    flat = {f"{model}/{key}": value for model, entry in metrics.items() for key, value in entry.items()}
-    flat |= {f"{name}/{key}": getattr(one, key) for name, one in comparisons.items() for key in ("gain", "low", "high")}
+    # No slash in a metric's name: MLflow would open its charts with a section for each, most of them empty.
+    flat = {f"{model}.{key}": value for model, entry in metrics.items() for key, value in entry.items()}
+    flat |= {f"{name}.{key}": getattr(one, key) for name, one in comparisons.items() for key in ("gain", "low", "high")}
     settings = {key: value for model in how["models"].values() for key, value in model["parameters"].items()}
     sentences = " ".join(sentence(name, as_json(one)) for name, one in comparisons.items())
     tracker.log_summary(track, settings, flat, sentences, {"results.md": table}, sorted(plots.glob("*.png")))
@@ -111,7 +112,7 @@ def publish(tracker: Tracker, measured: Mapping[str, Sequence[Measured]]) -> Non
         }
         low, high = share_interval(int(result.right.sum()), len(result.labels))
         figures |= {"test_accuracy_low": low, "test_accuracy_high": high}
-        f1 = {f"test_f1/{name}": values["f1"] for name, values in result.by_class.items()}
+        f1 = {f"test_f1.{name}": values["f1"] for name, values in result.by_class.items()}
         title = f"{description.model}, seed {description.seed}"
         classes = description.dataset.classes
         tracker.log_test(
