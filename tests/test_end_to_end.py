@@ -220,7 +220,7 @@ def test_a_runs_note_says_how_to_repeat_it(checkout: Checkout):
         if run.data.tags.get("dvc.experiment") == "warmer" and "summary" in run.info.run_name
     ]
     assert summary[0].data.params["kd.temperature"] == "6.0"
-    assert "summary/student_distilled_vs_student_alone.gain" in summary[0].data.metrics
+    assert "points/student_distilled_vs_student_alone" in summary[0].data.metrics
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
