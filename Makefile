@@ -34,12 +34,13 @@ demo: .venv/installed
 	@dvc exp remove demo >/dev/null 2>&1 || true
 	dvc exp run --temp --name demo $(DEMO)
 	@for track in baselines distillation; do \
-	  echo; python -c "import dvc.api; print(dvc.api.read('metrics/$$track.md', rev='demo'))"; done
+	  echo; python -c "import dvc.api; print(dvc.api.read('metrics/$$track.md', rev='demo'))"; done; \
+	  python -c "import dvc.api; print(dvc.api.read('metrics/report.md', rev='demo').split('## ')[0])"
 	@echo "That was the whole graph, small, as the DVC experiment 'demo'. Your files are as they were. Next:"
 	@echo "  make ui                             every training's curves, confusion matrix and test accuracy, in the browser"
 	@echo "  source .venv/bin/activate           then, for example:"
 	@echo "  dvc exp show --only-changed         experiments side by side"
-	@echo "  dvc repro evaluate@distillation     the real thing: full MNIST, about 5 minutes on 2 cores (downloads 12 MB)"
+	@echo "  dvc repro report@distillation       the real thing: full MNIST, about 10 minutes on 2 cores (downloads 12 MB)"
 	@echo "  README.md                           the full run, varying it, your own images"
 
 test: .venv/installed-for-tests
