@@ -53,6 +53,10 @@ STAGES = (  # module and argument, in the order of the graph
     "train_student_alone",
     "evaluate baselines",
     "evaluate distillation",
+    "export_student",
+    "evaluate_export",
+    "measure_cost distillation",
+    "report distillation",
 )
 
 
