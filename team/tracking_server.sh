@@ -16,7 +16,7 @@ command -v mlflow >/dev/null || { echo "error: mlflow is missing: source .venv/b
 
 as=()
 if [ "$(id -u)" = 0 ]; then # PostgreSQL refuses to run as root
-  as=(runuser -u postgres --)
+  as=(setpriv --reuid=postgres --regid=postgres --init-groups)
 fi
 mkdir -p "$folder/database" "$folder/artifacts"
 if [ "$(id -u)" = 0 ]; then

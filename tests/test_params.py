@@ -15,9 +15,9 @@ def load_changed(tmp_path: Path, old: str, new: str):
     return load_params(path)
 
 
-def test_defaults_are_the_references_and_three_seeds():
+def test_defaults_are_the_references_and_five_seeds():
     params = load_params(Path(__file__).parents[1] / "params.yaml")
-    assert params.seeds == [0, 1, 2]
+    assert params.seeds == [0, 1, 2, 3, 4]
     assert params.kd.model_dump() == {"temperature": 5, "alpha": 0.7, "divergence": "forward"}
     assert (params.baselines.epochs, params.baselines.batch_size, params.baselines.lr) == (5, 64, 0.001)
     assert (params.distillation.epochs, params.distillation.batch_size, params.distillation.lr) == (5, 128, 0.001)
@@ -38,9 +38,9 @@ def test_defaults_are_the_references_and_three_seeds():
         ("temperature: 5", "temperature: 0", ["kd.temperature = 0", "greater than 0"]),
         ("temperature: 5", "temperature: .nan", ["kd.temperature = nan", "finite"]),
         ("divergence: forward", "divergence: sideways", ["kd.divergence = 'sideways'", "'forward' or 'reverse'"]),
-        ("seeds: [0, 1, 2]", "seeds: [0, 1, 1]", ["seeds = [0, 1, 1]", "twice"]),
-        ("seeds: [0, 1, 2]", "seeds: []", ["seeds = []"]),
-        ("seeds: [0, 1, 2]", "seeds: [0", ["cannot read"]),
+        ("seeds: [0, 1, 2, 3, 4]", "seeds: [0, 1, 1]", ["seeds = [0, 1, 1]", "twice"]),
+        ("seeds: [0, 1, 2, 3, 4]", "seeds: []", ["seeds = []"]),
+        ("seeds: [0, 1, 2, 3, 4]", "seeds: [0", ["cannot read"]),
     ],
 )
 def test_bad_parameters_are_named(tmp_path: Path, old: str, new: str, named: list[str]):
