@@ -9,7 +9,6 @@ loop, (b) that loop with what a careful user would turn on, (c) this pipeline's.
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -31,6 +30,7 @@ from pipeline.data.prepared import Split, TrainingData, load_training_data
 from pipeline.data.sources import read_source
 from pipeline.distillation import DistillationLoss
 from pipeline.inference import choose_device, choose_precision, predict
+from pipeline.provenance import machine
 from pipeline.training import fit
 
 ROOT = Path(__file__).parents[1]
@@ -243,20 +243,16 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """The hardware and the versions."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo")
-        models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-        name = f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
+    found = machine()
+    name = found["gpu"] if device.type == "cuda" else f"{found['processor']}, {found['cores']} cores"
     capability = torch.backends.cpu.get_cpu_capability()
     native = choose_precision("auto", torch.device("cpu")) == "bf16"
     return {
         "name": name,
         "type": device.type,
-        "cpu": f"{capability}{' with native bf16' if native else ''}, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "cpu": f"{capability}{' with native bf16' if native else ''}, {found['threads']} threads",
+        "python": found["python"],
+        "torch": found["torch"],
     }
 
 

@@ -56,10 +56,11 @@ class Study(BaseModel):
     fixed: dict[str, Any] = {}
     grids: list[Grid]
 
-    def points(self, grid: Grid) -> Iterator[dict[str, Any]]:
-        """The settings of a grid's points, by dotted parameter."""
+    def points(self, grid: Grid) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Of each of a grid's points, what is varied as the grid says it, and all settings by dotted parameter."""
         for values in itertools.product(*grid.vary.values()):
-            yield flat({**self.fixed, **grid.fixed, **dict(zip(grid.vary, values, strict=True))})
+            chosen = dict(zip(grid.vary, values, strict=True))
+            yield chosen, flat({**self.fixed, **grid.fixed, **chosen})
 
 
 def main() -> None:
@@ -80,11 +81,12 @@ def load_study(name: str) -> Study:
     path = ROOT / "studies" / f"{name}.yaml"
     try:
         study = Study.model_validate(yaml.safe_load(path.read_text()))
+        params = (ROOT / "params.yaml").read_text()
         for grid in study.grids:
             if grid.x not in grid.vary:
                 raise UserError(f"{path}: {grid.title}: x = {grid.x!r} is not varied; what is: {', '.join(grid.vary)}")
-            for point in study.points(grid):
-                Params.model_validate(applied(yaml.safe_load((ROOT / "params.yaml").read_text()), point))
+            for _, point in study.points(grid):
+                Params.model_validate(applied(yaml.safe_load(params), point))
     except OSError as error:
         known = ", ".join(sorted(one.stem for one in path.parent.glob("*.yaml")))
         raise UserError(f"{path}: cannot be read; the studies here: {known}") from error
@@ -125,7 +127,7 @@ def name_of(study: str, point: Mapping[str, Any]) -> str:
 
 def all_points(name: str, study: Study) -> dict[str, dict[str, Any]]:
     """Every point by its experiment's name; one that two grids share counts once."""
-    return {name_of(name, point): point for grid in study.grids for point in study.points(grid)}
+    return {name_of(name, point): point for grid in study.grids for _, point in study.points(grid)}
 
 
 def queue(name: str, study: Study) -> None:
@@ -226,9 +228,8 @@ def plot(name: str, study: Study, frame: pd.DataFrame) -> Figure:
     panels = figure.subplots(1, len(study.grids), squeeze=False)[0]
     for axes, grid in zip(panels, study.grids, strict=True):
         lines: dict[str, list[tuple[float, pd.Series]]] = {}
-        for values in itertools.product(*grid.vary.values()):
-            chosen = dict(zip(grid.vary, values, strict=True))
-            one = name_of(name, flat({**study.fixed, **grid.fixed, **chosen}))
+        for chosen, point in study.points(grid):
+            one = name_of(name, point)
             if one in frame.index:
                 label = ", ".join(
                     f"{key.split('.')[-1]} {short(value)}" for key, value in chosen.items() if key != grid.x

@@ -39,7 +39,7 @@ def test_the_studies_here_have_valid_points_enough(name: str):
 
 
 def test_points_are_all_combinations_with_blocks_spelt_out():
-    points = list(SMALL.points(SMALL.grids[0]))
+    points = [point for _, point in SMALL.points(SMALL.grids[0])]
     assert len(points) == 4
     assert points[0] == {
         "seeds": [0, 1],
