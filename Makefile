@@ -11,17 +11,19 @@ export MLFLOW_DISABLE_TELEMETRY := true
 DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.epochs=2 \
         -S distillation.dataset=mnist5k -S distillation.epochs=3 -S 'seeds=[0,1]'
 
-.PHONY: help install demo test bench study study-table register promote serve lint format ui clean
+.PHONY: help install demo test bench faults study study-table register promote serve send lint format ui clean
 
 help:
 	@echo "make demo     install, run the whole graph on 5,000 embedded images, print the results (3 minutes)"
 	@echo "make test     install what tests need, run them all"
 	@echo "make bench    time the trainings against an ordinary loop (BENCH='--share 0.1' for a quick look)"
+	@echo "make faults   kill, cut off, fill and feed badly the real pipeline, and count what survives (half an hour)"
 	@echo "make study STUDY=mnist        queue what is missing of studies/mnist.yaml and work it off, JOBS=2 at a time"
 	@echo "make study-table STUDY=mnist  table and figure of what has finished, into metrics/studies/"
 	@echo "make register  the exported student into MLflow's registry, as champion if it is better than the present one"
 	@echo "make promote VERSION=2  make a registered version the champion by hand"
 	@echo "make serve     MLflow's model server with the champion, on http://127.0.0.1:5001"
+	@echo "make send      what MLflow's server could not take while it was away"
 	@echo "make install  create .venv with everything that requirements.txt names"
 	@echo "make ui       open the MLflow UI on http://127.0.0.1:$(PORT)"
 	@echo "make lint     ruff: rules and formatting"
@@ -49,6 +51,9 @@ test: .venv/installed-for-tests
 bench: .venv/installed
 	python -m benchmarks.bench $(BENCH)
 
+faults: .venv/installed-for-tests
+	python -m faults $(FAULTS)
+
 study: .venv/installed
 	python -m studies.study queue $(STUDY)
 	OMP_NUM_THREADS=$(shell $(PYTHON) -c "import os; print(max(1, os.cpu_count() // $(JOBS)))") dvc queue start -j $(JOBS)
@@ -65,6 +70,9 @@ promote: .venv/installed
 
 serve: .venv/installed
 	PORT=$(or $(SERVE_PORT),5001) python -m pipeline.serve_student
+
+send: .venv/installed
+	python -m pipeline.send_unsent
 
 lint: .venv/installed-for-tests
 	ruff check .

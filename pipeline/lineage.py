@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.errors import UserError, run
 from pipeline.files import md5
 from pipeline.params import load_params
-from pipeline.tracking import Tracker
+from pipeline.tracking_store import Store
 
 MODELS = "models"
 
@@ -20,10 +20,10 @@ MODELS = "models"
 def main(target: str) -> None:
     """Print every checkpoint of `target` with its runs."""
     checkpoints = {target: md5(Path(target))} if Path(target).is_file() else of_revision(target)
-    tracker = Tracker(load_params().tracking.experiment)
+    store = Store(load_params().tracking.experiment)
     for path, checksum in checkpoints.items():
         print(f"{path}  {checksum}")
-        lines = tracker.describe_runs(checksum)
+        lines = store.describe_runs(checksum)
         print(
             "\n".join(f"    {line}" for line in lines)
             or "    no run in this store: dvc repro --single-item --force evaluate"

@@ -3,11 +3,11 @@
 from pipeline.errors import run
 from pipeline.params import load_params
 from pipeline.registry import CHAMPION, NAME, promote
-from pipeline.tracking import Tracker
+from pipeline.tracking_store import Store
 
 
 def main(version: str) -> None:
-    promote(Tracker(load_params().tracking.experiment).client, version)
+    promote(Store(load_params().tracking.experiment).client, version)
     print(f"{NAME} version {version}: {CHAMPION}")
 
 

@@ -10,13 +10,13 @@ from pipeline.errors import UserError, run
 from pipeline.files import read_json
 from pipeline.params import load_params
 from pipeline.registry import NAME, Candidate, register
-from pipeline.tracking import Tracker
+from pipeline.tracking_store import Store
 
 
 def main() -> None:
-    tracker = Tracker(load_params().tracking.experiment)
+    store = Store(load_params().tracking.experiment)
     checksum = read_json(Path("models/student/choice.json"))["checkpoint_md5"]
-    run_id = tracker.run_of(checksum)
+    run_id = store.run_of(checksum)
     if run_id is None:
         raise UserError(
             "the store does not know the student's training: dvc repro --single-item --force evaluate@distillation"
@@ -32,7 +32,7 @@ def main() -> None:
     for path in (candidate.onnx, candidate.predictions):
         if not path.is_file():
             raise UserError(f"{path}: missing: run dvc repro first")
-    done = register(tracker.client, candidate)
+    done = register(store.client, candidate)
     print(f"{NAME} version {done.version}: {done.alias}, {done.reason}")
 
 

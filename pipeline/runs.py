@@ -102,9 +102,9 @@ def train(
     }
     with progress.of(identity) as file:
         before = file.load() if file else None
-        facts = before.facts if before else {"history": [], "best_epoch": 0, "seconds": 0.0, "run_id": None}
+        facts = before.facts if before else {"history": [], "best_epoch": 0, "seconds": 0.0, "run": None}
         done = [Epoch(**epoch) for epoch in facts["history"]]
-        with tracker.training(model, seed, data.dataset, parameters, device.type, facts["run_id"], done) as run:
+        with tracker.training(model, seed, data.dataset, parameters, device.type, facts["run"], done) as run:
             start = time.perf_counter() - facts["seconds"]
 
             def keep(state: State) -> None:
@@ -113,7 +113,7 @@ def train(
                         "history": [dict(epoch) for epoch in state.history],
                         "best_epoch": state.best_epoch,
                         "seconds": time.perf_counter() - start,
-                        "run_id": run.run_id,
+                        "run": run.key,
                     }
                     file.save(Unfinished(state.tensors, facts))
                 run.log_epoch(len(state.history), state.history[-1])

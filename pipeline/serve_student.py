@@ -15,7 +15,7 @@ from mlflow.pyfunc import scoring_server
 from pipeline.errors import UserError, run
 from pipeline.params import load_params
 from pipeline.registry import CHAMPION, NAME, by_alias
-from pipeline.tracking import Tracker
+from pipeline.tracking_store import Store
 
 LIMIT = 32 * 2**20  # bytes of a request's body
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -70,11 +70,11 @@ async def _answer(send: Send, status: int, text: str) -> None:
 
 
 def main() -> None:
-    tracker = Tracker(load_params().tracking.experiment)
-    champion = by_alias(tracker.client, CHAMPION)
+    store = Store(load_params().tracking.experiment)
+    champion = by_alias(store.client, CHAMPION)
     if champion is None:
         raise UserError(f"no {CHAMPION} of {NAME} in the registry: dvc repro, then make register")
-    mlflow.set_tracking_uri(tracker.client.tracking_uri)
+    mlflow.set_tracking_uri(store.client.tracking_uri)
     model = mlflow.pyfunc.load_model(f"models:/{NAME}@{CHAMPION}")
     host, port = os.environ.get("HOST") or "127.0.0.1", int(os.environ.get("PORT") or 5001)
     print(f"{NAME} version {champion.version} on http://{host}:{port}/invocations", flush=True)

@@ -1,88 +1,90 @@
-"""MLflow: one run per training, test results added to it, one summary run per track."""
+"""Tracking: one MLflow run per training, test results added to it, one summary run per track.
 
+A store that does not answer costs no training and no figure: what it does not take is kept and sent later (unsent.py).
+"""
+
+import base64
 import contextlib
 import getpass
 import hashlib
+import io
 import json
-import logging
 import os
-import re
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from pipeline.checkpoints import Description, Epoch
 from pipeline.data.prepared import Dataset
 from pipeline.errors import UserError
-from pipeline.files import main_checkout
 from pipeline.provenance import changed_settings, code_is_committed, commit
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-from mlflow import MlflowClient
-from mlflow.entities import Dataset as LoggedDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunStatus, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
-from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-from sqlalchemy.exc import SQLAlchemyError
+from pipeline.tracking_store import CHECKPOINT, EVALUATED, SUMMARY, NoAnswerError, RefusedError, Store, tracking_uri
+from pipeline.unsent import Kept, folder, set_aside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 
-logging.getLogger("mlflow").setLevel(logging.WARNING)  # not every table that a new store creates
-CHECKPOINT = "checkpoint_md5"  # tag: the checksum that DVC keeps for the file too
-EVALUATED = "evaluated"  # tag: digest of the results that the run already holds
-SUMMARY = "summary"  # tag: digest of the results that a summary run holds
-
-
-def tracking_uri() -> str:
-    """The store: `MLFLOW_TRACKING_URI`, else SQLite in the main checkout, where temporary copies find it too."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    scheme, separator, path = uri.partition("sqlite:///")
-    if separator and not scheme and not path.startswith("/"):
-        return f"sqlite:///{main_checkout() / path}"
-    return uri
+PAUSE = 60  # seconds until a store that did not answer is asked again
 
 
 class Tracker:
-    """One experiment of the tracking store."""
+    """One experiment of the tracking store, which may come and go."""
 
     def __init__(self, experiment: str) -> None:
-        """Open the store and the experiment, creating either where missing. Raises UserError if the store refuses."""
-        uri = tracking_uri()
-        is_local = uri.startswith("sqlite:")
-        # For a new SQLite store, which migrates itself when first opened: two processes doing so at once break it. And for what
-        # is looked for first and created if it is not there.
-        self.lock = FileLock(main_checkout() / "mlflow.db.lock")
-        try:
-            with self.lock:
-                self.client = MlflowClient(uri)
-                found = self.client.get_experiment_by_name(experiment)
-                self.experiment_id = found.experiment_id if found else self._create(experiment, is_local)
-        except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
-            raise UserError(f"MLflow store {uri}: {error}. Set MLFLOW_TRACKING_URI to a store that answers") from error
-        if found and found.lifecycle_stage == "deleted":
-            raise UserError(
-                f"MLflow experiment {experiment!r} is deleted: restore it (mlflow experiments restore -x"
-                f" {self.experiment_id}) or choose another name in tracking.experiment"
-            )
+        """Open the experiment and send what earlier processes could not.
 
-    def _create(self, experiment: str, is_local: bool) -> str:
-        # A server chooses its own artifact folder; without one, the default would lie in the current folder.
-        location = (main_checkout() / "mlartifacts" / experiment).as_uri() if is_local else None
+        Raises UserError if the store does not answer, unless the variable TRACK_LATER is set.
+        """
+        self.experiment = experiment
+        self.store: Store | None = None
+        self.kept = Kept(tracking_uri(), experiment)
+        self.silent_since: float | None = None  # the store did not answer then, and has not been asked again
         try:
-            kind = {"mlflow.experimentKind": "custom_model_development"}  # so that the UI opens the right pages
-            return self.client.create_experiment(experiment, artifact_location=location, tags=kind)
-        except MlflowException:
-            if found := self.client.get_experiment_by_name(experiment):  # somebody else was faster
-                return found.experiment_id
-            raise
+            self.store = Store(experiment)
+            if count := self.kept.send_left(self._deliver):
+                print(f"tracking: sent {count} entries that were kept in {folder()}", flush=True)
+        except NoAnswerError as error:
+            if not os.environ.get("TRACK_LATER"):
+                raise UserError(
+                    f"{error}, or TRACK_LATER=1 to go on: what is to be tracked is then sent later"
+                ) from error
+            self._wait(error)
+
+    def _do(self, operation: str, **arguments: Any) -> None:
+        """Have the store do something; if it does not answer, keep that and all that follows, and ask again after a while."""
+        if self.silent_since is not None and time.monotonic() < self.silent_since + PAUSE:
+            self.kept.add(operation, arguments)
+            return
+        try:
+            self.kept.send(self._deliver)
+            self._deliver(operation, arguments)
+            self.silent_since = None
+        except NoAnswerError as error:
+            self.kept.add(operation, arguments)
+            self._wait(error)
+
+    def _deliver(self, operation: str, arguments: Mapping[str, Any]) -> None:
+        if self.store is None:
+            self.store = Store(self.experiment)
+        try:
+            self.store.do(operation, arguments)
+        except RefusedError as error:
+            path = set_aside(operation, arguments, str(error))
+            print(f"tracking: {operation} was refused and put into {path}: {_line(error)}", file=sys.stderr, flush=True)
+
+    def _wait(self, error: NoAnswerError) -> None:
+        if self.silent_since is None:
+            print(
+                f"tracking: no answer ({_line(error)}). The work goes on; what is to be tracked is kept in {folder()} and sent"
+                " by the next stage that reaches the store, or by python -m pipeline.send_unsent",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.silent_since = time.monotonic()
 
     @contextlib.contextmanager
     def training(
@@ -97,53 +99,24 @@ class Tracker:
     ) -> Iterator["TrainingRun"]:
         """A run of one training. It ends as FINISHED, FAILED, or KILLED when interrupted.
 
-        If the store still has the run `unfinished` of the same training, that one goes on. Of the epochs that are `done`, those
-        that the run does not have are logged.
+        `unfinished` is the key of the same training's run, which goes on; of the epochs that are `done`, those that it does not
+        have are logged.
         """
-        if unfinished and self._goes_on(unfinished):
-            run_id = unfinished
-        else:
-            run_id = self._start(model, seed, dataset, parameters, {"device": device})
-        logged = {metric.step for metric in self.client.get_metric_history(run_id, "val_loss")} if done else set()
-        for number, epoch in enumerate(done, start=1):
-            if number not in logged:
-                TrainingRun(self.client, run_id).log_epoch(number, epoch)
-        status = RunStatus.FAILED
+        key = unfinished or uuid.uuid4().hex
+        self._do(
+            "start", key=key, time_ms=_now(), **_training_run(model, seed, dataset, parameters, {"device": device})
+        )
+        if done:
+            self._do("catch_up", key=key, time_ms=_now(), epochs=[dict(epoch) for epoch in done])
+        status = "FAILED"
         try:
-            yield TrainingRun(self.client, run_id, _monitors())
-            status = RunStatus.FINISHED
+            yield TrainingRun(self, key)
+            status = "FINISHED"
         except KeyboardInterrupt:
-            status = RunStatus.KILLED
+            status = "KILLED"
             raise
         finally:
-            self.client.set_terminated(run_id, RunStatus.to_string(status))
-
-    def _goes_on(self, run_id: str) -> bool:
-        """Set a run to running again; False if the store does not know it."""
-        try:
-            self.client.update_run(run_id, RunStatus.to_string(RunStatus.RUNNING))
-        except MlflowException:
-            return False
-        return True
-
-    def _start(
-        self, model: str, seed: int, dataset: Dataset, parameters: Mapping[str, Any], tags: Mapping[str, str]
-    ) -> str:
-        origin = _origin()
-        note = f"**{model}**, trained on {dataset.name} with seed {seed}.\n\n{_how_to_repeat(origin)}"
-        tags = {"model": model, "dataset": dataset.name, "mlflow.note.content": note, **origin, **tags}
-        run_id = self.client.create_run(self.experiment_id, run_name=f"{model}/seed{seed}", tags=tags).info.run_id
-        params = {"model": model, "seed": seed, "dataset": dataset.name, **parameters}
-        self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
-        logged = LoggedDataset(
-            name=dataset.name,
-            digest=dataset.fingerprint[:36],
-            source_type="local",
-            source=json.dumps({"dataset": dataset.name}),
-            profile=json.dumps({"images": dataset.images, "shape": dataset.image_shape, "classes": dataset.classes}),
-        )
-        self.client.log_inputs(run_id, [DatasetInput(logged, [InputTag("mlflow.data.context", "training")])])
-        return run_id
+            self._do("finish", key=key, time_ms=_now(), status=status)
 
     def log_test(
         self,
@@ -158,28 +131,22 @@ class Tracker:
         Where the store does not know the checkpoint (a new store, a checkpoint from elsewhere), its run is made again from
         the description and tagged `recreated`. `texts` and `figures` go by their artifact path.
         """
-        with self.lock:
-            run = self._find(CHECKPOINT, checkpoint_md5)
-            if run is None:
-                run_id = self._start(
-                    description.model,
-                    description.seed,
-                    description.dataset,
-                    description.parameters,
-                    {"recreated": "true"},
-                )
-                for number, epoch in enumerate(description.history, start=1):
-                    TrainingRun(self.client, run_id).log_epoch(number, epoch)
-                TrainingRun(self.client, run_id).log_checkpoint(checkpoint_md5, description.best_epoch)
-                self.client.set_terminated(run_id)
-            else:
-                run_id = run.info.run_id
-            digest = _digest(metrics, texts)
-            if run is None or run.data.tags.get(EVALUATED) != digest:
-                self._add(run_id, metrics, texts)
-                for path, figure in figures.items():
-                    self.client.log_figure(run_id, figure, path)
-                self.client.set_tag(run_id, EVALUATED, digest)
+        digest = _digest(metrics, texts)
+        if self._holds(CHECKPOINT, checkpoint_md5, EVALUATED, digest):
+            return
+        told = description
+        self._do(
+            "log_test",
+            key=uuid.uuid4().hex,
+            time_ms=_now(),
+            checkpoint_md5=checkpoint_md5,
+            digest=digest,
+            metrics=dict(metrics),
+            files=_texts(texts) | {path: _base64(_png(figure)) for path, figure in figures.items()},
+            recreated=_training_run(told.model, told.seed, told.dataset, told.parameters, {"recreated": "true"}),
+            epochs=[dict(epoch) for epoch in told.history],
+            best_epoch=told.best_epoch,
+        )
 
     def log_summary(
         self,
@@ -192,107 +159,111 @@ class Tracker:
     ) -> None:
         """A run that holds a track's table and figures, once for the same results; `sentences` is what they show in words."""
         digest = _digest(metrics, texts)
-        with self.lock:
-            if self._find(SUMMARY, digest) is None:
-                origin = _origin()
-                note = f"{sentences}\n\n{_how_to_repeat(origin)}"
-                tags = {"model": f"all of {track}", "mlflow.note.content": note, **origin}
-                varied = [one for one in changed_settings() if one.split("=")[0] in (*parameters, "seeds")]
-                name = " ".join([f"{track}/summary", *varied])  # what differs from the commit is seen at first sight
-                run = self.client.create_run(self.experiment_id, run_name=name[:120], tags=tags)
-                run_id = run.info.run_id
-                self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
-                self._add(run_id, metrics, texts)
-                for path in plots:
-                    self.client.log_artifact(run_id, str(path))
-                self.client.set_tag(run_id, SUMMARY, digest)
-                self.client.set_terminated(run_id)
-
-    def run_of(self, checkpoint_md5: str) -> str | None:
-        """The id of the run that made a checkpoint; None if the store does not know."""
-        run = self._find(CHECKPOINT, checkpoint_md5)
-        return run.info.run_id if run else None
+        if self._holds(SUMMARY, digest, SUMMARY, digest):
+            return
+        origin = _origin()
+        note = f"{sentences}\n\n{_how_to_repeat(origin)}"
+        varied = [one for one in changed_settings() if one.split("=")[0] in (*parameters, "seeds")]
+        name = " ".join([f"{track}/summary", *varied])[:120]  # what differs from the commit is seen at first sight
+        tags = {"model": f"all of {track}", "mlflow.note.content": note, **origin}
+        self._do(
+            "log_summary",
+            key=uuid.uuid4().hex,
+            time_ms=_now(),
+            digest=digest,
+            run={"name": name, "tags": tags, "params": dict(parameters)},
+            metrics=dict(metrics),
+            files=_texts(texts) | {path.name: _base64(path.read_bytes()) for path in plots},
+        )
 
     def training_seconds(self, checkpoint_md5: str) -> float | None:
-        """How long the training of a checkpoint took; None if the store does not know."""
-        run = self._find(CHECKPOINT, checkpoint_md5)
-        return run.data.metrics.get("training_seconds") if run else None
+        """How long the training of a checkpoint took; None if the store does not know or does not answer."""
+        try:
+            return self.store.training_seconds(checkpoint_md5) if self.store else None
+        except NoAnswerError as error:
+            self._wait(error)
+            return None
 
-    def describe_runs(self, checkpoint_md5: str) -> list[str]:
-        """A line for each run of the experiment that made a checkpoint, the newest first."""
-        found = self.client.search_runs(
-            [self.experiment_id], f"tags.{CHECKPOINT} = '{checkpoint_md5}'", order_by=["attributes.start_time DESC"]
-        )
-        lines = []
-        for run in found:
-            tags, measured = run.data.tags, run.data.metrics.get("test_accuracy")
-            parts = [
-                run.info.run_name,
-                f"run {run.info.run_id}",
-                run.info.status.lower(),
-                time.strftime("%Y-%m-%d %H:%M", time.localtime(run.info.start_time / 1000)),
-                f"commit {tags.get('mlflow.source.git.commit', 'unknown')[:12]}",
-                *(
-                    f"{name} {tags[key]}"
-                    for name, key in (("stage", "dvc.stage"), ("experiment", "dvc.experiment"))
-                    if key in tags
-                ),
-                f"test accuracy {measured:.4f}" if measured is not None else "not measured",
-                *(["recreated by evaluate, not trained here"] if "recreated" in tags else []),
-            ]
-            lines.append(", ".join(parts))
-        return lines
-
-    def _find(self, tag: str, value: str) -> Run | None:
-        """The newest finished run that carries the tag."""
-        found = self.client.search_runs(
-            [self.experiment_id],
-            f"tags.{tag} = '{value}' and attributes.status = 'FINISHED'",
-            max_results=1,
-            order_by=["attributes.start_time DESC"],
-        )
-        return found[0] if found else None
-
-    def _add(self, run_id: str, metrics: Mapping[str, float], texts: Mapping[str, str]) -> None:
-        now = int(time.time() * 1000)
-        self.client.log_batch(run_id, [Metric(_allowed(key), value, now, 0) for key, value in metrics.items()])
-        for path, text in texts.items():
-            self.client.log_text(run_id, text, path)
+    def _holds(self, tag: str, value: str, digest_tag: str, digest: str) -> bool:
+        if self.silent_since is not None:
+            return False
+        try:
+            return self.store.holds(tag, value, digest_tag, digest)
+        except NoAnswerError as error:
+            self._wait(error)
+            return False
 
 
 class TrainingRun:
     """The MLflow run of one training."""
 
-    def __init__(self, client: MlflowClient, run_id: str, monitors: Sequence[BaseMetricsMonitor] = ()) -> None:
-        self.client = client
-        self.run_id = run_id
-        self.monitors = monitors
+    def __init__(self, tracker: Tracker, key: str) -> None:
+        self.key = key
+        self.monitors = _monitors()
+        self.do = tracker._do
 
     def log_epoch(self, number: int, epoch: Epoch) -> None:
         """The curves' values after epoch `number`, and the machine's load during it, in one write."""
-        now = int(time.time() * 1000)
         values = dict(epoch)
         for monitor in self.monitors:
             monitor.collect_metrics()
             values |= {f"system/{key}": value for key, value in monitor.aggregate_metrics().items()}
             monitor.clear_metrics()
-        self.client.log_batch(self.run_id, [Metric(key, value, now, number) for key, value in values.items()])
+        self.do("log", key=self.key, time_ms=_now(), step=number, metrics=values)
 
-    def log_checkpoint(self, md5: str, best_epoch: int, seconds: float | None = None) -> None:
+    def log_checkpoint(self, md5: str, best_epoch: int, seconds: float) -> None:
         """Which file the training made: the tag by which `Tracker.log_test` finds the run."""
-        now = int(time.time() * 1000)
-        metrics = {"best_epoch": best_epoch} | ({"training_seconds": seconds} if seconds is not None else {})
-        self.client.log_batch(
-            self.run_id, [Metric(key, value, now, 0) for key, value in metrics.items()], tags=[RunTag(CHECKPOINT, md5)]
-        )
+        metrics = {"best_epoch": best_epoch, "training_seconds": seconds}
+        self.do("log", key=self.key, time_ms=_now(), step=0, metrics=metrics, tags={CHECKPOINT: md5})
 
 
-def _monitors() -> list[BaseMetricsMonitor]:
+def _training_run(
+    model: str, seed: int, dataset: Dataset, parameters: Mapping[str, Any], tags: Mapping[str, str]
+) -> dict[str, Any]:
+    """Name, tags, parameters and data set of a training's run."""
+    origin = _origin()
+    note = f"**{model}**, trained on {dataset.name} with seed {seed}.\n\n{_how_to_repeat(origin)}"
+    facts = {"name": dataset.name, "fingerprint": dataset.fingerprint}
+    return {
+        "name": f"{model}/seed{seed}",
+        "tags": {"model": model, "dataset": dataset.name, "mlflow.note.content": note, **origin, **tags},
+        "params": {"model": model, "seed": seed, "dataset": dataset.name, **parameters},
+        "data": facts | {"images": dataset.images, "shape": dataset.image_shape, "classes": dataset.classes},
+    }
+
+
+def _monitors() -> list["BaseMetricsMonitor"]:
     """MLflow's own, of the processor's load since the last look, of memory and of an NVIDIA GPU if its library is there."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+
     monitors: list[BaseMetricsMonitor] = [CPUMonitor()]
     with contextlib.suppress(Exception):  # no library, no driver, no GPU: each says so in its own way
         monitors.append(GPUMonitor())
     return monitors
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _line(error: Exception) -> str:
+    """An error in one line, of a length that can be read."""
+    return " ".join(str(error).split())[:200]
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _texts(texts: Mapping[str, str]) -> dict[str, str]:
+    return {path: _base64(text.encode()) for path, text in texts.items()}
+
+
+def _png(figure: "Figure") -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
 
 
 def _how_to_repeat(origin: Mapping[str, str]) -> str:
@@ -305,11 +276,6 @@ def _how_to_repeat(origin: Mapping[str, str]) -> str:
         return f"Made outside of DVC, by {origin['mlflow.source.name']}, at `{checkout}`.{caution}"
     command = f"dvc exp run{settings} {stage}" if settings else f"dvc repro {stage}"
     return f"Again: `{checkout} && {command}`{caution}"
-
-
-def _allowed(name: str) -> str:
-    """A metric's name without the characters that MLflow refuses: some class names have parentheses and commas."""
-    return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 def _digest(metrics: Mapping[str, float], texts: Mapping[str, str]) -> str:

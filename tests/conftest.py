@@ -1,22 +1,17 @@
 """Small real images and the fixtures that several tests share."""
 
 import os
-import shutil
-import socket
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from sklearn.datasets import load_digits
 
+from faults.checkout import ROOT, Checkout, copy_checkout
 from pipeline.data.prepared import Dataset, Split, TrainingData
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-ROOT = Path(__file__).parents[1]
 torch.set_num_threads(2)
 
 
@@ -41,48 +36,13 @@ def write_npz(path: Path, **replaced: np.ndarray | None) -> Path:
     return path
 
 
-def copy_checkout(folder: Path) -> Path:
-    """A copy of the project as a git repository of its own; both tracks read a small file, two seeds, one epoch."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in listed.stdout.split():
-        if (ROOT / name).is_file() and name != "dvc.lock":
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+def small_checkout(folder: Path) -> Checkout:
+    """A copy of the project whose tracks both read a small file, two seeds, one epoch."""
+    folder.mkdir(parents=True)
     write_npz(folder / "own.npz")
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["seeds"] = [0, 1]
-    params["baselines"] |= {"dataset": "own.npz", "epochs": 1, "pretrained": False}
-    params["distillation"] |= {"dataset": "own.npz", "epochs": 1}
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    identity = (
-        ["config", "user.name", "test"],
-        ["config", "user.email", "test@localhost"],
-    )  # the machine may have none
-    for command in (["init", "-q"], *identity, ["add", "-A"], ["commit", "-qm", "as it is"]):
-        subprocess.run(["git", *command], cwd=folder, check=True)
-    return folder
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 on which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def wait_for(port: int, process: subprocess.Popen) -> None:
-    """Until a server that was just started answers on 127.0.0.1."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the server has ended"
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise TimeoutError(port)
+    both = {"baselines__dataset": "own.npz", "distillation__dataset": "own.npz"}
+    few = {"baselines__epochs": 1, "distillation__epochs": 1, "seeds": [0, 1]}
+    return copy_checkout(folder, **both, **few, baselines__pretrained=False)
 
 
 @pytest.fixture

@@ -18,41 +18,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
 from PIL import Image
 
+from faults.checkout import Checkout, free_port, wait_for
 from pipeline.deployment import predict_onnx
-from tests.conftest import copy_checkout, free_port, wait_for, write_npz
+from tests.conftest import small_checkout, write_npz
 from tests.test_graph import STAGES
-
-
-class Checkout:
-    """A checkout and a shell in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        bin_folder = Path(sys.executable).parent
-        self.environment = {
-            key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "DATA_MIRROR"))
-        } | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
-
-    def run(self, *command: str, expect: int | None = 0) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert expect is None or done.returncode == expect, f"{command}: {done.stdout}\n{done.stderr}"
-        return done
-
-    def dvc(self, *arguments: str, expect: int | None = 0) -> str:
-        done = self.run("dvc", *arguments, expect=expect)
-        return done.stdout + done.stderr
-
-    def mlflow_runs(self) -> list[Run]:
-        client = MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
-        return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-
-    def by_name(self) -> Counter:
-        return Counter(run.info.run_name for run in self.mlflow_runs())
 
 
 def stages_run(output: str) -> list[str]:
@@ -61,7 +32,7 @@ def stages_run(output: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    checkout = Checkout(copy_checkout(tmp_path_factory.mktemp("end") / "checkout"))
+    checkout = small_checkout(tmp_path_factory.mktemp("end") / "checkout")
     checkout.output = checkout.dvc("repro")
     return checkout
 

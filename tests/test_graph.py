@@ -12,7 +12,7 @@ import yaml
 from dvc.repo import Repo
 
 from pipeline.params import load_params
-from tests.conftest import copy_checkout
+from tests.conftest import small_checkout
 from tests.graph_reads import ROOT, Reads, leaves, observe
 
 STAGES = [
@@ -45,7 +45,7 @@ class Declared:
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project whose two tracks read a small set, few epochs."""
-    return copy_checkout(tmp_path_factory.mktemp("graph") / "checkout")
+    return small_checkout(tmp_path_factory.mktemp("graph") / "checkout").folder
 
 
 def declared(folder: Path) -> dict[str, Declared]:

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from faults.checkout import free_port, wait_for
 from pipeline.checkpoints import new_classifier
 from pipeline.data.prepared import TrainingData
 from pipeline.deployment import export_onnx, predict_onnx
 from pipeline.errors import UserError
 from pipeline.registry import NAME, Candidate, by_alias, promote, register
 from pipeline.tracking import Tracker
-from tests.conftest import ROOT, free_port, wait_for
+from tests.conftest import ROOT
 
 
 class Registry:
@@ -31,7 +32,7 @@ class Registry:
         self.folder = folder
         self.data = data
         self.tracker = Tracker("e")
-        self.client = self.tracker.client
+        self.client = self.tracker.store.client
         self.onnx = folder / "student.onnx"
         classifier = new_classifier("compact_cnn", {"width": 4, "hidden": 8}, data.dataset, 0).eval()
         export_onnx(classifier, data.dataset.image_shape, data.dataset.classes, self.onnx)
@@ -44,8 +45,10 @@ class Registry:
         predictions.parent.mkdir()
         np.savez_compressed(predictions, labels=labels, seeds=np.arange(5), student_distilled=said)
         with self.tracker.training("student_distilled", 0, self.data.dataset, {}, "cpu") as run:
-            run.log_checkpoint(name, 1)
-        return Candidate(self.onnx, name, self.data.dataset, predictions, run.run_id, accuracy)._replace(**changed)
+            run.log_checkpoint(name, 1, 1.0)
+        return Candidate(
+            self.onnx, name, self.data.dataset, predictions, self.tracker.store.run_of(name), accuracy
+        )._replace(**changed)
 
     def aliases(self) -> dict[str, str]:
         return {alias: str(version) for alias, version in self.client.get_registered_model(NAME).aliases.items()}

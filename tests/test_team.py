@@ -15,8 +15,9 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.conftest import ROOT, copy_checkout, free_port, wait_for
-from tests.test_end_to_end import Checkout, stages_run
+from faults.checkout import Checkout, free_port, wait_for
+from tests.conftest import ROOT, small_checkout
+from tests.test_end_to_end import stages_run
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def tracking_server() -> Iterator[str]:
 
 @pytest.mark.skipif(not list(Path("/").glob("usr/lib/postgresql/*/bin/initdb")), reason="needs PostgreSQL")
 def test_several_machines_log_into_one_server_and_none_sees_its_store(tracking_server: str, tmp_path: Path):
-    machines = [Checkout(copy_checkout(tmp_path / name)) for name in ("one", "two")]
+    machines = [small_checkout(tmp_path / name) for name in ("one", "two")]
     for machine in machines:
         machine.environment["MLFLOW_TRACKING_URI"] = tracking_server
         machine.run(sys.executable, "-m", "pipeline.fetch_data", "distillation")
@@ -87,7 +88,7 @@ def test_what_was_pushed_to_s3_is_pulled_into_an_empty_clone_and_nothing_is_left
     boto3.client(
         "s3", endpoint_url=s3, aws_access_key_id="key", aws_secret_access_key="secret", region_name="us-east-1"
     ).create_bucket(Bucket="team")
-    first = Checkout(copy_checkout(tmp_path / "first"))
+    first = small_checkout(tmp_path / "first")
     first.environment |= keys
     params = yaml.safe_load((first.folder / "params.yaml").read_text())
     params["distillation"]["dataset"] = "mnist5k"

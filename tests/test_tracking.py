@@ -10,7 +10,8 @@ from mlflow.entities import Run
 from pipeline.checkpoints import Description, Epoch
 from pipeline.data.prepared import TrainingData
 from pipeline.errors import UserError
-from pipeline.tracking import Tracker, tracking_uri
+from pipeline.tracking import Tracker
+from pipeline.tracking_store import Store, tracking_uri
 
 HISTORY = [
     Epoch(train_loss=1.0 / n, train_accuracy=1 - 0.5 / n, val_loss=2.0 / n, val_accuracy=1 - 0.6 / n) for n in (1, 2, 3)
@@ -127,14 +128,14 @@ def test_a_checkpoints_runs_are_told_in_a_line_each(described: Description):
     log_training(described)
     log_training(described, md5="other")
     log_test(described)
-    (line,) = Tracker("e").describe_runs("abc")
+    (line,) = Store("e").describe_runs("abc")
     assert line.startswith("teacher/seed3, run ")
     assert "finished" in line
     assert line.endswith("test accuracy 0.9000")
     log_test(described, md5="unknown")
-    (line,) = Tracker("e").describe_runs("unknown")
+    (line,) = Store("e").describe_runs("unknown")
     assert line.endswith("recreated by evaluate, not trained here")
-    assert Tracker("e").describe_runs("nothing") == []
+    assert Store("e").describe_runs("nothing") == []
 
 
 def test_a_summary_is_written_once_for_the_same_results():
@@ -147,7 +148,7 @@ def test_a_summary_is_written_once_for_the_same_results():
 
 
 def open_store(number: int) -> str:
-    return Tracker("e").experiment_id
+    return Store("e").experiment_id
 
 
 def test_four_processes_may_open_a_store_that_does_not_exist_yet(store: Path):
@@ -170,6 +171,6 @@ def test_a_store_that_refuses_is_a_user_error(store: Path, monkeypatch: pytest.M
 
 
 def test_a_deleted_experiment_is_a_user_error():
-    Tracker("e").client.delete_experiment(Tracker("e").experiment_id)
+    Store("e").client.delete_experiment(Store("e").experiment_id)
     with pytest.raises(UserError, match="'e' is deleted"):
         Tracker("e")

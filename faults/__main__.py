@@ -1,0 +1,75 @@
+"""`make faults`: every fault, into the real pipeline; one table, printed and written to faults/results.md.
+
+About half an hour on 2 cores. `--kills`, `--outages` and `--inputs` say how many of each; `--only` names one part.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tabulate import tabulate
+
+from faults.checkout import ROOT
+from faults.cost import cost
+from faults.full_disk import full_disk
+from faults.hostile_input import hostile_input
+from faults.kills import kills
+from faults.outages import outages
+from faults.outcome import Outcome
+from faults.queue import queued
+from pipeline.files import write_whole
+from pipeline.provenance import code_is_committed, commit, machine
+
+
+def main() -> None:
+    """Run the parts, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--outages", type=int, default=20)
+    parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--dataset", default="mnist", help="for the cost of an undisturbed run")
+    parts: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
+        "kills": lambda folder, asked: kills(folder, asked.kills),
+        "outages": lambda folder, asked: outages(folder, asked.outages),
+        "inputs": lambda folder, asked: hostile_input(folder, asked.inputs),
+        "disk": lambda folder, asked: [full_disk(folder)],
+        "queue": lambda folder, asked: [queued(folder)],
+        "cost": lambda folder, asked: [cost(folder, asked.dataset)],
+    }
+    parser.add_argument("--only", choices=list(parts))
+    asked = parser.parse_args()
+    outcomes: list[Outcome] = []
+    start = time.monotonic()
+    for name in [asked.only] if asked.only else parts:
+        with tempfile.TemporaryDirectory() as folder:
+            found = parts[name](Path(folder) / name, asked)
+        outcomes += found
+        print(table(found), flush=True)
+    minutes = (time.monotonic() - start) / 60
+    if not asked.only:
+        write_whole(ROOT / "faults" / "results.md", page(outcomes, minutes))
+    bad = [outcome for outcome in outcomes if outcome.survived < outcome.injected]
+    raise SystemExit(f"error: not survived: {', '.join(outcome.fault for outcome in bad)}" if bad else 0)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Outcomes as a Markdown table."""
+    return tabulate(outcomes, headers=["fault", "injected", "survived", "lost", "wrong", ""], tablefmt="github")
+
+
+def page(outcomes: list[Outcome], minutes: float) -> str:
+    """The table with what it was measured on."""
+    found = machine()
+    where = f"{found['processor']}, {found['cores']} cores, Python {found['python']}, torch {found['torch']}"
+    code = commit()[:12] + ("" if code_is_committed() else " with uncommitted changes")
+    return (
+        f"# Faults\n\nWritten by `make faults` in {minutes:.0f} minutes on {where}, at commit {code}.\n\n{table(outcomes)}\n\n"
+        "Survived means: nothing missing and nothing other than without the fault. What exactly, each part says at its top:\n"
+        "faults/kills.py, outages.py, hostile_input.py, full_disk.py, queue.py, cost.py.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
