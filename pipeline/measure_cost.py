@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.checkpoints import checkpoints_in, load_checkpoint
 from pipeline.errors import run
-from pipeline.evaluation.measured import MODELS
+from pipeline.evaluation.tracks import MODELS
 from pipeline.files import md5, write_json
 from pipeline.inference_cost import inference_cost
 from pipeline.params import load_params

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,12 +124,13 @@ class Tracker:
         description: Description,
         metrics: Mapping[str, float],
         texts: Mapping[str, str],
-        figures: Mapping[str, "Figure"],
+        figures: Mapping[str, Callable[[], "Figure"]],
     ) -> None:
         """Add test results to the run that made a checkpoint, once.
 
         Where the store does not know the checkpoint (a new store, a checkpoint from elsewhere), its run is made again from
-        the description and tagged `recreated`. `texts` and `figures` go by their artifact path.
+        the description and tagged `recreated`. `texts` and `figures` go by their artifact path; a figure is drawn only if it is
+        logged.
         """
         digest = _digest(metrics, texts)
         if self._holds(CHECKPOINT, checkpoint_md5, EVALUATED, digest):
@@ -142,7 +143,7 @@ class Tracker:
             checkpoint_md5=checkpoint_md5,
             digest=digest,
             metrics=dict(metrics),
-            files=_texts(texts) | {path: _base64(_png(figure)) for path, figure in figures.items()},
+            files=_texts(texts) | {path: _base64(_png(draw())) for path, draw in figures.items()},
             recreated=_training_run(told.model, told.seed, told.dataset, told.parameters, {"recreated": "true"}),
             epochs=[dict(epoch) for epoch in told.history],
             best_epoch=told.best_epoch,

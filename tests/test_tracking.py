@@ -57,7 +57,7 @@ def log_test(described: Description, accuracy: float = 0.9, md5: str = "abc") ->
         described,
         {"test_accuracy": accuracy, "test_f1/a (b, c)": 0.5},
         {"report.txt": "text"},
-        {"f.png": Figure()},
+        {"f.png": Figure},
     )
 
 
@@ -104,6 +104,18 @@ def test_test_results_go_to_the_run_that_made_the_checkpoint_once(described: Des
     assert len(client.get_metric_history(found.info.run_id, "test_accuracy")) == 1
     assert {file.path for file in client.list_artifacts(found.info.run_id)} == {"report.txt", "f.png"}
     assert (store / "mlartifacts" / "e" / found.info.run_id / "artifacts" / "report.txt").read_text() == "text"
+
+
+def test_a_figure_that_the_run_already_has_is_not_drawn_again(described: Description):
+    drawn = []
+
+    def draw() -> Figure:
+        drawn.append("f.png")
+        return Figure()
+
+    for _ in range(2):
+        Tracker("e").log_test("abc", described, {"test_accuracy": 0.9}, {}, {"f.png": draw})
+    assert drawn == ["f.png"]
 
 
 def test_changed_test_results_replace_the_old_ones(described: Description):

@@ -13,21 +13,9 @@ from pipeline.data.prepared import Dataset, Split
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import agreement, by_class, confusion, divergence, over_seeds, reliability, score
 from pipeline.evaluation.statistics import Comparison, compare
+from pipeline.evaluation.tracks import COMPARISONS, MODELS
 from pipeline.files import md5
 from pipeline.inference import predict
-
-MODELS = {
-    "baselines": ("simple_cnn", "resnet18"),
-    "distillation": ("teacher", "student_distilled", "student_alone"),
-}
-COMPARISONS = {  # the track's question comes first
-    "baselines": (("resnet18", "simple_cnn"),),
-    "distillation": (
-        ("student_distilled", "student_alone"),
-        ("teacher", "student_distilled"),
-        ("teacher", "student_alone"),
-    ),
-}
 
 
 class Measured(NamedTuple):

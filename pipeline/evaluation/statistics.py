@@ -57,6 +57,11 @@ class Comparison(NamedTuple):
             return "not distinguishable"
         return "better" if self.gain > 0 else "worse"
 
+    def as_json(self) -> dict[str, float | str]:
+        """The figures and the verdict, without those that a single seed does not have."""
+        figures = {key: value for key, value in self._asdict().items() if not np.isnan(value)}
+        return figures | {"verdict": self.verdict}
+
 
 def compare(right: np.ndarray, other: np.ndarray) -> Comparison:
     """One model against another, from which test images each classified rightly.

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from pipeline.evaluate import as_json
 from pipeline.evaluation.report import Results, plot_size, sentence, to_html, write_report
 from pipeline.evaluation.statistics import compare
 from tests.conftest import ROOT
@@ -47,7 +46,7 @@ def results() -> Results:
     }
     return Results(
         metrics={name: figures(float(hit.mean())) for name, hit in hits.items()},
-        comparisons={f"{a}_vs_{b}": as_json(compare(hits[a], hits[b])) for a, b in pairs},
+        comparisons={f"{a}_vs_{b}": compare(hits[a], hits[b]).as_json() for a, b in pairs},
         by_class=dict.fromkeys(hits, by_class),
         run={"dataset": dataset, "models": dict.fromkeys(hits, model)},
         costs={
