@@ -38,6 +38,7 @@ class Description(BaseModel):
     parameters: dict[str, Any]  # of the training, by their key in params.yaml
     history: list[Epoch]
     best_epoch: int  # 1-based; the weights are those after this epoch
+    chance: float  # validation accuracy of always naming the commonest class
 
     def best(self) -> tuple[float, float]:
         """How good the weights are on the validation images, to compare with others': accuracy, then minus the loss."""

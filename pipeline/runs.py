@@ -144,6 +144,7 @@ def train(
                 parameters=parameters,
                 history=result.history,
                 best_epoch=result.best_epoch,
+                chance=data.val.labels.bincount().max().item() / len(data.val.labels),
             )
             save_checkpoint(path, classifier, description)
             run.log_checkpoint(md5(path), result.best_epoch, seconds)

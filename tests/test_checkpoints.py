@@ -37,6 +37,7 @@ def described(data: TrainingData) -> Description:
         parameters={"kd.temperature": 5.0},
         history=[epoch],
         best_epoch=1,
+        chance=0.1,
     )
 
 

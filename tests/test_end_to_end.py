@@ -17,11 +17,14 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from mlflow import MlflowClient
 from PIL import Image
 
 from faults.checkout import Checkout, free_port, wait_for
+from pipeline.checkpoints import load_checkpoint
 from pipeline.deployment import predict_onnx
+from pipeline.evaluation.measured import Measured, how_it_was_run
 from tests.conftest import small_checkout, write_npz
 from tests.test_graph import STAGES
 
@@ -93,6 +96,24 @@ def test_every_training_is_a_run_with_curves_and_test_results_of_its_checkpoint(
         assert {"train_loss", "val_loss", "train_accuracy", "val_accuracy", "test_auc"} <= set(runs[name].data.metrics)
         artifacts = {file.path for file in client.list_artifacts(runs[name].info.run_id)}
         assert artifacts == {"classification_report.txt", "confusion_matrix.png"}
+
+
+def test_seeds_that_learned_nothing_are_told_by_what_guessing_would_get(checkout: Checkout):
+    labels = np.load(checkout.folder / "data/distillation/val/labels.npy")
+    path = checkout.folder / "models/distillation/teacher/seed1.safetensors"
+    _, description = load_checkpoint(path, torch.device("cpu"))
+    assert description.chance == np.bincount(labels).max() / len(labels)
+    dataset = description.dataset
+    runs = [
+        Measured("", told, labels, np.zeros((0, 10)), {}, {}, np.zeros((0, 0)))
+        for told in (
+            description.model_copy(update={"seed": seed, "best_epoch": 1, "history": [epoch]})
+            for seed, epoch in enumerate(
+                description.history[0].model_copy(update={"val_accuracy": a}) for a in (0.13, 0.9)
+            )
+        )
+    ]
+    assert how_it_was_run(dataset, {"teacher": runs})["models"]["teacher"]["at_chance"] == [0]
 
 
 def test_a_second_repro_has_nothing_to_do(checkout: Checkout):

@@ -36,6 +36,7 @@ def described(data: TrainingData) -> Description:
         parameters={"teacher.width": 8},
         history=HISTORY,
         best_epoch=3,
+        chance=0.1,
     )
 
 

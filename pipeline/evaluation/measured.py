@@ -12,7 +12,7 @@ from pipeline.checkpoints import Description, checkpoints_in, load_checkpoint
 from pipeline.data.prepared import Dataset, Split
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import agreement, by_class, confusion, divergence, over_seeds, reliability, score
-from pipeline.evaluation.statistics import Comparison, compare
+from pipeline.evaluation.statistics import Comparison, above_chance, compare
 from pipeline.evaluation.tracks import COMPARISONS, MODELS
 from pipeline.files import md5
 from pipeline.inference import predict
@@ -130,7 +130,7 @@ def predictions(measured: Mapping[str, Sequence[Measured]]) -> dict[str, np.ndar
 
 
 def how_it_was_run(dataset: Dataset, measured: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
-    """Data set, seeds and parameters of the checkpoints that were measured."""
+    """Data set, seeds and parameters of the checkpoints that were measured, and which seeds learned nothing."""
     models = {}
     for model, runs in measured.items():
         first = runs[0].description
@@ -141,5 +141,13 @@ def how_it_was_run(dataset: Dataset, measured: Mapping[str, Sequence[Measured]])
             "parameters": parameters,
             "seeds": [run.description.seed for run in runs],
             "best_epochs": [run.description.best_epoch for run in runs],
+            "at_chance": [run.description.seed for run in runs if not _learned(run.description)],
         }
     return {"dataset": dataset.model_dump(), "models": models}
+
+
+def _learned(description: Description) -> bool:
+    """Whether the checkpoint does better on the validation images than naming the commonest class always would."""
+    images = description.dataset.images["val"]
+    accuracy, _ = description.best()
+    return above_chance(round(accuracy * images), images, description.chance)

@@ -50,6 +50,7 @@ def write_report(track: str, results: Results, size_plot: str) -> str:
     plots = f"plots/{track}"
     sections = [
         f"# {QUESTIONS[track]}",
+        _warnings(results),
         _verdicts(results),
         "## How much",
         _gains(results),
@@ -120,6 +121,17 @@ def to_html(text: str, folder: Path, title: str) -> str:
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{NO_REQUESTS}">\n'
         f'<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+    )
+
+
+def _warnings(results: Results) -> str:
+    failed = {model: how["at_chance"] for model, how in results.run["models"].items() if how["at_chance"]}
+    if not failed:
+        return ""
+    seeds = "; ".join(f"{model}, seed {', '.join(map(str, found))}" for model, found in failed.items())
+    return (
+        f"> **Warning:** after training, {seeds}: no better on the validation images than always naming the commonest class."
+        " What follows says nothing about such a model: look at its loss curves and its learning rate first."
     )
 
 

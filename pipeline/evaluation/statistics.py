@@ -108,6 +108,11 @@ def half_width(values: Sequence[float]) -> float:
     return float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
+def above_chance(right: int, count: int, chance: float) -> bool:
+    """Whether `right` of `count` images are more than guessing gets at `chance` each, by a one-sided binomial test at 97.5 %."""
+    return binomtest(right, count, chance, alternative="greater").pvalue < (1 - CONFIDENCE) / 2
+
+
 def share_interval(hits: int, images: int) -> tuple[float, float]:
     """Wilson's 95 % interval of an accuracy measured on so many images."""
     interval = binomtest(hits, images).proportion_ci(CONFIDENCE, method="wilson")

@@ -37,6 +37,7 @@ def results() -> Results:
     }
     cost = {"file_bytes": 4000, "latency_ms": 0.1, "latency_p95_ms": 0.2, "images_per_second": 1e5}
     model = {"architecture": "compact_cnn", "arguments": {}, "parameters": {"a": 1}, "seeds": [0], "best_epochs": [1]}
+    model |= {"at_chance": []}
     dataset = {
         "name": "pets",
         "images": {"train": 1, "val": 2, "test": 2000},
@@ -79,6 +80,17 @@ def test_the_report_answers_in_the_order_of_the_questions(results: Results):
     assert "Hardest for student_distilled, by F1: dog, cat" in text
     assert "c0ffee" in text
     assert "abc" in text
+
+
+def test_a_model_that_learned_nothing_is_warned_of_before_anything_else_is_said(results: Results):
+    assert "Warning" not in write_report("distillation", results, "size.png")
+    failed = results.run["models"]["teacher"] | {"at_chance": [0, 2]}
+    text = write_report(
+        "distillation",
+        results._replace(run=results.run | {"models": results.run["models"] | {"teacher": failed}}),
+        "size.png",
+    )
+    assert "teacher, seed 0, 2: no better" in text.split("## ")[0].split("**better**")[0]
 
 
 def test_verdicts_are_said_in_words(results: Results):

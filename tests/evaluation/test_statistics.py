@@ -7,7 +7,7 @@ import pytest
 from scipy.special import expit
 from scipy.stats import t
 
-from pipeline.evaluation.statistics import bootstrap, combined_mcnemar, compare, half_width, mcnemar
+from pipeline.evaluation.statistics import above_chance, bootstrap, combined_mcnemar, compare, half_width, mcnemar
 
 
 def simulated(
@@ -132,3 +132,17 @@ def test_the_combined_p_value_is_small_for_seeds_that_agree_and_large_for_those_
     assert combined_mcnemar(np.stack([better, better]), np.stack([worse, worse])) < 1e-6
     assert combined_mcnemar(np.stack([better, worse]), np.stack([worse, better])) > 0.5
     assert combined_mcnemar(better[None], worse[None]) == pytest.approx(mcnemar(better, worse))
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "chance", "above"),
+    [
+        (100, 1000, 0.1, False),
+        (118, 1000, 0.1, False),
+        (121, 1000, 0.1, True),
+        (389, 524, 0.742, False),
+        (500, 524, 0.742, True),
+    ],
+)
+def test_better_than_guessing_is_more_than_luck_would_give(right: int, count: int, chance: float, above: bool):
+    assert above_chance(right, count, chance) == above
