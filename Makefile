@@ -11,11 +11,12 @@ export MLFLOW_DISABLE_TELEMETRY := true
 DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.epochs=2 \
         -S distillation.dataset=mnist5k -S distillation.epochs=3 -S 'seeds=[0,1]'
 
-.PHONY: help install demo test bench faults study study-table register promote serve send lint format ui clean
+.PHONY: help install demo test screenshots bench faults study study-table register promote serve send lint format ui clean
 
 help:
 	@echo "make demo     install, run the whole graph on 5,000 embedded images, print the results (3 minutes)"
 	@echo "make test     install what tests need, run them all"
+	@echo "make screenshots  README.md's pictures of the MLflow UI, of what 'make demo' left in mlflow.db (needs Chromium)"
 	@echo "make bench    time the trainings against an ordinary loop (BENCH='--share 0.1' for a quick look)"
 	@echo "make faults   kill, cut off, fill and feed badly the real pipeline, and count what survives (half an hour)"
 	@echo "make study STUDY=mnist        queue what is missing of studies/mnist.yaml and work it off, JOBS=2 at a time"
@@ -47,6 +48,9 @@ demo: .venv/installed
 
 test: .venv/installed-for-tests
 	pytest
+
+screenshots: .venv/installed-for-tests
+	SCREENSHOTS=docs pytest tests/test_mlflow_pages.py
 
 bench: .venv/installed
 	python -m benchmarks.bench $(BENCH)

@@ -37,12 +37,20 @@ def write_npz(path: Path, **replaced: np.ndarray | None) -> Path:
 
 
 def small_checkout(folder: Path) -> Checkout:
-    """A copy of the project whose tracks both read a small file, two seeds, one epoch."""
+    """A copy of the project whose tracks both read a small file, two seeds, one epoch or two."""
     folder.mkdir(parents=True)
     write_npz(folder / "own.npz")
     both = {"baselines__dataset": "own.npz", "distillation__dataset": "own.npz"}
-    few = {"baselines__epochs": 1, "distillation__epochs": 1, "seeds": [0, 1]}
+    few = {"baselines__epochs": 1, "distillation__epochs": 2, "seeds": [0, 1]}
     return copy_checkout(folder, **both, **few, baselines__pretrained=False)
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout in which the whole graph has run; `output` is what DVC said."""
+    checkout = small_checkout(tmp_path_factory.mktemp("end") / "checkout")
+    checkout.output = checkout.dvc("repro")
+    return checkout
 
 
 @pytest.fixture

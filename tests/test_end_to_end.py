@@ -3,16 +3,11 @@
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -31,13 +26,6 @@ from tests.test_graph import STAGES
 
 def stages_run(output: str) -> list[str]:
     return re.findall(r"Running stage '(.*)'", output)
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    checkout = small_checkout(tmp_path_factory.mktemp("end") / "checkout")
-    checkout.output = checkout.dvc("repro")
-    return checkout
 
 
 TRAININGS = {
@@ -213,52 +201,6 @@ def test_a_runs_note_says_how_to_repeat_it(checkout: Checkout):
     ]
     assert summary[0].data.params["kd.temperature"] == "6.0"
     assert "points/student_distilled_vs_student_alone" in summary[0].data.metrics
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-def test_the_pages_of_the_mlflow_ui_show_models_losses_accuracies_and_confusion(checkout: Checkout, tmp_path: Path):
-    port = free_port()
-    command = ["mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", "sqlite:///mlflow.db"]
-    server = subprocess.Popen(command, cwd=checkout.folder, env=checkout.environment, start_new_session=True)
-    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-    browser = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        *quiet,
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-
-    def page(address: str, *wanted: str) -> None:
-        """Open a page; everything wanted must be on it, once it has loaded."""
-        seen = [*browser, "--window-size=3000,6000", "--virtual-time-budget=60000", "--dump-dom"]
-        for _ in range(5):
-            shown = subprocess.run(
-                [*seen, f"http://127.0.0.1:{port}/#/{address}"], capture_output=True, text=True, timeout=180, check=True
-            ).stdout
-            missing = [text for text in wanted if text not in shown]
-            if not missing:
-                return
-        raise AssertionError(f"{address}: not on the page: {missing}")
-
-    try:
-        wait_for(port, server)
-        runs = {run.info.run_name: run for run in checkout.mlflow_runs()}
-        experiment = runs["teacher/seed0"].info.experiment_id
-        page(f"experiments/{experiment}/runs", *TRAININGS, "distillation/summary kd.temperature=6")
-        pair = [runs[f"{model}/seed0"].info.run_id for model in ("student_distilled", "student_alone")]
-        query = f"runs={quote(json.dumps(pair))}&experiments={quote(json.dumps([experiment]))}"
-        page(f"compare-runs?{query}", "Comparing 2 Runs", *pair, "train_loss", "test_accuracy", "kd.temperature")
-        for run_id in pair:
-            page(f"experiments/{experiment}/runs/{run_id}", "val_loss", "train_loss", "test_accuracy")
-            page(f"experiments/{experiment}/runs/{run_id}/artifacts/confusion_matrix.png", "confusion_matrix.png")
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)
 
 
 def test_a_folder_of_images_becomes_a_table(checkout: Checkout, tmp_path: Path):

@@ -17,8 +17,7 @@ from pipeline.checkpoints import new_classifier
 from pipeline.data.prepared import Split, TrainingData
 from pipeline.progress import Progress, Unfinished
 from pipeline.training import State, fit
-from tests.conftest import copy_checkout
-from tests.test_end_to_end import Checkout
+from tests.conftest import Checkout, copy_checkout
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
