@@ -22,8 +22,6 @@ from mlflow.entities import Run
 from PIL import Image
 from selenium import webdriver
 from selenium.common import ElementNotInteractableException, NoSuchElementException, StaleElementReferenceException
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -176,8 +174,7 @@ def test_from_the_comparison_of_two_students_a_click_leads_to_both_loss_curves(
         if found := browser.find_elements(By.LINK_TEXT, "train_loss"):
             return found[0]
         metrics = browser.find_element(By.XPATH, table)  # it has only those rows that are in view
-        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", metrics)
-        ActionChains(browser).scroll_from_origin(ScrollOrigin.from_element(metrics), 0, 150).perform()
+        browser.execute_script("arguments[0].scrollTop += 150", metrics)
         return None
 
     wait_until(browser, link, "train_loss in the table of metrics")
