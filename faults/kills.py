@@ -9,8 +9,8 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from mlflow import MlflowClient
 from safetensors import SafetensorError, safe_open
@@ -21,25 +21,16 @@ from pipeline.files import md5
 
 KILLS_PER_TRAINING = 3
 EPOCHS = {"baselines": 3, "distillation": 10}
+STAGES = {  # and where their checkpoints go
+    "train_baselines@simple_cnn": "baselines/simple_cnn",
+    "train_baselines@resnet18": "baselines/resnet18",
+    "train_teacher": "distillation/teacher",
+    "distill_student": "distillation/student_distilled",
+    "train_student_alone": "distillation/student_alone",
+}
 
 
-class Stage(NamedTuple):
-    """A training stage, by its name in dvc.yaml, and where its checkpoints go."""
-
-    name: str
-    models: str
-
-
-STAGES = (
-    Stage("train_baselines@simple_cnn", "baselines/simple_cnn"),
-    Stage("train_baselines@resnet18", "baselines/resnet18"),
-    Stage("train_teacher", "distillation/teacher"),
-    Stage("distill_student", "distillation/student_distilled"),
-    Stage("train_student_alone", "distillation/student_alone"),
-)
-
-
-def kills(folder: Path, count: int, random_seed: int = 0, stages: tuple[Stage, ...] = STAGES) -> list[Outcome]:
+def kills(folder: Path, count: int, stages: Sequence[str] = tuple(STAGES), random_seed: int = 0) -> list[Outcome]:
     """Kill each of the stages in turn, `count` times in all; one outcome per stage."""
     epochs = {f"{track}__epochs": number for track, number in EPOCHS.items()}
     checkout = copy_checkout(folder, **SMALL, **epochs, seeds=[0, 1])
@@ -48,34 +39,34 @@ def kills(folder: Path, count: int, random_seed: int = 0, stages: tuple[Stage, .
     return [_kill(checkout, stage, share, moments) for stage, share in zip(stages, shares, strict=True)]
 
 
-def _kill(checkout: Checkout, stage: Stage, count: int, moments: random.Random) -> Outcome:
+def _kill(checkout: Checkout, stage: str, count: int, moments: random.Random) -> Outcome:
+    track, model = STAGES[stage].split("/")
     checkout.environment["MLFLOW_TRACKING_URI"] = "sqlite:///calm.db"
-    checkout.dvc("repro", stage.name)
+    checkout.dvc("repro", stage)
     start = time.monotonic()
-    checkout.dvc("repro", "--force", "--single-item", stage.name)
+    checkout.dvc("repro", "--force", "--single-item", stage)
     calm_seconds = time.monotonic() - start
-    folder = checkout.folder / "models" / stage.models
+    folder = checkout.folder / "models" / track / model
     calm = {path.name: md5(path) for path in folder.iterdir()}
-    store = f"sqlite:///stormy-{stage.models.replace('/', '-')}.db"
-    checkout.environment["MLFLOW_TRACKING_URI"] = store
+    store = f"stormy-{model}.db"
+    checkout.environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}"
     injected = wrong = again = late = 0
     pending = 0  # kills since the stage ended last
+    finished: dict[str, int] = {}  # epochs by training, as last seen
     while injected < count or pending:
-        process = checkout.start("dvc", "repro", "--force", "--single-item", stage.name)
-        moment = time.monotonic() + moments.uniform(0, calm_seconds) if injected < count else float("inf")
-        if pending == KILLS_PER_TRAINING:
-            moment = float("inf")
-        finished_epochs: dict[str, int] = {}
+        process = checkout.start("dvc", "repro", "--force", "--single-item", stage)
+        disturbed = injected < count and pending < KILLS_PER_TRAINING
+        moment = time.monotonic() + (moments.uniform(0, calm_seconds) if disturbed else 600)
+        begun = False
         while process.poll() is None and time.monotonic() < moment:
             seen = epochs_done(checkout.folder)
-            again += any(seen.get(name, number) < number for name, number in finished_epochs.items())
-            finished_epochs |= seen
+            again += any(number < finished.get(name, 0) for name, number in seen.items())
+            finished, begun = seen, begun or bool(seen)
             time.sleep(0.02)
         if process.poll() is None:
-            before = epochs_done(checkout.folder)
             kill(process)
             injected, pending = injected + 1, pending + 1
-            late += bool(finished_epochs) and not before
+            late += begun and not epochs_done(checkout.folder)
             continue
         output, _ = process.communicate()
         same = process.returncode == 0 and {path.name: md5(path) for path in folder.iterdir()} == calm
@@ -83,13 +74,9 @@ def _kill(checkout: Checkout, stage: Stage, count: int, moments: random.Random) 
             print(output)
         wrong += pending * (not same)
         pending = 0
-    lost = unsound_runs(
-        f"sqlite:///{checkout.folder}/{store.removeprefix('sqlite:///')}", EPOCHS[stage.models.split("/")[0]]
-    )
+    lost = unsound_runs(f"sqlite:///{checkout.folder}/{store}", EPOCHS[track])
     told = f"{again} epochs trained twice" + (f"; {late} kills came after the stage's work" if late else "")
-    return Outcome(
-        f"SIGKILL: {stage.name}", injected, max(injected - wrong - lost - again, 0), lost + again, wrong, told
-    )
+    return Outcome(f"SIGKILL: {stage}", injected, max(injected - wrong - lost - again, 0), lost + again, wrong, told)
 
 
 def epochs_done(folder: Path) -> dict[str, int]:

@@ -16,11 +16,11 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from faults.checkout import Checkout, free_port, wait_for
+from faults.checkout import Checkout
 from pipeline.checkpoints import load_checkpoint
 from pipeline.deployment import predict_onnx
 from pipeline.evaluation.measured import Measured, how_it_was_run
-from tests.conftest import small_checkout, write_npz
+from tests.conftest import write_npz
 from tests.test_graph import STAGES
 
 

@@ -27,8 +27,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
-from pipeline.tracking import tracking_uri
-from tests.conftest import free_port, wait_for
+from faults.checkout import free_port, wait_for
+from pipeline.tracking_store import tracking_uri
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

@@ -1,23 +1,17 @@
 """A killed training goes on where it was, and ends as if nothing had happened."""
 
-import random
-import re
 import subprocess
 import sys
-import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from mlflow import MlflowClient
 
 from pipeline.checkpoints import new_classifier
 from pipeline.data.prepared import Split, TrainingData
 from pipeline.progress import Progress, Unfinished
 from pipeline.training import State, fit
-from tests.conftest import Checkout, copy_checkout
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -91,50 +85,3 @@ def test_a_training_that_runs_elsewhere_is_left_alone(main_checkout: Path):
         assert done.stdout.strip() == "None"
         file.save(Unfinished({"weight": torch.ones(1)}, {}))
         assert file.load(), "the other process has not removed it"
-
-
-def written(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in files(folder)}
-
-
-@pytest.mark.parametrize("stage", ["train_teacher", "distill_student"])
-def test_stages_killed_at_random_moments_end_with_the_same_bytes_in_the_same_runs(tmp_path: Path, stage: str):
-    checkout = Checkout(copy_checkout(tmp_path / "checkout"))
-    params = checkout.folder / "params.yaml"
-    params.write_text(re.sub(r"epochs: \d+", "epochs: 25", params.read_text()))
-    checkout.run(sys.executable, "-m", "pipeline.fetch_data", "distillation")
-    command = [sys.executable, "-m", f"pipeline.{stage}"]
-    model = {"train_teacher": "teacher", "distill_student": "student_distilled"}[stage]
-    if stage == "distill_student":
-        checkout.run(sys.executable, "-m", "pipeline.train_teacher")
-    checkout.environment["MLFLOW_TRACKING_URI"] = "sqlite:///calm.db"
-    checkout.run(*command)
-    folder = checkout.folder / "models" / "distillation" / model
-    expected = {path.name: path.read_bytes() for path in folder.iterdir()}
-    checkout.environment["MLFLOW_TRACKING_URI"] = "sqlite:///stormy.db"
-    moments, kills, ended = random.Random(0), 0, False
-    while not ended:
-        for path in folder.iterdir():  # as DVC does before it runs a stage
-            path.unlink()
-        process = subprocess.Popen(command, cwd=checkout.folder, env=checkout.environment, stdout=subprocess.DEVNULL)
-        if kills < 4:
-            before = written(checkout.folder)
-            while process.poll() is None and not written(checkout.folder).items() - before.items():
-                time.sleep(0.005)  # until an epoch is over
-            time.sleep(moments.uniform(0, 0.1))
-            process.kill()
-        finished = process.wait() == 0
-        # Killed after it had finished and tidied up, on its way out: there is nothing to go on with.
-        tidied = {path.name for path in folder.iterdir()} == set(expected) and len(files(checkout.folder)) < 2
-        ended = finished or tidied
-        kills += not ended
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
-    client = MlflowClient(f"sqlite:///{checkout.folder}/stormy.db")
-    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    finished = [run for run in runs if "checkpoint_md5" in run.data.tags]
-    assert Counter(run.info.run_name for run in finished) == {f"{model}/seed0": 1, f"{model}/seed1": 1}
-    assert {run.info.status for run in finished} == {"FINISHED"}
-    for run in finished:
-        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "val_loss")]
-        assert sorted(steps) == list(range(1, 26)), "every epoch once"
-    assert kills == 4
