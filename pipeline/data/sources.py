@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import gzip
 import os
 import zipfile
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.download import download
 from pipeline.data.prepared import SPLITS
 from pipeline.errors import UserError
-from pipeline.files import from_main_checkout, main_checkout, md5
+from pipeline.files import from_main_checkout, main_checkout, md5, write_whole
 
 # The unpacked IDX files of MNIST. torchvision checks the archives that it downloads, but not unpacked files that it finds.
 MNIST_MD5 = {
@@ -73,32 +75,28 @@ def read_source(dataset: str) -> Source:
     return _medmnist(dataset)
 
 
-def locate(relative: str, wrong: Callable[[Path], str | None], download: Callable[[Path], None]) -> Path:
+def locate(relative: str, wrong: Callable[[Path], str | None], fetch: Callable[[Path], None]) -> Path:
     """The path of one public file: from the mirror if it is there, else downloaded once and kept.
 
     `relative` is the file's place in the library's own folder layout; `wrong(path)` says what is wrong with a file, None
-    if nothing; `download(root)` puts it under `root`.
+    if nothing; `fetch(path)` puts it there.
     """
     mirror = os.environ.get("DATA_MIRROR")
     if mirror and (path := from_main_checkout(mirror) / relative).is_file():
         if problem := wrong(path):
             raise UserError(f"{path}: {problem}: replace the file or unset DATA_MIRROR")
         return path
-    root = main_checkout() / "data" / "downloads"
-    path = root / relative
+    path = main_checkout() / "data" / "downloads" / relative
     if not path.is_file() or wrong(path):
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            download(root)
-        except (OSError, RuntimeError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fetch(path)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
                 f"cannot download {path.name}: {error}. Without a network, put {relative} into a folder and name that"
                 " folder in DATA_MIRROR"
             ) from error
-        if problem := wrong(path):
-            raise UserError(f"{path}: {problem}, though freshly downloaded: try again later")
     return path
 
 
@@ -113,10 +111,15 @@ def _wrong_md5(expected: str) -> Callable[[Path], str | None]:
 def _mnist() -> Source:
     from torchvision.datasets import MNIST
 
-    paths = {
-        name: locate(f"MNIST/raw/{name}", _wrong_md5(checksum), lambda root: MNIST(root, download=True))
-        for name, checksum in MNIST_MD5.items()
-    }
+    archives = dict(MNIST.resources)
+
+    def fetch(path: Path) -> None:
+        archive = path.with_name(f"{path.name}.gz")
+        urls = [f"{mirror}{archive.name}" for mirror in MNIST.mirrors]
+        download(urls, archive, _wrong_md5(archives[archive.name]))
+        write_whole(path, gzip.decompress(archive.read_bytes()))
+
+    paths = {name: locate(f"MNIST/raw/{name}", _wrong_md5(checksum), fetch) for name, checksum in MNIST_MD5.items()}
     splits = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
         root = paths[f"{prefix}-images-idx3-ubyte"].parents[2]
@@ -155,13 +158,8 @@ def _medmnist(flag: str) -> Source:
     if flag not in usable:
         raise UserError(f"dataset {flag!r} is three-dimensional; usable: {', '.join(usable)}")
 
-    def download(root: Path) -> None:
-        # What medmnist itself calls; calling it here keeps the reason of a failure, which medmnist drops.
-        from torchvision.datasets.utils import download_url
-
-        download_url(info["url"], str(root), f"{flag}.npz", info["MD5"])
-
-    path = locate(f"{flag}.npz", _wrong_md5(info["MD5"]), download)
+    wrong = _wrong_md5(info["MD5"])
+    path = locate(f"{flag}.npz", wrong, lambda path: download([info["url"]], path, wrong))
     classes = [info["label"][str(label)] for label in range(len(info["label"]))]
     return Source(flag, classes, _read_npz(path, classes)[0])
 

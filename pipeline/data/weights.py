@@ -1,11 +1,11 @@
 """Tensors that a training starts from instead of random ones."""
 
 import hashlib
-import io
 from pathlib import Path
 
 from torch import Tensor
 
+from pipeline.data.download import download
 from pipeline.data.sources import locate
 
 
@@ -23,14 +23,10 @@ def imagenet_resnet18() -> dict[str, Tensor]:
     prefix = name.rpartition("-")[2].partition(".")[0]
 
     def wrong(path: Path) -> str | None:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
         return None if found.startswith(prefix) else f"wrong checksum: sha256 is {found}, not {prefix}..."
 
-    def download(root: Path) -> None:
-        target = root / "hub" / "checkpoints" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), hash_prefix=prefix)
-
-    content = locate(f"hub/checkpoints/{name}", wrong, download).read_bytes()
-    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    path = locate(f"hub/checkpoints/{name}", wrong, lambda path: download([url], path, wrong))
+    state = torch.load(path, map_location="cpu", weights_only=True)
     return {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}

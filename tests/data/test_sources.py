@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import http.server
 import shutil
@@ -6,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import torch
 
-from pipeline.data import sources
+from pipeline.data import download, sources
 from pipeline.data.sources import read_source
 from pipeline.data.weights import imagenet_resnet18
 from pipeline.errors import UserError
+from pipeline.files import md5
 from tests.conftest import digits, write_npz
 
 
@@ -145,14 +148,15 @@ def test_a_file_in_the_mirror_with_a_wrong_checksum_is_refused(
 
 
 def unreachable(*_: object, **__: object) -> None:
-    raise OSError("Network is unreachable")
+    raise requests.ConnectionError("Network is unreachable")
 
 
 @pytest.mark.parametrize(("dataset", "file"), [("pathmnist", "pathmnist.npz"), ("mnist", "train-images-idx3-ubyte")])
 def test_no_network_and_no_mirror_is_one_clear_error(
     no_mirror: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, file: str
 ):
-    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    monkeypatch.setattr(requests, "get", unreachable)
+    monkeypatch.setattr(download, "WAITS", (0, 0))
     with pytest.raises(UserError, match=f"cannot download {file}.*DATA_MIRROR"):
         read_source(dataset)
 
@@ -183,13 +187,52 @@ def test_a_download_is_verified_and_done_once(mirror: Path, no_mirror: Path, ser
     folder, address, asked = server
     monkeypatch.setitem(medmnist.INFO["pneumoniamnist"], "url", f"{address}/pneumoniamnist.npz")
     (folder / "pneumoniamnist.npz").write_bytes(b"not what was promised")
-    with pytest.raises(UserError, match=r"cannot download pneumoniamnist\.npz|wrong checksum"):
+    with pytest.raises(UserError, match=r"cannot download pneumoniamnist\.npz.*wrong checksum"):
         read_source("pneumoniamnist")
     shutil.copy(mirror / "pneumoniamnist.npz", folder)
     assert len(read_source("pneumoniamnist").splits["train"][1]) == 4708
     asked.clear()
     assert len(read_source("pneumoniamnist").splits["train"][1]) == 4708
     assert not asked
+
+
+def test_mnist_is_downloaded_as_archives_and_unpacked_whole(
+    mirror: Path, no_mirror: Path, server, monkeypatch: pytest.MonkeyPatch
+):
+    from torchvision.datasets import MNIST
+
+    folder, address, asked = server
+    resources = []
+    for name in sources.MNIST_MD5:
+        (folder / f"{name}.gz").write_bytes(gzip.compress((mirror / "MNIST" / "raw" / name).read_bytes(), 1))
+        resources.append((f"{name}.gz", md5(folder / f"{name}.gz")))
+    monkeypatch.setattr(MNIST, "resources", resources)
+    monkeypatch.setattr(MNIST, "mirrors", [f"{address}/none/", f"{address}/"])
+    assert len(read_source("mnist").splits["train"][1]) == 60_000
+    raw = no_mirror / "data" / "downloads" / "MNIST" / "raw"
+    asked.clear()
+    (raw / "train-labels-idx1-ubyte").write_bytes(b"torn while it was unpacked")
+    assert len(read_source("mnist").splits["train"][1]) == 60_000
+    assert not asked, "the archive is still there"
+
+
+def test_damaged_idx_files_are_refused_before_they_are_parsed(
+    mirror: Path, no_mirror: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from torchvision.datasets import MNIST
+
+    def parsed(*_: object, **__: object) -> None:
+        raise AssertionError("read before its checksum was verified")
+
+    monkeypatch.setattr(MNIST, "__init__", parsed)
+    raw = no_mirror / "mirror" / "MNIST" / "raw"
+    shutil.copytree(mirror / "MNIST" / "raw", raw)
+    monkeypatch.setenv("DATA_MIRROR", "mirror")
+    content = bytearray((raw / "t10k-labels-idx1-ubyte").read_bytes())
+    content[7] ^= 1  # one label fewer, says the header
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(content)
+    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte: wrong checksum"):
+        read_source("mnist")
 
 
 def test_imagenet_weights_are_fetched_hash_checked_and_lose_their_head(
