@@ -1,12 +1,13 @@
 """Save and load weights together with their description, in one safetensors file."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor, nn
 
 from pipeline.data.prepared import Dataset
 from pipeline.errors import UserError
@@ -37,8 +38,14 @@ class Description(BaseModel):
     seed: int
     parameters: dict[str, Any]  # of the training, by their key in params.yaml
     history: list[Epoch]
-    best_epoch: int  # 1-based; the weights are those after this epoch
-    chance: float  # validation accuracy of always naming the commonest class
+    best_epoch: Annotated[int, Field(ge=1)]  # 1-based; the weights are those after this epoch
+    chance: Annotated[float, Field(ge=0, le=1)]  # validation accuracy of always naming the commonest class
+
+    @model_validator(mode="after")
+    def _has_its_best_epoch(self) -> Self:
+        if self.best_epoch > len(self.history):
+            raise ValueError(f"best_epoch {self.best_epoch} of {len(self.history)}")
+        return self
 
     def best(self) -> tuple[float, float]:
         """How good the weights are on the validation images, to compare with others': accuracy, then minus the loss."""
@@ -49,15 +56,13 @@ class Description(BaseModel):
 def new_classifier(architecture: str, arguments: dict[str, Any], dataset: Dataset, seed: int) -> Classifier:
     """A classifier for `dataset` whose random weights `seed` alone determines."""
     torch.manual_seed(seed)
+    return Classifier(_network(architecture, arguments, dataset), dataset.mean, dataset.std)
+
+
+def _network(architecture: str, arguments: dict[str, Any], dataset: Dataset) -> nn.Module:
     height, width, channels = dataset.image_shape
-    network = build(
-        architecture,
-        **arguments,
-        in_channels=channels,
-        image_size=(height, width),
-        num_classes=len(dataset.classes),
-    )
-    return Classifier(network, dataset.mean, dataset.std)
+    shape = {"in_channels": channels, "image_size": (height, width), "num_classes": len(dataset.classes)}
+    return build(architecture, **(arguments | shape))
 
 
 def save_checkpoint(path: Path, classifier: Classifier, description: Description) -> None:
@@ -75,21 +80,30 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Classifier, Descr
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
+            if "description" not in metadata:
+                raise UserError("no checkpoint of this project: its description is missing")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         description = Description.model_validate_json(metadata["description"])
         dataset = description.dataset
-        classifier = new_classifier(description.architecture, description.arguments, dataset, description.seed)
-        classifier.network.load_state_dict(tensors)
-    except KeyError as error:
-        raise UserError(f"{path}: no checkpoint of this project: its description is missing") from error
-    except (OSError, SafetensorError, ValidationError, RuntimeError, UserError) as error:
+        with torch.device("meta"):  # without memory, until the tensors in the file are known to be of these sizes
+            network = _network(description.architecture, description.arguments, dataset)
+        if (described := _sizes(network.state_dict())) != (found := _sizes(tensors)):
+            name = min(name for name, _ in described.items() ^ found.items())
+            raise UserError(f"{name} is {found.get(name, 'missing')}, described as {described.get(name, 'absent')}")
+        network.to_empty(device="cpu").load_state_dict(tensors)
+    except (OSError, SafetensorError, KeyError, ValidationError, RuntimeError, UserError) as error:
         raise UserError(f"{path}: damaged, or weights that do not fit their description: {error}") from error
-    return classifier.to(device).eval(), description
+    return Classifier(network, dataset.mean, dataset.std).to(device).eval(), description
+
+
+def _sizes(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of one model, by seed. Raises UserError if there are none."""
-    paths = sorted(folder.glob("seed*.safetensors"), key=lambda path: int(path.stem.removeprefix("seed")))
+    numbered = [path for path in folder.glob("seed*.safetensors") if path.stem.removeprefix("seed").isdecimal()]
+    paths = sorted(numbered, key=lambda path: int(path.stem.removeprefix("seed")))
     if not paths:
         raise UserError(f"{folder}: no checkpoints: run the stage that trains this model first (dvc repro)")
     return paths

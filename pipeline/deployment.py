@@ -1,8 +1,4 @@
-"""The student as an ONNX file: raw images in, probabilities out, with nothing but ONNX Runtime and NumPy to run it.
-
-Input `images`, uint8 of shape (N, H, W, C); output `probabilities`, float32 of shape (N, K). The class names, in the order of
-the output's columns, are JSON in the file's metadata under `classes`.
-"""
+"""Write the student as an ONNX file, which exported.py describes and opens."""
 
 import json
 import logging
@@ -14,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from onnxruntime import InferenceSession
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor, nn
 
+from pipeline.exported import BATCH, Student
 from pipeline.files import write_whole
 from pipeline.models import Classifier
 
-BATCH = 250  # images per pass
 OPSET = 18
 
 
@@ -100,6 +95,4 @@ def _save(model: onnx.ModelProto, classes: list[str], path: Path) -> None:
 
 def predict_onnx(path: Path, images: np.ndarray) -> np.ndarray:
     """Probabilities, float32 of shape (N, K), of uint8 images of shape (N, H, W, C), by ONNX Runtime on the CPU."""
-    session = InferenceSession(path, providers=["CPUExecutionProvider"])
-    batches = np.array_split(images, -(-len(images) // BATCH))
-    return np.concatenate([session.run(None, {"images": batch})[0] for batch in batches])
+    return Student(path).probabilities(images)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 # a stage's start.
 gc.set_threshold(100_000)
 
+LONGEST = 1000  # characters of a message
+
 
 class UserError(Exception):
     """Something the user can put right. The message says what is wrong, where, and what to do."""
@@ -49,6 +51,13 @@ def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
     os._exit(status)
 
 
+def one_line(message: object) -> str:
+    """`message` as a line for a terminal, whatever hostile input put into it: printable, and not endless."""
+    text = " ".join(str(message).split())
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+
+
 def _say(message: object) -> int:
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 1

@@ -51,9 +51,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file that a stage wrote. Raises UserError if it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"{type(content).__name__} instead of named values")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}: run dvc repro") from error
+    return content
 
 
 @contextlib.contextmanager

@@ -59,9 +59,9 @@ def _times(run: Callable[[np.ndarray], None], images: np.ndarray, passes: int) -
 
 
 def _onnx(path: Path) -> Callable[[np.ndarray], None]:
-    from onnxruntime import InferenceSession
+    from pipeline.exported import Student
 
-    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = Student(path).session
     return lambda images: session.run(None, {"images": images})
 
 

@@ -98,7 +98,7 @@ def resnet18(stem: str, in_channels: int, image_size: tuple[int, int], num_class
 ARCHITECTURES = {"simple_cnn": SimpleCNN, "resnet18": resnet18, "compact_cnn": CompactCNN}
 
 
-def build(name: str, **arguments: object) -> nn.Module:
+def build(name: str, /, **arguments: object) -> nn.Module:
     """A network by its name in ARCHITECTURES, with fresh weights drawn from torch's global generator.
 
     Raises UserError for an unknown name and for arguments that the network does not take.
@@ -107,7 +107,7 @@ def build(name: str, **arguments: object) -> nn.Module:
         raise UserError(f"unknown architecture {name!r}; known: {', '.join(ARCHITECTURES)}")
     try:
         return ARCHITECTURES[name](**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"architecture {name} cannot be built from {arguments}: {error}") from error
 
 

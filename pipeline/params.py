@@ -2,6 +2,7 @@
 
 import functools
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import UserError
+
+LARGEST = 100_000  # bytes of a YAML file
 
 Count = Annotated[int, Field(ge=1, le=100_000)]
 BatchSize = Annotated[int, Field(ge=2, le=1_000_000)]
@@ -93,12 +96,32 @@ class Params(Block):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1, where 1e-5 is a string; DVC writes YAML 1.2, where it is a number."""
+    """PyYAML reads YAML 1.1, where 1e-5 is a string; DVC writes YAML 1.2, where it is a number.
+
+    No aliases: with them a few lines can stand for gigabytes.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases are not read: {self.peek_event().start_mark}")
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a small YAML file. Raises UserError, in one line, for a file that is missing, no YAML, or hostile."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"over {LARGEST:,} bytes")
+        return yaml.load(content.decode(), _Loader)  # noqa: S506 (a SafeLoader)
+    except Exception as error:  # PyYAML's constructors raise a dozen types on values such as !!timestamp x
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
@@ -107,10 +130,7 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     Raises UserError, in one line, for a file that is missing or no YAML, and for every unknown or missing key, wrong
     type and value out of range in it: the key, the value and what is allowed.
     """
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    content = read_yaml(Path(path))
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -121,11 +141,19 @@ def _describe(problem: dict) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "the file"
     match problem["type"]:
         case "extra_forbidden":
-            return f"{key} = {problem['input']!r} is not a parameter (allowed: {', '.join(_siblings(problem['loc']))})"
+            return f"{key} = {shown(problem['input'])} is not a parameter (allowed: {', '.join(_siblings(problem['loc']))})"
         case "missing":
             return f"{key} is missing"
         case _:
-            return f"{key} = {problem['input']!r}: {problem['msg']}"
+            return f"{key} = {shown(problem['input'])}: {problem['msg']}"
+
+
+def shown(value: object) -> str:
+    """A value for a message, shortened."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not write whole numbers of over 4300 digits
+        return "a very large number"
 
 
 def _siblings(loc: tuple) -> list[str]:

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.files import main_checkout, write_whole
@@ -86,13 +85,17 @@ class File:
     def save(self, unfinished: Unfinished) -> None:
         """Put what is there by this, whole or not at all."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in unfinished.tensors.items()}
-        write_whole(self.path, save(tensors, {"facts": json.dumps(unfinished.facts)}))
+        content = save(tensors, {"facts": json.dumps(unfinished.facts)})
+        write_whole(self.path, hashlib.sha256(content).digest() + content)
 
     def load(self) -> Unfinished | None:
-        """What was saved; None if nothing was, or nothing that can be read."""
+        """What was saved; None if nothing was, or the file has changed since."""
         try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                return Unfinished(tensors, json.loads(file.metadata()["facts"]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            saved = self.path.read_bytes()
+        except OSError:
             return None
+        digest, content = saved[:32], saved[32:]
+        if hashlib.sha256(content).digest() != digest:
+            return None
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # safetensors' format
+        return Unfinished(load(content), json.loads(header["__metadata__"]["facts"]))

@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
+from pipeline.data.arrays import read_npz
 from pipeline.data.prepared import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.statistics import Comparison, compare
@@ -73,8 +74,8 @@ def judge(client: MlflowClient, candidate: Candidate, champion: ModelVersion) ->
         )
     with tempfile.TemporaryDirectory() as folder:
         theirs = client.download_artifacts(champion.run_id, champion.tags["evidence"], folder)
-        other = np.load(theirs, allow_pickle=False)
-        ours = np.load(candidate.predictions, allow_pickle=False)
+        other = read_predictions(Path(theirs))
+        ours = read_predictions(candidate.predictions)
         seeds = sorted(set(ours["seeds"].tolist()) & set(other["seeds"].tolist()))
         if not seeds:
             return CHALLENGER, f"no seed in common with version {champion.version}: they cannot be compared in pairs"
@@ -99,7 +100,20 @@ def by_alias(client: MlflowClient, alias: str) -> ModelVersion | None:
         return None
 
 
-def _right(said: np.lib.npyio.NpzFile, seeds: list[int]) -> np.ndarray:
+def read_predictions(path: Path) -> dict[str, np.ndarray]:
+    """What `evaluate` wrote: `labels` (N,), `seeds` (S,) and `student_distilled` (S, N). Raises UserError for anything else."""
+    said = read_npz(path, ("labels", "seeds", "student_distilled"))
+    shapes = {name: array.shape for name, array in said.items() if array.dtype.kind in "iu"}
+    if (
+        len(shapes) < 3
+        or shapes["student_distilled"] != shapes["seeds"] + shapes["labels"]
+        or len(shapes["seeds"]) != 1
+    ):
+        raise UserError(f"{path}: not the predictions of a distilled student: {shapes}")
+    return said
+
+
+def _right(said: dict[str, np.ndarray], seeds: list[int]) -> np.ndarray:
     rows = [said["seeds"].tolist().index(seed) for seed in seeds]
     return said["student_distilled"][rows] == said["labels"]
 

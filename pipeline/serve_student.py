@@ -1,6 +1,6 @@
 """Serve the champion with MLflow's model server, on 127.0.0.1: `make serve` (PORT=5001, HOST=127.0.0.1).
 
-POST images as JSON to /invocations; see README.md. Bodies over 32 MiB are refused and not kept.
+POST images as JSON to /invocations; see README.md. Bodies over 4 MiB are refused and not kept.
 """
 
 import json
@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import mlflow
+import numpy as np
 import uvicorn
 from mlflow.pyfunc import scoring_server
 
@@ -17,17 +18,22 @@ from pipeline.params import load_params
 from pipeline.registry import CHAMPION, NAME, by_alias
 from pipeline.tracking_store import Store
 
-LIMIT = 32 * 2**20  # bytes of a request's body
+LIMIT = 4 * 2**20  # bytes of a request's body
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class GuardBody:
-    """ASGI middleware: 413 for a body over the limit, which it does not keep, and 400 for JSON that cannot be read."""
+    """ASGI middleware that lets nothing but images through to the app, which would take minutes and gigabytes to refuse it.
 
-    def __init__(self, app: Callable[..., Awaitable[None]], limit: int) -> None:
+    413 for a body over the limit, which is not kept, 415 for another type than JSON, 400 for JSON that is not `inputs` (or
+    `instances`, as TensorFlow's servers name them) of numbers of shape (N, *shape).
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], limit: int, shape: tuple[int, ...]) -> None:
         self.app = app
         self.limit = limit
+        self.shape = shape
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Read the body and hand it on if it is well."""
@@ -41,20 +47,26 @@ class GuardBody:
             size += len(part)
             body = body + part if size <= self.limit else b""
             more = message.get("more_body", False)
+        posted = scope["method"] == "POST"
         if size > self.limit:
             await _answer(send, 413, f"the body is over the limit of {self.limit} bytes")
-        elif b"json" in dict(scope["headers"]).get(b"content-type", b"") and not _readable(body):
-            await _answer(send, 400, "the body is no JSON that can be read")
+        elif posted and dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0] != b"application/json":
+            await _answer(send, 415, "only application/json is read")  # MLflow would also unpack parquet, of any size
+        elif posted and _shape(body)[1:] != self.shape:
+            wanted = f"(N, {', '.join(map(str, self.shape))})"
+            await _answer(send, 400, f'the body is no JSON of the form {{"inputs": numbers of shape {wanted}}}')
         else:
             await self.app(scope, _once(body), send)
 
 
-def _readable(body: bytes) -> bool:
+def _shape(body: bytes) -> tuple[int, ...]:
+    """The shape of the numbers in a request's body, () if it holds anything else."""
     try:
-        json.loads(body)
-    except (ValueError, RecursionError):  # among them numbers of thousands of digits, and brackets by the thousand
-        return False
-    return True
+        content = json.loads(body)
+        ((name, numbers),) = content.items()
+        return np.array(numbers, dtype=np.float64).shape if name in ("inputs", "instances") else ()
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        return ()  # among them numbers of thousands of digits, and brackets by the thousand
 
 
 def _once(body: bytes) -> Receive:
@@ -78,7 +90,12 @@ def main() -> None:
     model = mlflow.pyfunc.load_model(f"models:/{NAME}@{CHAMPION}")
     host, port = os.environ.get("HOST") or "127.0.0.1", int(os.environ.get("PORT") or 5001)
     print(f"{NAME} version {champion.version} on http://{host}:{port}/invocations", flush=True)
-    uvicorn.run(GuardBody(scoring_server.init(model), LIMIT), host=host, port=port, log_level="warning")
+    uvicorn.run(
+        GuardBody(scoring_server.init(model), LIMIT, model.metadata.get_input_schema().inputs[0].shape[1:]),
+        host=host,
+        port=port,
+        log_level="warning",
+    )
 
 
 if __name__ == "__main__":

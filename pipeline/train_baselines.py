@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from safetensors.torch import load
-
-from pipeline.data.prepared import load_training_data
+from pipeline.data.prepared import load_initial_weights, load_training_data
 from pipeline.errors import run
 from pipeline.inference import choose_device
 from pipeline.params import load_params
@@ -19,7 +17,7 @@ def main(model: str) -> None:
     params = load_params()
     block = params.baselines
     data = load_training_data(DATA, choose_device(params.device))
-    initial = load((DATA / "initial" / f"{model}.safetensors").read_bytes())
+    initial = load_initial_weights(DATA, model)
     options = {"resnet18": ["baselines.resnet18"], "simple_cnn": []}[model]
     recipe = Recipe(
         folder=Path("models/baselines") / model,

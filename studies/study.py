@@ -8,10 +8,12 @@ interrupted goes on with the same command, and another commit, which may be othe
 """
 
 import argparse
+import copy
 import hashlib
 import io
 import itertools
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,17 +23,17 @@ from typing import Any
 import dvc.api
 import numpy as np
 import pandas as pd
-import yaml
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tabulate import tabulate
 
 from pipeline.errors import UserError
 from pipeline.files import write_whole
-from pipeline.params import Params
+from pipeline.params import Params, read_yaml, shown
 
 ROOT = Path(__file__).parents[1]
 COMPARISON = "student_distilled_vs_student_alone"
+MOST_POINTS = 10_000  # of a grid
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
 
@@ -79,23 +81,23 @@ def main() -> None:
 def load_study(name: str) -> Study:
     """Read studies/<name>.yaml. Raises UserError for a missing or malformed file and for settings that params.yaml refuses."""
     path = ROOT / "studies" / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(one.stem for one in path.parent.glob("*.yaml")))
+        raise UserError(f"{path}: cannot be read; the studies here: {known}")
+    params = read_yaml(ROOT / "params.yaml")
     try:
-        study = Study.model_validate(yaml.safe_load(path.read_text()))
-        params = (ROOT / "params.yaml").read_text()
+        study = Study.model_validate(read_yaml(path))
         for grid in study.grids:
             if grid.x not in grid.vary:
                 raise UserError(f"{path}: {grid.title}: x = {grid.x!r} is not varied; what is: {', '.join(grid.vary)}")
+            if (points := math.prod(map(len, grid.vary.values()))) > MOST_POINTS:
+                raise UserError(f"{path}: {grid.title}: {points:,} points, more than {MOST_POINTS:,}")
             for _, point in study.points(grid):
-                Params.model_validate(applied(yaml.safe_load(params), point))
-    except OSError as error:
-        known = ", ".join(sorted(one.stem for one in path.parent.glob("*.yaml")))
-        raise UserError(f"{path}: cannot be read; the studies here: {known}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: {error}") from error
+                Params.model_validate(applied(copy.deepcopy(params), point))
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(
-            f"{path}: {'.'.join(map(str, problem['loc']))} = {problem['input']!r}: {problem['msg']}"
+            f"{path}: {'.'.join(map(str, problem['loc']))} = {shown(problem['input'])}: {problem['msg']}"
         ) from error
     return study
 
@@ -115,6 +117,8 @@ def applied(params: dict[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
         place = params
         for block in blocks:
             place = place.setdefault(block, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{key}: {block} is no block of params.yaml")
         place[last] = value
     return params
 

@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_half_of_the_new(
 
 
 def test_checkpoints_are_listed_by_seed(tmp_path: Path):
-    for seed in (10, 9, 0):
+    for seed in (10, 9, 0, "0 (copy)"):
         checkpoint_path(tmp_path, seed).touch()
     assert [path.stem for path in checkpoints_in(tmp_path)] == ["seed0", "seed9", "seed10"]
     with pytest.raises(UserError, match="elsewhere"):

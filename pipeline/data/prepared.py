@@ -6,16 +6,20 @@ only those that it may see.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
+from pipeline.data.arrays import read_npy
 from pipeline.errors import UserError
 
 SPLITS = ("train", "val", "test")
+Side = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class Dataset(BaseModel):
@@ -25,9 +29,9 @@ class Dataset(BaseModel):
 
     name: str
     classes: list[str]
-    image_shape: tuple[int, int, int]  # height, width, channels
-    mean: float  # input scaling: (pixel / 255 - mean) / std
-    std: float
+    image_shape: tuple[Side, Side, Side]  # height, width, channels
+    mean: FiniteFloat  # input scaling: (pixel / 255 - mean) / std
+    std: Annotated[FiniteFloat, Field(gt=0)]
     images: dict[str, int]  # per split
     validation: str  # where the validation split comes from
     fingerprint: str  # SHA-256 over every split's images and labels
@@ -58,16 +62,24 @@ def load_dataset(folder: Path) -> Dataset:
 
 def load_split(folder: Path, split: str, device: torch.device) -> Split:
     """One split of a prepared set, as tensors on `device`. Raises UserError if a file is missing or damaged."""
-    tensors = []
-    for name in Split._fields:
-        path = folder / split / f"{name}.npy"
-        try:
-            tensors.append(torch.from_numpy(np.load(path, allow_pickle=False)).to(device))
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from error
-    return Split(*tensors)
+    images, labels = (read_npy(folder / split / f"{name}.npy") for name in Split._fields)
+    if (images.dtype, images.ndim, labels.dtype, labels.shape) != (np.uint8, 4, np.int64, images.shape[:1]):
+        raise UserError(
+            f"{folder / split}: not prepared images and labels: {images.dtype} of shape {images.shape},"
+            f" {labels.dtype} of shape {labels.shape}"
+        )
+    return Split(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device))
 
 
 def load_training_data(folder: Path, device: torch.device) -> TrainingData:
     """A prepared set without its test split, as tensors on `device`. Raises UserError as `load_split`."""
     return TrainingData(load_dataset(folder), load_split(folder, "train", device), load_split(folder, "val", device))
+
+
+def load_initial_weights(folder: Path, model: str) -> dict[str, Tensor]:
+    """What a baseline's training starts from instead of random weights, by name. Raises UserError as `load_split`."""
+    path = folder / "initial" / f"{model}.safetensors"
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error

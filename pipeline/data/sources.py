@@ -4,13 +4,13 @@ import difflib
 import errno
 import gzip
 import os
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.arrays import read_npz
 from pipeline.data.download import download
 from pipeline.data.prepared import SPLITS
 from pipeline.errors import UserError
@@ -173,13 +173,8 @@ def _own(path: Path) -> Source:
 
 def _read_npz(path: Path, classes: list[str] | None) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
     """Read and check a file with MedMNIST's keys. Class names come from the caller, the file's `class_names`, or the labels."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"{path}: not an .npz archive")
-            arrays = {key: file[key] for key in file.files if key == "class_names" or key.rpartition("_")[0] in SPLITS}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: truncated, or not an .npz file of plain arrays: {error}") from error
+    keys = [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")]
+    arrays = read_npz(path, [*keys, "class_names"])
     for key in ("train_images", "train_labels", "test_images", "test_labels"):
         if key not in arrays:
             raise UserError(f"{path}: {key} is missing")
@@ -229,6 +224,7 @@ def _class_names(path: Path, names: np.ndarray | None, train_labels: np.ndarray)
         if train_labels.max() >= len(train_labels):  # every class needs an image, so there cannot be that many
             raise UserError(f"{path}: train_labels out of range: {train_labels.max()} with {len(train_labels)} images")
         names = np.arange(max(int(train_labels.max()), 0) + 1).astype(str)
-    if names.dtype.kind != "U" or names.ndim != 1 or len(set(names.tolist())) < max(len(names), 2):
+    several = names.dtype.kind == "U" and names.ndim == 1 and 2 <= len(names) <= len(train_labels)
+    if not several or len(set(names.tolist())) < len(names):
         raise UserError(f"{path}: at least two classes are wanted, and class_names, if given, as distinct strings")
     return names.tolist()
