@@ -40,13 +40,15 @@ class GuardBody:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body, size, more = b"", 0, True
+        parts, size, more = [], 0, True
         while more:
             message = await receive()
-            part = message.get("body", b"")
-            size += len(part)
-            body = body + part if size <= self.limit else b""
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.limit:
+                parts.clear()
             more = message.get("more_body", False)
+        body = b"".join(parts)
         posted = scope["method"] == "POST"
         if size > self.limit:
             await _answer(send, 413, f"the body is over the limit of {self.limit} bytes")

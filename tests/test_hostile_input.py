@@ -1,10 +1,12 @@
 """What is damaged or hostile is refused in one line; no code in it is run, no memory taken on its word."""
 
+import asyncio
 import io
 import json
 import os
 import pickle
 import struct
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ from pipeline.params import load_params
 from pipeline.progress import File, Unfinished
 from pipeline.registry import read_predictions
 from pipeline.score_images import read_image
+from pipeline.serve_student import LIMIT, GuardBody
 from tests.conftest import write_npz
 from tests.harmful_reader import harmful
 
@@ -389,3 +392,24 @@ def test_a_hostile_request_is_refused_without_reaching_the_model(readers, kind: 
     outcome, said = judge(reader.read, bytes([kinds.index(kind)]) + body)
     assert (outcome, said) == ("refused", str(status))
     assert peak() - before < 300
+
+
+def test_a_body_in_a_million_parts_is_put_together_in_time():
+    received, statuses, parts = [], [], 2_000_000
+
+    async def app(scope: dict, receive: Callable, send: Callable) -> None:
+        received.append(await receive())
+
+    async def receive() -> dict:
+        nonlocal parts
+        parts -= 1
+        return {"type": "http.request", "body": b" ", "more_body": parts > 0}
+
+    async def send(message: dict) -> None:
+        statuses.append(message.get("status"))
+
+    start = time.process_time()
+    asyncio.run(GuardBody(app, LIMIT, (8, 8, 1))({"type": "http", "method": "GET", "headers": []}, receive, send))
+    assert received[0]["body"] == b" " * 2_000_000
+    assert not statuses
+    assert time.process_time() - start < 10
