@@ -33,7 +33,7 @@ def main() -> None:
     parts: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
         "kills": lambda folder, asked: kills(folder, asked.kills),
         "outages": lambda folder, asked: outages(folder, asked.outages),
-        "inputs": lambda folder, asked: hostile_input(folder, asked.inputs),
+        "inputs": lambda folder, asked: hostile_input(asked.inputs),
         "disk": lambda folder, asked: [full_disk(folder)],
         "queue": lambda folder, asked: [queued(folder)],
         "cost": lambda folder, asked: [cost(folder, asked.dataset)],

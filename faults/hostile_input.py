@@ -1,4 +1,4 @@
-"""Damaged and hostile input for every reader: `python -m faults.hostile_input 10000` prints what became of it.
+"""Damaged and hostile input for every reader: what became of it.
 
 A reader gets a valid input, mutated, as a file or a request, in a process of its own that may not be silent for more than
 10 s. It must accept the input or refuse it with a `UserError` (a request: with a 4xx), run nothing that is in it, and need
@@ -28,9 +28,11 @@ from typing import NamedTuple
 import numpy as np
 
 from faults import mutations as m
+from faults.outcome import Outcome
 from pipeline.errors import UserError, one_line
 
 PATIENCE = 10  # seconds for one input
+MEMORY = 1024  # MiB over what the reader has anyway
 ADDRESS_SPACE = 8 * 2**30  # bytes more than a process has when it starts: what a bomb meets before the machine does
 SIGN = "foreign-code-ran"  # the folder that it would make
 GIVEAWAYS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class")  # audit events
@@ -84,6 +86,7 @@ def checkpoint(folder: Path) -> Reader:
         parameters={"lr": 0.1},
         history=[epoch],
         best_epoch=1,
+        chance=0.1,
     )
     save_checkpoint(path, new_classifier("compact_cnn", arguments, dataset, 0), description)
     seed = path.read_bytes()
@@ -190,7 +193,7 @@ def stage_json(folder: Path) -> Reader:
 
     def read(content: bytes) -> None:
         (folder / "a.json").write_bytes(content)
-        assert isinstance(read_json(folder / "a.json"), dict)  # noqa: S101
+        assert isinstance(read_json(folder / "a.json"), dict)
 
     return Reader(json.dumps(value).encode(), lambda random: m.json_text(value, random), read)
 
@@ -546,26 +549,18 @@ async def _status(app: Callable, kind: bytes, body: bytes) -> int:
     return sent[0]["status"]
 
 
-def table(tallies: dict[str, Tally]) -> str:
-    """The tallies as Markdown."""
-    columns = ("injected", "refused", "accepted", "crashed", "hung", "executed")
-    lines = [f"| reader | {' | '.join(columns)} | peak MiB | slowest s |", "|---" + "|---:" * (len(columns) + 2) + "|"]
-    for name, tally in tallies.items():
-        numbers = " | ".join(str(getattr(tally, column)) for column in columns)
-        lines.append(f"| {name} | {numbers} | {tally.peak:.0f} | {tally.slowest:.1f} |")
-    return "\n".join(lines)
+def hostile_input(count: int, readers: dict[str, Make] | None = None) -> list[Outcome]:
+    """Share `count` inputs among the readers; one outcome per reader."""
+    readers = readers or READERS
+    return [outcome(name, bombard(make, -(-count // len(readers)))) for name, make in readers.items()]
 
 
-def main(count: int, names: list[str]) -> int:
-    """Share `count` inputs among the readers; the number of those that did harm."""
-    names = names or list(READERS)
-    tallies = {name: bombard(READERS[name], -(-count // len(names))) for name in names}
-    print(table(tallies))
-    for name, tally in tallies.items():
-        for said, times in tally.crashes.most_common():
-            print(f"{name}: {times} x {said}")
-    return sum(tally.crashed + tally.hung + tally.executed for tally in tallies.values())
-
-
-if __name__ == "__main__":
-    sys.exit(bool(main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000, sys.argv[2:])))
+def outcome(name: str, tally: Tally) -> Outcome:
+    """The tally of a reader as a row of the table: wrong is what crashed, hung, was executed, or needed 1 GiB."""
+    for said, times in tally.crashes.most_common():
+        print(f"{name}: {times} x {said}")
+    harmed = tally.crashed + tally.hung + tally.executed + (tally.peak >= MEMORY)
+    told = (
+        f"{tally.refused} refused, {tally.accepted} accepted; peak {tally.peak:.0f} MiB, slowest {tally.slowest:.1f} s"
+    )
+    return Outcome(f"hostile input: {name}", tally.injected, tally.injected - harmed, 0, harmed, told)

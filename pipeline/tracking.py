@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import Description, Epoch
 from pipeline.data.prepared import Dataset
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.provenance import changed_settings, code_is_committed, commit
 from pipeline.tracking_store import CHECKPOINT, EVALUATED, SUMMARY, NoAnswerError, RefusedError, Store, tracking_uri
 from pipeline.unsent import Kept, folder, set_aside
@@ -74,12 +74,14 @@ class Tracker:
             self.store.do(operation, arguments)
         except RefusedError as error:
             path = set_aside(operation, arguments, str(error))
-            print(f"tracking: {operation} was refused and put into {path}: {_line(error)}", file=sys.stderr, flush=True)
+            print(
+                f"tracking: {operation} was refused and put into {path}: {one_line(error)}", file=sys.stderr, flush=True
+            )
 
     def _wait(self, error: NoAnswerError) -> None:
         if self.silent_since is None:
             print(
-                f"tracking: no answer ({_line(error)}). The work goes on; what is to be tracked is kept in {folder()} and sent"
+                f"tracking: no answer ({one_line(error)}). The work goes on; what is to be tracked is kept in {folder()} and sent"
                 " by the next stage that reaches the store, or by python -m pipeline.send_unsent",
                 file=sys.stderr,
                 flush=True,
@@ -246,11 +248,6 @@ def _monitors() -> list["BaseMetricsMonitor"]:
 
 def _now() -> int:
     return int(time.time() * 1000)
-
-
-def _line(error: Exception) -> str:
-    """An error in one line, of a length that can be read."""
-    return " ".join(str(error).split())[:200]
 
 
 def _base64(content: bytes) -> str:

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from faults import mutations
-from faults.hostile_input import READERS, SIGN, Reader, bombard, hostile, judge, table
+from faults.hostile_input import READERS, SIGN, Reader, bombard, hostile, judge, outcome
 from pipeline.checkpoints import load_checkpoint
 from pipeline.data.arrays import read_npy, read_npz
 from pipeline.data.prepared import load_initial_weights, load_split
@@ -70,8 +70,8 @@ def test_a_reader_accepts_what_it_should(readers, name: str):
 @given(random=st.randoms(use_true_random=False))
 def test_no_mutated_input_harms_a_reader(readers, name: str, random: Random):
     reader, folder = readers(name)
-    outcome, how = judge(reader.read, hostile(reader, random, folder))
-    assert outcome in ("accepted", "refused"), how
+    became, how = judge(reader.read, hostile(reader, random, folder))
+    assert became in ("accepted", "refused"), how
     assert not (folder / SIGN).exists()
 
 
@@ -84,7 +84,7 @@ def test_harm_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert tally.peak > 100
     assert any("ValueError" in how for how in tally.crashes)
     assert any("the process ended" in how for how in tally.crashes)
-    assert "| harmful | 7 | 1 | 3 | 2 | 1 | 1 |" in table({"harmful": tally})
+    assert outcome("harmful", tally)[1:5] == (7, 3, 0, 4)
 
 
 def bomb(path: Path, **said: object) -> Path:
@@ -389,7 +389,7 @@ def test_a_hostile_request_is_refused_without_reaching_the_model(readers, kind: 
     reader, _ = readers("request")
     kinds = (b"application/json", b"text/csv", b"application/vnd.apache.parquet", b"")
     before = peak()
-    outcome, said = judge(reader.read, bytes([kinds.index(kind)]) + body)
+    became, said = judge(reader.read, bytes([kinds.index(kind)]) + body)
     assert (outcome, said) == ("refused", str(status))
     assert peak() - before < 300
 
