@@ -26,13 +26,14 @@ def from_main_checkout(path: str | Path) -> Path:
     return Path(os.path.normpath(main_checkout() / Path(path).expanduser()))
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def write_whole(path: Path, *parts: bytes | str) -> None:
     """Write `path` so that it appears complete or, when anything fails, stays as it was. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            for part in parts:
+                file.write(part.encode() if isinstance(part, str) else part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -84,9 +84,13 @@ class File:
 
     def save(self, unfinished: Unfinished) -> None:
         """Put what is there by this, whole or not at all."""
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in unfinished.tensors.items()}
-        content = save(tensors, {"facts": json.dumps(unfinished.facts)})
-        write_whole(self.path, hashlib.sha256(content).digest() + content)
+        tensors = {name: tensor.cpu() for name, tensor in unfinished.tensors.items()}
+        # Weights that are channels-last are written as they lie: to rearrange them takes longer than to write them.
+        turned = [name for name, tensor in tensors.items() if tensor.dim() == 4 and not tensor.is_contiguous()]
+        tensors |= {name: tensors[name].permute(0, 2, 3, 1) for name in turned}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        content = save(tensors, {"facts": json.dumps(unfinished.facts | {"turned": turned})})
+        write_whole(self.path, hashlib.sha256(content).digest(), content)
 
     def load(self) -> Unfinished | None:
         """What was saved; None if nothing was, or the file has changed since."""
@@ -98,4 +102,6 @@ class File:
         if hashlib.sha256(content).digest() != digest:
             return None
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # safetensors' format
-        return Unfinished(load(content), json.loads(header["__metadata__"]["facts"]))
+        facts, tensors = json.loads(header["__metadata__"]["facts"]), load(content)
+        tensors |= {name: tensors[name].permute(0, 3, 1, 2) for name in facts.pop("turned")}
+        return Unfinished(tensors, facts)
