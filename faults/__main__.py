@@ -54,6 +54,21 @@ def main() -> None:
     raise SystemExit(f"error: not survived: {', '.join(outcome.fault for outcome in bad)}" if bad else 0)
 
 
+def in_short(outcomes: list[Outcome]) -> list[Outcome]:
+    """The outcomes of each kind of fault, what is before the colon in its name, summed up."""
+    kinds: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        kinds.setdefault(outcome.fault.partition(":")[0], []).append(outcome)
+    return [
+        Outcome(
+            kind,
+            *(sum(column) for column in zip(*(one[1:5] for one in found), strict=True)),
+            found[0].told if len(found) == 1 else "",
+        )
+        for kind, found in kinds.items()
+    ]
+
+
 def table(outcomes: list[Outcome]) -> str:
     """Outcomes as a Markdown table."""
     return tabulate(outcomes, headers=["fault", "injected", "survived", "lost", "wrong", ""], tablefmt="github")
@@ -64,11 +79,17 @@ def page(outcomes: list[Outcome], minutes: float) -> str:
     found = machine()
     where = f"{found['processor']}, {found['cores']} cores, Python {found['python']}, torch {found['torch']}"
     code = commit()[:12] + ("" if code_is_committed() else " with uncommitted changes")
-    return (
-        f"# Faults\n\nWritten by `make faults` in {minutes:.0f} minutes on {where}, at commit {code}.\n\n{table(outcomes)}\n\n"
-        "Survived means: nothing missing and nothing other than without the fault. What exactly, each part says at its top:\n"
-        "faults/kills.py, outages.py, hostile_input.py, full_disk.py, queue.py, cost.py.\n"
-    )
+    return f"""# Faults
+
+Written by `make faults` in {minutes:.0f} minutes on {where}, at commit {code}.
+
+{table(in_short(outcomes))}
+
+Survived means: nothing missing and nothing other than without the fault. What exactly, each part says at its top: faults/kills.py,
+outages.py, hostile_input.py, full_disk.py, queue.py and cost.py. In detail:
+
+{table(outcomes)}
+"""
 
 
 if __name__ == "__main__":

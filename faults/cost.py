@@ -50,4 +50,4 @@ def cost(folder: Path, dataset: str) -> Outcome:
         spent += json.loads(done.stdout.splitlines()[-1])["spent"]
     share = spent / total
     told = f"{spent:.2f} of {total:.1f} s on {dataset}: {share:.1%}"
-    return Outcome("none: what readiness costs", len(STAGES), len(STAGES) if share <= 0.05 else 0, 0, 0, told)
+    return Outcome("no fault: readiness costs at most 5 %", 1, int(share <= 0.05), 0, 0, told)

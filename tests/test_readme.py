@@ -19,6 +19,11 @@ def test_the_speed_table_is_that_of_a_measured_device():
     assert shown.group(2).strip().splitlines() == table
 
 
+def test_the_faults_in_the_readme_are_those_that_were_counted():
+    shown = re.search(r"<!-- faults/results.md -->\n(.*?)<!-- end -->", README, re.DOTALL).group(1)
+    assert f"\n{shown.strip()}\n" in (ROOT / "faults" / "results.md").read_text()
+
+
 def test_every_make_target_that_the_readme_names_exists():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:`|\$ )make ([a-z-]+)", README))

@@ -4,6 +4,7 @@ It is made of the files in metrics/ and says nothing that is not in them.
 """
 
 import base64
+import html
 import mimetypes
 import re
 from collections.abc import Mapping, Sequence
@@ -189,8 +190,8 @@ def _classes(results: Results) -> str:
     for name in classes:
         pair = [results.by_class[model][name] for model in (one, two)]
         cells = [f"{100 * figures[key]:.2f}" for figures in pair for key in ("precision", "recall", "f1")]
-        rows.append([name, *cells, _points(pair[0]["f1"] - pair[1]["f1"])])
-    text = f"Hardest for {one}, by F1: {', '.join(hardest)}. Means over the seeds; single classes were not tested."
+        rows.append([_plain(name), *cells, _points(pair[0]["f1"] - pair[1]["f1"])])
+    text = f"Hardest for {one}, by F1: {', '.join(map(_plain, hardest))}. Means over the seeds; single classes were not tested."
     return f"{text}\n\n{_table(rows, headings)}"
 
 
@@ -245,8 +246,8 @@ def _run(results: Results) -> str:
     machine = results.costs["machine"]
     state = "" if results.costs["code_is_committed"] else ", with uncommitted changes"
     lines = [
-        f"- Data: {dataset['name']}, {images} training / validation / test images of shape {tuple(dataset['image_shape'])},"
-        f" validation {dataset['validation']}; SHA-256 `{dataset['fingerprint']}`",
+        f"- Data: {_plain(dataset['name'])}, {images} training / validation / test images of shape"
+        f" {tuple(dataset['image_shape'])}, validation {dataset['validation']}; SHA-256 `{dataset['fingerprint']}`",
         f"- Seeds: {', '.join(map(str, next(iter(models.values()))['seeds']))}; the weights of the best epoch on the validation"
         " images",
         f"- Code: commit `{results.costs['commit']}`{state}",
@@ -266,6 +267,11 @@ def _mean(figures: Mapping[str, float], key: str, factor: float, digits: int) ->
         spread, half = (figures[f"{key}_{kind}"] * factor for kind in ("sd", "ci95"))
         text += f" ± {half:.{digits}f} ({spread:.{digits}f})"
     return text
+
+
+def _plain(name: str) -> str:
+    """A name from the user's data as text that is neither Markdown's table nor HTML."""
+    return " ".join(html.escape(name).replace("|", "&#124;").split())
 
 
 def _points(share: float) -> str:

@@ -93,6 +93,16 @@ def test_a_model_that_learned_nothing_is_warned_of_before_anything_else_is_said(
     assert "teacher, seed 0, 2: no better" in text.split("## ")[0].split("**better**")[0]
 
 
+def test_names_from_the_data_are_text(results: Results):
+    name = "<img src=x onerror=alert(1)> | cat\n# heading"
+    by_class = {model: classes | {name: classes["cat"]} for model, classes in results.by_class.items()}
+    text = write_report("distillation", results._replace(by_class=by_class), "size.png")
+    assert "<img src=x" not in text
+    assert "\n# heading" not in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| &lt;img")]
+    assert row.count("|") == 9
+
+
 def test_verdicts_are_said_in_words(results: Results):
     one = results.comparisons["student_distilled_vs_student_alone"]
     assert "is **better** than" in sentence("a_vs_b", one)
