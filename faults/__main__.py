@@ -85,8 +85,8 @@ Written by `make faults` in {minutes:.0f} minutes on {where}, at commit {code}.
 
 {table(in_short(outcomes))}
 
-Survived means: nothing missing and nothing other than without the fault. What exactly, each part says at its top: faults/kills.py,
-outages.py, hostile_input.py, full_disk.py, queue.py and cost.py. In detail:
+Survived means: nothing missing and nothing other than without the fault. What exactly, each part says at its top:
+faults/kills.py, outages.py, hostile_input.py, full_disk.py, queue.py and cost.py. In detail:
 
 {table(outcomes)}
 """

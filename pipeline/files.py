@@ -1,6 +1,7 @@
 """Where files are, and how they are written: whole or not at all."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ def from_main_checkout(path: str | Path) -> Path:
 def write_whole(path: Path, *parts: bytes | str) -> None:
     """Write `path` so that it appears complete or, when anything fails, stays as it was. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         with partial.open("wb") as file:
             for part in parts:
@@ -63,8 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def folder_whole(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it takes the place of `path` when the block ends well and vanishes otherwise."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = _partial(path)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -75,6 +75,17 @@ def folder_whole(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    """Where this process prepares `path`; what killed processes left of theirs is removed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        from psutil import pid_exists
+
+        pid = left.suffixes[-2].removeprefix(".")
+        if pid.isdecimal() and (int(pid) == os.getpid() or not pid_exists(int(pid))):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def md5(path: Path) -> str:

@@ -75,10 +75,10 @@ def fit(
         Called after each epoch.
     resume : State, optional
         Go on from there: the result is, to the bit, that of a training that was never interrupted.
-
-    Raises UserError after an epoch in which the loss became infinite or no number.
     title : str
         Of the progress bar.
+
+    Raises UserError after an epoch in which the loss became infinite or no number.
     """
     device = train.images.device
     order = torch.Generator(device).manual_seed(seed)

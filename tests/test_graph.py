@@ -73,7 +73,10 @@ def problems(stage: Declared, reads: Reads) -> list[str]:
     """How the declaration of a stage differs from what it does."""
     data_deps = {dep for dep in stage.deps if not dep.endswith(".py")}
     module_deps = stage.deps - data_deps
-    read = {path for path in reads.files if path not in reads.written and not covers(stage.outs, path)}
+    beside = {
+        str(parent) for path in reads.written for parent in Path(path).parents
+    }  # listed to tidy up before writing
+    read = {path for path in reads.files - reads.written - beside if not covers(stage.outs, path)}
     return [
         *(f"imports {path}, no dependency" for path in reads.modules - module_deps),
         *(f"depends on {path}, not imported" for path in module_deps - reads.modules),

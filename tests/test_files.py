@@ -1,0 +1,57 @@
+"""Files appear whole or not at all, and what a killed process left of one goes with the next."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.files import folder_whole, write_whole
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.files import folder_whole, write_whole
+os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "file":
+    write_whole(Path(sys.argv[2]), "new")
+with folder_whole(Path(sys.argv[2])) as folder:
+    (folder / "inside").write_text("new")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_kill_inside_the_write_leaves_the_old_and_the_next_write_tidies_up(tmp_path: Path, kind: str):
+    path = tmp_path / "results"
+    if kind == "file":
+        path.write_text("old")
+    else:
+        path.mkdir()
+        (path / "inside").write_text("old")
+    done = subprocess.run([sys.executable, "-c", DIES, kind, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2, "what the killed process was at"
+    alive = tmp_path / f".results.{os.getppid()}.partial"
+    alive.touch()
+    if kind == "file":
+        assert path.read_text() == "old"
+        write_whole(path, b"very ", "new")
+        assert path.read_text() == "very new"
+    else:
+        assert (path / "inside").read_text() == "old"
+        with folder_whole(path) as folder:
+            (folder / "inside").write_text("new")
+        assert (path / "inside").read_text() == "new"
+    assert set(tmp_path.iterdir()) == {path, alive}, "another process, which lives, is at the same"
+
+
+def test_a_write_that_fails_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "results"
+    path.write_text("old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "new")
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("results", "old")]
