@@ -17,7 +17,7 @@ from faults.kills import epochs_done
 from faults.outcome import Outcome
 
 SEEDS = (1, 2, 3, 4)  # an experiment each, so that every training is told by its run's name
-EPOCHS = 10
+EPOCHS = 6
 MODELS = ("teacher", "student_distilled", "student_alone")
 
 
@@ -26,7 +26,8 @@ def queued(folder: Path, epochs: int = EPOCHS, **parameters: object) -> Outcome:
     checkout = copy_checkout(folder, **(SMALL | parameters), distillation__epochs=epochs)
     for seed in SEEDS:
         _queue(checkout, seed)
-    checkout.dvc("queue", "start", "-j", str(len(SEEDS)))
+    checkout.environment["OMP_NUM_THREADS"] = "1"
+    checkout.start("dvc", "queue", "start", "-j", str(len(SEEDS))).wait()  # the workers it starts go on
     name = _kill_one(checkout)
     status = _until_idle(checkout)
     unharmed = sum(status.get(f"seed{seed}") == "Success" for seed in SEEDS)
@@ -34,7 +35,7 @@ def queued(folder: Path, epochs: int = EPOCHS, **parameters: object) -> Outcome:
     seed = int(name.removeprefix("seed"))
     checkout.dvc("queue", "remove", name)
     _queue(checkout, seed)
-    checkout.dvc("queue", "start")
+    checkout.start("dvc", "queue", "start").wait()
     resumed = _until_idle(checkout).get(name) == "Success"
     runs = checkout.mlflow_runs()
     expected = Counter(f"{model}/seed{seed}" for model in MODELS for seed in SEEDS)
