@@ -31,11 +31,11 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--dataset", default="mnist", help="for the cost of an undisturbed run")
     parts: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
-        "kills": lambda folder, asked: kills(folder, asked.kills),
-        "outages": lambda folder, asked: outages(folder, asked.outages),
         "inputs": lambda folder, asked: hostile_input(asked.inputs),
         "disk": lambda folder, asked: [full_disk(folder)],
         "queue": lambda folder, asked: [queued(folder)],
+        "outages": lambda folder, asked: outages(folder, asked.outages),
+        "kills": lambda folder, asked: kills(folder, asked.kills),
         "cost": lambda folder, asked: [cost(folder, asked.dataset)],
     }
     parser.add_argument("--only", choices=list(parts))

@@ -19,7 +19,7 @@ from faults.outcome import Outcome
 from pipeline.files import md5
 
 KILLS_PER_TRAINING = 3
-EPOCHS = {"baselines": 3, "distillation": 10}
+EPOCHS = {"baselines": 2, "distillation": 6}
 STAGES = {  # and where their checkpoints go
     "train_baselines@simple_cnn": "baselines/simple_cnn",
     "train_baselines@resnet18": "baselines/resnet18",
