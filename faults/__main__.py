@@ -1,13 +1,15 @@
 """`make faults`: every fault, into the real pipeline; one table, printed and written to faults/results.md.
 
-About half an hour on 2 cores. `--kills`, `--outages` and `--inputs` say how many of each; `--only` names one part.
+About half an hour on 2 cores. `--kills`, `--outages` and `--inputs` say how many of each; `--only` repeats one part.
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -19,8 +21,10 @@ from faults.kills import kills
 from faults.outages import outages
 from faults.outcome import Outcome
 from faults.queue import queued
-from pipeline.files import write_whole
+from pipeline.files import write_json, write_whole
 from pipeline.provenance import code_is_committed, commit, machine
+
+RESULTS = ROOT / "faults" / "results.json"
 
 
 def main() -> None:
@@ -40,18 +44,30 @@ def main() -> None:
     }
     parser.add_argument("--only", choices=list(parts))
     asked = parser.parse_args()
-    outcomes: list[Outcome] = []
-    start = time.monotonic()
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in [asked.only] if asked.only else parts:
+        start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            found = parts[name](Path(folder) / name, asked)
-        outcomes += found
-        print(table(found), flush=True)
-    minutes = (time.monotonic() - start) / 60
-    if not asked.only:
-        write_whole(ROOT / "faults" / "results.md", page(outcomes, minutes))
-    bad = [outcome for outcome in outcomes if outcome.survived < outcome.injected]
-    raise SystemExit(f"error: not survived: {', '.join(outcome.fault for outcome in bad)}" if bad else 0)
+            outcomes = parts[name](Path(folder) / name, asked)
+        print(table(outcomes), flush=True)
+        kept[name] = {
+            "minutes": (time.monotonic() - start) / 60,
+            "code": code(),
+            "outcomes": outcomes,
+            "machine": machine(),
+        }
+        write_json(RESULTS, kept)
+    found = {name: part | {"outcomes": [Outcome(*row) for row in part["outcomes"]]} for name, part in kept.items()}
+    write_whole(RESULTS.with_suffix(".md"), page(found))
+    bad = [
+        outcome.fault for part in found.values() for outcome in part["outcomes"] if outcome.survived < outcome.injected
+    ]
+    raise SystemExit(f"error: not survived: {', '.join(bad)}" if bad else 0)
+
+
+def code() -> str:
+    """Which code it is that the faults are put into."""
+    return commit()[:12] + ("" if code_is_committed() else " with uncommitted changes")
 
 
 def in_short(outcomes: list[Outcome]) -> list[Outcome]:
@@ -74,14 +90,14 @@ def table(outcomes: list[Outcome]) -> str:
     return tabulate(outcomes, headers=["fault", "injected", "survived", "lost", "wrong", ""], tablefmt="github")
 
 
-def page(outcomes: list[Outcome], minutes: float) -> str:
-    """The table with what it was measured on."""
-    found = machine()
-    where = f"{found['processor']}, {found['cores']} cores, Python {found['python']}, torch {found['torch']}"
-    code = commit()[:12] + ("" if code_is_committed() else " with uncommitted changes")
+def page(parts: dict[str, dict[str, Any]]) -> str:
+    """The outcomes in short and in detail, and what they were measured on."""
+    outcomes = [outcome for part in parts.values() for outcome in part["outcomes"]]
+    runs = [[name, f"{part['minutes']:.1f}", part["code"], *part["machine"].values()] for name, part in parts.items()]
+    where = list(dict.fromkeys(name for part in parts.values() for name in part["machine"]))
     return f"""# Faults
 
-Written by `make faults` in {minutes:.0f} minutes on {where}, at commit {code}.
+Written by `make faults`, which takes {sum(part["minutes"] for part in parts.values()):.0f} minutes here.
 
 {table(in_short(outcomes))}
 
@@ -89,6 +105,10 @@ Survived means: nothing missing and nothing other than without the fault. What e
 faults/kills.py, outages.py, hostile_input.py, full_disk.py, queue.py and cost.py. In detail:
 
 {table(outcomes)}
+
+The parts, run one after the other:
+
+{tabulate(runs, headers=["part", "minutes", "commit", *where], tablefmt="github", disable_numparse=True)}
 """
 
 

@@ -43,13 +43,13 @@ def full_disk(folder: Path, only: tuple[str, ...] = ()) -> Outcome:
         output = checkout.dvc("repro")
         stages = only or [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
         calm = results(checkout)
-        injected = lost = wrong = refused = 0
+        injected = lost = wrong = stopped = unclear = 0
         for stage in stages:
             for left in LEFT:
                 injected += 1
-                unclear, spoilt = _fill(checkout, stage, left, calm)
-                refused += unclear is not None
-                wrong += unclear is True
+                said_it, spoilt = _fill(checkout, stage, left, calm)
+                stopped += said_it is not None
+                unclear += said_it is False
                 lost += spoilt
             checkout.dvc("repro", "--single-item", stage)
             again = results(checkout)
@@ -58,15 +58,15 @@ def full_disk(folder: Path, only: tuple[str, ...] = ()) -> Outcome:
                 print(f"{stage}: other results than before: {sorted(differs)}")
                 wrong += 1
             calm = again
-        return Outcome(
-            what, injected, injected - lost - wrong, lost, wrong, f"{refused} stages stopped, all by one clear line"
-        )
+        survived = injected - lost - wrong - unclear
+        told = f"{stopped} stages stopped, {stopped - unclear} with one clear line"
+        return Outcome(what, injected, survived, lost, wrong + unclear, told)
 
 
 def _fill(checkout: Checkout, stage: str, left: int, calm: dict[str, str]) -> tuple[bool | None, bool]:
     """Run a stage on a full disk.
 
-    Whether what it said was unclear, None if it ended well; and whether it spoilt results of other stages.
+    Whether it said so, None if it ended well; and whether it spoilt results of other stages.
     """
     filler = checkout.folder.parent / "filler"
     space = os.statvfs(filler.parent)
@@ -83,7 +83,7 @@ def _fill(checkout: Checkout, stage: str, left: int, calm: dict[str, str]) -> tu
     spoilt = [path for path in calm if now.get(path) != calm[path] and not path.startswith(own) and path != "dvc.lock"]
     if spoilt or (done.returncode and not clear):
         print(f"{stage}, {left} bytes left: spoilt {spoilt}; it said: {said}")
-    return (not clear if done.returncode else None), bool(spoilt)
+    return (clear if done.returncode else None), bool(spoilt)
 
 
 def results(checkout: Checkout) -> dict[str, str]:

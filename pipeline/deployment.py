@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.exported import BATCH, Student
 from pipeline.files import write_whole
 from pipeline.models import Classifier
@@ -54,21 +56,29 @@ def export_onnx(classifier: Classifier, image_shape: tuple[int, int, int], class
 
 
 def quantize(source: Path, calibration: np.ndarray, classes: list[str], path: Path) -> None:
-    """Write an int8 version of the model in `source`, its ranges taken from the `calibration` images (N, H, W, C)."""
+    """Write an int8 version of the model in `source`, its ranges taken from the `calibration` images (N, H, W, C).
+
+    Raises UserError where ONNX Runtime, which does not notice a full disk, cannot read back what it wrote.
+    """
     logging.getLogger().setLevel(logging.ERROR)  # it advises a preparation that changes nothing here
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "int8.onnx"
-        quantize_static(
-            source,
-            raw,
-            _Calibration(calibration),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["Conv", "MaxPool", "Relu", "Gemm", "MatMul"],
-        )
-        model = onnx.load(raw)
+        try:
+            quantize_static(
+                source,
+                raw,
+                _Calibration(calibration),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=["Conv", "MaxPool", "Relu", "Gemm", "MatMul"],
+            )
+            model = onnx.load(raw)
+        except DecodeError as error:
+            raise UserError(
+                f"no space left in {source.parent} or {folder}, it seems: what was written there reads back as {error}"
+            ) from error
     _save(model, classes, path)
 
 

@@ -1,9 +1,11 @@
 """A fast cut of `make faults`."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from faults.__main__ import RESULTS, page
 from faults.full_disk import full_disk
 from faults.kills import kills
 from faults.outages import outages
@@ -14,6 +16,13 @@ def all_survive(outcomes: list[Outcome], injected: int) -> None:
     assert sum(outcome.injected for outcome in outcomes) == injected
     for outcome in outcomes:
         assert outcome.survived == outcome.injected, outcome
+
+
+def test_the_committed_page_is_of_the_committed_outcomes():
+    parts = json.loads(RESULTS.read_text())
+    for part in parts.values():
+        part["outcomes"] = [Outcome(*row) for row in part["outcomes"]]
+    assert RESULTS.with_suffix(".md").read_text() == page(parts)
 
 
 def test_killed_trainings_end_with_the_same_bytes_in_the_same_runs(tmp_path: Path):
