@@ -6,6 +6,7 @@ DVC deletes the temporary copy of the experiment that failed; queued once more, 
 import json
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,7 +28,7 @@ def queued(folder: Path, epochs: int = EPOCHS, **parameters: object) -> Outcome:
     for seed in SEEDS:
         _queue(checkout, seed)
     checkout.environment["OMP_NUM_THREADS"] = "1"
-    checkout.start("dvc", "queue", "start", "-j", str(len(SEEDS))).wait()  # the workers it starts go on
+    _work(checkout, len(SEEDS))
     name = _kill_one(checkout)
     status = _until_idle(checkout)
     unharmed = sum(status.get(f"seed{seed}") == "Success" for seed in SEEDS)
@@ -35,7 +36,7 @@ def queued(folder: Path, epochs: int = EPOCHS, **parameters: object) -> Outcome:
     seed = int(name.removeprefix("seed"))
     checkout.dvc("queue", "remove", name)
     _queue(checkout, seed)
-    checkout.start("dvc", "queue", "start").wait()
+    _work(checkout, 1)
     resumed = _until_idle(checkout).get(name) == "Success"
     runs = checkout.mlflow_runs()
     expected = Counter(f"{model}/seed{seed}" for model in MODELS for seed in SEEDS)
@@ -51,6 +52,12 @@ def queued(folder: Path, epochs: int = EPOCHS, **parameters: object) -> Outcome:
 def _queue(checkout: Checkout, seed: int) -> None:
     settings = ["-S", f"seeds=[{seed}]", "evaluate@distillation"]
     checkout.dvc("exp", "run", "--queue", "--name", f"seed{seed}", *settings)
+
+
+def _work(checkout: Checkout, workers: int) -> None:
+    """Start workers. They outlive the command, and a pipe of ours to write to would not outlive it with them."""
+    command = ["dvc", "queue", "start", "-j", str(workers)]
+    subprocess.run(command, cwd=checkout.folder, env=checkout.environment, stdout=subprocess.DEVNULL, check=True)
 
 
 def _kill_one(checkout: Checkout) -> str:
