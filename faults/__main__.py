@@ -57,7 +57,11 @@ def main() -> None:
             "machine": machine(),
         }
         write_json(RESULTS, kept)
-    found = {name: part | {"outcomes": [Outcome(*row) for row in part["outcomes"]]} for name, part in kept.items()}
+    found = {
+        name: kept[name] | {"outcomes": [Outcome(*row) for row in kept[name]["outcomes"]]}
+        for name in parts
+        if name in kept
+    }
     write_whole(RESULTS.with_suffix(".md"), page(found))
     bad = [
         outcome.fault for part in found.values() for outcome in part["outcomes"] if outcome.survived < outcome.injected

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -102,7 +103,9 @@ def train(
     }
     with progress.of(identity) as file:
         before = file.load() if file else None
-        facts = before.facts if before else {"history": [], "best_epoch": 0, "seconds": 0.0, "run": None}
+        facts = before.facts if before else {"history": [], "best_epoch": 0, "seconds": 0.0, "run": uuid.uuid4().hex}
+        if file and not before:  # killed in its first epoch, it goes on in the same MLflow run all the same
+            file.save(Unfinished({}, facts))
         done = [Epoch(**epoch) for epoch in facts["history"]]
         with tracker.training(model, seed, data.dataset, parameters, device.type, facts["run"], done) as run:
             start = time.perf_counter() - facts["seconds"]
@@ -130,7 +133,7 @@ def train(
                 seed=seed,
                 precision=precision,
                 on_epoch=keep,
-                resume=State(done, facts["best_epoch"], before.tensors) if before else None,
+                resume=State(done, facts["best_epoch"], before.tensors) if done else None,
                 title=f"{model}/seed{seed}",
             )
             seconds = time.perf_counter() - start

@@ -96,15 +96,14 @@ class Tracker:
         dataset: Dataset,
         parameters: Mapping[str, Any],
         device: str,
-        unfinished: str | None = None,
+        key: str | None = None,
         done: Sequence[Epoch] = (),
     ) -> Iterator["TrainingRun"]:
         """A run of one training. It ends as FINISHED, FAILED, or KILLED when interrupted.
 
-        `unfinished` is the key of the same training's run, which goes on; of the epochs that are `done`, those that it does not
-        have are logged.
+        A run of that `key` goes on, if there is one; of the epochs that are `done`, those that it does not have are logged.
         """
-        key = unfinished or uuid.uuid4().hex
+        key = key or uuid.uuid4().hex
         self._do(
             "start", key=key, time_ms=_now(), **_training_run(model, seed, dataset, parameters, {"device": device})
         )

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from pipeline.checkpoints import new_classifier
 from pipeline.data.prepared import Split, TrainingData
 from pipeline.progress import Progress, Unfinished
+from pipeline.runs import Recipe, train
+from pipeline.tracking import Tracker
+from pipeline.tracking_store import Store
 from pipeline.training import State, fit
 
 
@@ -85,3 +88,26 @@ def test_a_training_that_runs_elsewhere_is_left_alone(main_checkout: Path):
         assert done.stdout.strip() == "None"
         file.save(Unfinished({"weight": torch.ones(1)}, {}))
         assert file.load(), "the other process has not removed it"
+
+
+def test_a_training_killed_in_its_first_epoch_goes_on_in_the_same_run(
+    main_checkout: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    small = {"width": 4, "hidden": 8}
+    recipe = Recipe(main_checkout / "teacher", "compact_cnn", small, 2, 64, 0.01, "fp32", {"teacher.width": 4})
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.runs.fit", killed)
+        with pytest.raises(KeyboardInterrupt), Progress() as progress:
+            train(recipe, data, 0, Tracker("e"), progress)
+    with Progress() as progress:
+        train(recipe, data, 0, Tracker("e"), progress)
+    store = Store("e")
+    (run,) = store.client.search_runs([store.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert [point.step for point in store.client.get_metric_history(run.info.run_id, "val_loss")] == [1, 2]
+    assert files(main_checkout) == []
