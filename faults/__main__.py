@@ -25,6 +25,14 @@ from pipeline.files import write_json, write_whole
 from pipeline.provenance import code_is_committed, commit, machine
 
 RESULTS = ROOT / "faults" / "results.json"
+PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
+    "inputs": lambda folder, asked: hostile_input(asked.inputs),
+    "disk": lambda folder, asked: [full_disk(folder)],
+    "queue": lambda folder, asked: [queued(folder)],
+    "outages": lambda folder, asked: outages(folder, asked.outages),
+    "kills": lambda folder, asked: kills(folder, asked.kills),
+    "cost": lambda folder, asked: [cost(folder, asked.dataset)],
+}
 
 
 def main() -> None:
@@ -34,21 +42,13 @@ def main() -> None:
     parser.add_argument("--outages", type=int, default=20)
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--dataset", default="mnist", help="for the cost of an undisturbed run")
-    parts: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
-        "inputs": lambda folder, asked: hostile_input(asked.inputs),
-        "disk": lambda folder, asked: [full_disk(folder)],
-        "queue": lambda folder, asked: [queued(folder)],
-        "outages": lambda folder, asked: outages(folder, asked.outages),
-        "kills": lambda folder, asked: kills(folder, asked.kills),
-        "cost": lambda folder, asked: [cost(folder, asked.dataset)],
-    }
-    parser.add_argument("--only", choices=list(parts))
+    parser.add_argument("--only", choices=list(PARTS))
     asked = parser.parse_args()
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in [asked.only] if asked.only else parts:
+    for name in [asked.only] if asked.only else PARTS:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            outcomes = parts[name](Path(folder) / name, asked)
+            outcomes = PARTS[name](Path(folder) / name, asked)
         print(table(outcomes), flush=True)
         kept[name] = {
             "minutes": (time.monotonic() - start) / 60,
@@ -59,7 +59,7 @@ def main() -> None:
         write_json(RESULTS, kept)
     found = {
         name: kept[name] | {"outcomes": [Outcome(*row) for row in kept[name]["outcomes"]]}
-        for name in parts
+        for name in PARTS
         if name in kept
     }
     write_whole(RESULTS.with_suffix(".md"), page(found))
@@ -98,12 +98,15 @@ def page(parts: dict[str, dict[str, Any]]) -> str:
     """The outcomes in short and in detail, and what they were measured on."""
     outcomes = [outcome for part in parts.values() for outcome in part["outcomes"]]
     runs = [[name, f"{part['minutes']:.1f}", part["code"], *part["machine"].values()] for name, part in parts.items()]
+    missing = [name for name in PARTS if name not in parts]
     where = list(dict.fromkeys(name for part in parts.values() for name in part["machine"]))
     return f"""# Faults
 
 Written by `make faults`, which takes {sum(part["minutes"] for part in parts.values()):.0f} minutes here.
 
 {table(in_short(outcomes))}
+
+{f"Not run to their full counts yet: {', '.join(missing)}." if missing else "Every part has been run."}
 
 Survived means: nothing missing and nothing other than without the fault. What exactly, each part says at its top:
 faults/kills.py, outages.py, hostile_input.py, full_disk.py, queue.py and cost.py. In detail:
