@@ -36,6 +36,7 @@ from pipeline.progress import File, Unfinished
 from pipeline.registry import read_predictions
 from pipeline.score_images import read_image
 from pipeline.serve_student import LIMIT, GuardBody
+from studies import study
 from tests.conftest import write_npz
 from tests.harmful_reader import harmful
 
@@ -46,7 +47,7 @@ CPU = torch.device("cpu")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[Reader, Path]]]:
     """A reader and its folder by name, made once."""
     made: dict[str, tuple[Reader, Path]] = {}
-    before = dict(os.environ)
+    before, root = dict(os.environ), study.ROOT
 
     def get(name: str) -> tuple[Reader, Path]:
         if name not in made:
@@ -57,6 +58,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
     yield get
     os.environ.clear()
     os.environ.update(before)
+    study.ROOT = root  # the readers set both, each for a process of its own
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name != "mnist"])
