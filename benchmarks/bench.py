@@ -8,9 +8,7 @@ loop, (b) that loop with what a careful user would turn on, (c) this pipeline's.
 
 import argparse
 import json
-import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peer
+from faults.checkout import SMALL, copy_checkout
 from pipeline.checkpoints import new_classifier
 from pipeline.data.preparation import prepare
 from pipeline.data.prepared import Split, TrainingData, load_training_data
@@ -298,24 +297,14 @@ def summarise(runs: list[dict[str, float]], flops: float, rate: float) -> dict[s
 
 def stage_overheads() -> dict[str, dict[str, float]]:
     """What each stage takes beyond training, and `dvc repro` with nothing to do: in a copy of the checkout, on mnist5k."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
+    small = {"baselines__epochs": 1, "distillation__epochs": 1, "seeds": [0]}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "checkout"
-        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for file in listed.split():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, folder / file)
-        text = (folder / "params.yaml").read_text()
-        text = re.sub(r"dataset: \w+", "dataset: mnist5k", re.sub(r"epochs: \d+", "epochs: 1", text))
-        text = re.sub(r"seeds: \[.*?\]", "seeds: [0]", text.replace("pretrained: true", "pretrained: false"))
-        (folder / "params.yaml").write_text(text)
-        (folder / "dvc.lock").unlink(missing_ok=True)
-        subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+        checkout = copy_checkout(Path(name) / "checkout", **SMALL, **small)
 
         def run(*command: str) -> tuple[float, str]:
             start = time.perf_counter()
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
-            return time.perf_counter() - start, done.stdout
+            output = checkout.run(*command, timeout=3600).stdout
+            return time.perf_counter() - start, output
 
         run("dvc", "repro")
         overheads = {stage: _overheads(stage, run) for stage in STAGES}

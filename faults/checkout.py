@@ -104,6 +104,20 @@ def copy_checkout(folder: Path, **parameters: Any) -> Checkout:
     return checkout
 
 
+def sound(uri: str, run: Run, epochs: int) -> bool:
+    """Whether a training's run is finished, names its checkpoint, and has every point of its curves once."""
+    client = MlflowClient(uri)
+    once = Counter(range(1, epochs + 1))
+    curves = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    points = {curve: client.get_metric_history(run.info.run_id, curve) for curve in curves}
+    return (
+        run.info.status == "FINISHED"
+        and "checkpoint_md5" in run.data.tags
+        and all(Counter(point.step for point in found) == once for found in points.values())
+        and len(client.get_metric_history(run.info.run_id, "training_seconds")) == 1
+    )
+
+
 def kill(process: subprocess.Popen) -> None:
     """Kill a process and its children at once, as a power failure would, and wait until they are gone."""
     os.killpg(process.pid, signal.SIGKILL)

@@ -8,13 +8,10 @@ for each training one run, finished, with every epoch once.
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlflow import MlflowClient
-
-from faults.checkout import SMALL, Checkout, copy_checkout, kill
+from faults.checkout import SMALL, Checkout, copy_checkout, kill, sound
 from faults.outcome import Outcome
 from pipeline.files import md5
 
@@ -73,7 +70,8 @@ def _kill(checkout: Checkout, stage: str, count: int, moments: random.Random) ->
             print(output)
         wrong += pending * (not same)
         pending = 0
-    lost = unsound_runs(f"sqlite:///{checkout.folder}/{store}", EPOCHS[track])
+    uri = f"sqlite:///{checkout.folder}/{store}"
+    lost = sum(not sound(uri, run, EPOCHS[track]) for run in checkout.mlflow_runs(uri))
     told = f"{again} epochs trained twice" + (f"; {late} kills came after the stage's work" if late else "")
     return Outcome(f"SIGKILL: {stage}", injected, max(injected - wrong - lost - again, 0), lost + again, wrong, told)
 
@@ -90,15 +88,3 @@ def epochs_done(folder: Path) -> dict[str, int]:
         except FileNotFoundError:
             continue  # just removed
     return found
-
-
-def unsound_runs(uri: str, epochs: int) -> int:
-    """How many runs of a store are not finished, have no checkpoint, or not every epoch once."""
-    client = MlflowClient(uri)
-    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    count = 0
-    for run in runs:
-        steps = Counter(point.step for point in client.get_metric_history(run.info.run_id, "val_loss"))
-        sound = run.info.status == "FINISHED" and "checkpoint_md5" in run.data.tags
-        count += not (sound and steps == Counter(range(1, epochs + 1)))
-    return count

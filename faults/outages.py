@@ -7,14 +7,14 @@ checkpoint has the bytes of a calm training and the server has, in the end, one 
 import random
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlflow import MlflowClient
+from mlflow.entities import Run
 
-from faults.checkout import SMALL, Checkout, copy_checkout, free_port, kill, wait_for
+from faults.checkout import SMALL, Checkout, copy_checkout, free_port, kill, sound, wait_for
+from faults.kills import epochs_done
 from faults.outcome import Outcome
 from faults.proxy import FAULTS, proxy
 from pipeline.files import md5
@@ -52,7 +52,7 @@ def outages(folder: Path, count: int, random_seed: int = 0) -> list[Outcome]:
             checkout.set(seeds=[seed])
             (models / f"seed{seed}.safetensors").unlink()
             stage = checkout.start(*checkout.stage(STAGE))
-            while stage.poll() is None and not list(checkout.folder.glob(".progress/*.safetensors")):
+            while stage.poll() is None and not any(epochs_done(checkout.folder).values()):
                 time.sleep(0.01)  # until an epoch is over
             time.sleep(moments.uniform(0, 0.5))
             server.begin(kind)
@@ -69,7 +69,7 @@ def outages(folder: Path, count: int, random_seed: int = 0) -> list[Outcome]:
         checkout.run(*checkout.stage("send_unsent"))
         left = list(checkout.folder.glob(".unsent/*.jsonl"))
         runs = checkout.mlflow_runs(uri)
-        lost = {seed for seed in range(count) if not recorded(uri, runs, seed, models, EPOCHS)} | failed
+        lost = {seed for seed in range(count) if not recorded(uri, runs, seed, models)} | failed
     wrong = {
         seed for seed in range(count) if calm.get(f"seed{seed}.safetensors") != _md5(models / f"seed{seed}.safetensors")
     }
@@ -84,21 +84,14 @@ def outages(folder: Path, count: int, random_seed: int = 0) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.injected]
 
 
-def recorded(uri: str, runs: list, seed: int, models: Path, epochs: int) -> bool:
-    """Whether a training has exactly one run, finished, of the right checkpoint, with every point of its curves once."""
+def recorded(uri: str, runs: list[Run], seed: int, models: Path) -> bool:
+    """Whether a training has exactly one run, a sound one, of the checkpoint that lies here."""
     mine = [run for run in runs if run.info.run_name.endswith(f"/seed{seed}")]
-    if len(mine) != 1 or mine[0].info.status != "FINISHED":
-        return False
-    (run,) = mine
-    if run.data.tags.get("checkpoint_md5") != _md5(models / f"seed{seed}.safetensors"):
-        return False
-    client = MlflowClient(uri)
-    expected = {"train_loss": epochs, "train_accuracy": epochs, "val_loss": epochs, "val_accuracy": epochs}
-    for curve, points in expected.items():
-        steps = Counter(point.step for point in client.get_metric_history(run.info.run_id, curve))
-        if steps != Counter(range(1, points + 1)):
-            return False
-    return len(client.get_metric_history(run.info.run_id, "training_seconds")) == 1
+    return (
+        len(mine) == 1
+        and mine[0].data.tags.get("checkpoint_md5") == _md5(models / f"seed{seed}.safetensors")
+        and sound(uri, mine[0], EPOCHS)
+    )
 
 
 def _md5(path: Path) -> str | None:
