@@ -50,13 +50,13 @@ class Checkout:
         """The command of a stage such as "train_baselines resnet18"."""
         return [sys.executable, "-m", *f"pipeline.{stage}".split()]
 
-    def start(self, *command: str) -> subprocess.Popen:
+    def start(self, *command: str, stdout: int = subprocess.PIPE) -> subprocess.Popen:
         """Start a command as the leader of a process group, so that it can be killed with its children."""
         return subprocess.Popen(
             command,
             cwd=self.folder,
             env=self.environment,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,

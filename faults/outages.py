@@ -28,7 +28,8 @@ def mlflow_server(checkout: Checkout) -> Iterator[int]:
     """A tracking server of the checkout's own, artifacts through it; its port."""
     port = free_port()
     store = ["--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "artifacts"]
-    process = checkout.start("mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *store)
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *store]
+    process = checkout.start(*command, stdout=subprocess.DEVNULL)  # a full pipe would stop it
     try:
         wait_for(port, process)
         yield port
