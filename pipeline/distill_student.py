@@ -12,28 +12,26 @@ from pipeline.data.prepared import load_training_data
 from pipeline.distillation import DistillationLoss
 from pipeline.errors import run
 from pipeline.files import md5
-from pipeline.inference import choose_device, choose_precision, predict
+from pipeline.inference import choose_precision
 from pipeline.params import load_params
-from pipeline.progress import Progress
-from pipeline.runs import distillation_recipe, train
-from pipeline.tracking import Tracker
+from pipeline.processes import join, predict_together
+from pipeline.runs import distillation_recipe, records, train
 
 
 def main() -> None:
     params = load_params()
-    device = choose_device(params.device)
+    device = join(params.processes, params.device)
     data = load_training_data(Path("data/distillation"), device)
     loss = DistillationLoss(params.kd.temperature, params.kd.alpha, params.kd.divergence)
     recipe = distillation_recipe(params, "student_distilled", "student", "kd")
-    tracker = Tracker(params.tracking.experiment)
-    with Progress() as progress:
+    with records(params.tracking.experiment) as kept:
         for seed in params.seeds:
             path = checkpoint_path(Path("models/distillation/teacher"), seed)
             teacher, _ = load_checkpoint(path, device)
-            logits = predict(teacher, data.train.images, choose_precision(params.precision, device))
+            logits = predict_together(teacher, data.train.images, choose_precision(params.precision, device))
             taught = recipe._replace(parameters=recipe.parameters | {"teacher_md5": md5(path)})
             known = hide_unknown(data, params.distillation.label_fraction, seed)
-            train(taught, known, seed, tracker, progress, loss=loss, targets=(logits,))
+            train(taught, known, seed, kept, loss=loss, targets=(logits,))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ import argparse
 import atexit
 import errno
 import gc
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 # What the libraries' imports create stays. Looking through it for garbage as often as Python does by default takes a fifth of
 # a stage's start.
@@ -44,6 +47,8 @@ def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
         status = _say(f"no space left on the disk while writing {error.filename or 'a file'}: free some and run again")
     except KeyboardInterrupt:
         status = 130
+    except SystemExit as end:
+        status = int(end.code or 0)
     # Python would now take PyTorch apart, which takes longer than some stages' work: leave that to the system.
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -59,5 +64,8 @@ def one_line(message: object) -> str:
 
 
 def _say(message: object) -> int:
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # one of several processes: what started them says it, once
+        Path(path).write_text(json.dumps({"message": one_line(message), "timestamp": int(time.time())}))
+    else:
+        print(f"error: {one_line(message)}", file=sys.stderr)
     return 1

@@ -19,7 +19,7 @@ def main(track: str) -> None:
     params = load_params()
     block = {"baselines": params.baselines, "distillation": params.distillation}[track]
     watch(block.dataset, Path("data/own") / track)
-    source = read_source(block.dataset)
+    source = read_source(block.dataset, block.size)
     initial = {}
     if track == "baselines":  # a model without published weights gets an empty file: it starts from random ones
         initial = {"simple_cnn": {}, "resnet18": imagenet_resnet18() if params.baselines.pretrained else {}}

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 
@@ -29,12 +29,19 @@ def from_main_checkout(path: str | Path) -> Path:
 
 def write_whole(path: Path, *parts: bytes | str) -> None:
     """Write `path` so that it appears complete or, when anything fails, stays as it was. Raises OSError."""
+    with file_whole(path) as file:
+        for part in parts:
+            file.write(part.encode() if isinstance(part, str) else part)
+
+
+@contextlib.contextmanager
+def file_whole(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write; it takes the place of `path` when the block ends well and vanishes otherwise. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
         with partial.open("wb") as file:
-            for part in parts:
-                file.write(part.encode() if isinstance(part, str) else part)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

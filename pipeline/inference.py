@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 
-PREDICT_BATCH = 250  # images per forward pass
+PREDICT_PIXELS = 250 * 28 * 28  # per forward pass: 250 images of 28x28
 
 
 def choose_device(name: str) -> torch.device:
@@ -61,10 +61,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def predict(model: nn.Module, images: Tensor, precision: str = "fp32") -> Tensor:
-    """Logits, float32 of shape (N, K), for images of shape (N, H, W, C) on the model's device.
+    """Logits, float32 of shape (N, K), on the model's device, for images of shape (N, H, W, C), there or in mapped memory.
 
     Sets the model to eval mode.
     """
     model.eval()
-    with torch.no_grad(), autocast(images.device, precision):
-        return torch.cat([model(batch).float() for batch in images.split(PREDICT_BATCH)])
+    device = next(model.parameters()).device
+    batches = images.split(max(16, PREDICT_PIXELS // (images.shape[1] * images.shape[2])))
+    with torch.no_grad(), autocast(device, precision):
+        return torch.cat([model(batch.to(device)).float() for batch in batches])

@@ -34,12 +34,16 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+Size = Literal[28, 64, 128, 224]
+
+
 class ResNet18(Block):
     stem: Literal["imagenet", "cifar"]
 
 
 class Baselines(Block):
     dataset: Text
+    size: Size
     validation: ValidationShare
     epochs: Count
     batch_size: BatchSize
@@ -50,6 +54,7 @@ class Baselines(Block):
 
 class Distillation(Block):
     dataset: Text
+    size: Size
     validation: ValidationShare
     label_fraction: LabelFraction
     epochs: Count
@@ -76,6 +81,8 @@ class Params(Block):
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "fp32", "bf16"]
+    processes: Annotated[int, Field(ge=1, le=1024)]
+    micro_batches: Annotated[int, Field(ge=1, le=1024)]
     baselines: Baselines
     distillation: Distillation
     teacher: CompactCNN

@@ -24,10 +24,12 @@ CODE = (  # what decides the weights
     "distillation.py",
     "inference.py",
     "models.py",
+    "processes.py",
     "progress.py",
     "runs.py",
     "training.py",
     "data/labels.py",
+    "data/streaming.py",
 )
 
 

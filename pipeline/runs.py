@@ -1,9 +1,10 @@
 """One training from fresh weights to a checkpoint with an MLflow run: what every training stage does for each seed."""
 
+import contextlib
 import hashlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
+from pipeline import processes
 from pipeline.checkpoints import Description, Epoch, checkpoint_path, new_classifier, save_checkpoint
 from pipeline.data.prepared import TrainingData
 from pipeline.files import md5
@@ -20,7 +22,7 @@ from pipeline.models import load_initial
 from pipeline.params import Params
 from pipeline.progress import Progress, Unfinished
 from pipeline.tracking import Tracker
-from pipeline.training import State, fit
+from pipeline.training import Fit, State, fit
 
 
 class Recipe(NamedTuple):
@@ -47,6 +49,7 @@ class Recipe(NamedTuple):
     batch_size: int
     lr: float
     precision: str
+    micro_batches: int
     parameters: dict[str, Any]
 
 
@@ -61,28 +64,47 @@ def distillation_recipe(params: Params, model: str, network: Literal["teacher", 
         batch_size=block.batch_size,
         lr=block.lr,
         precision=params.precision,
+        micro_batches=params.micro_batches,
         parameters=params.flat("distillation", network, *recorded),
     )
+
+
+class Records(NamedTuple):
+    """Where a stage's trainings are recorded."""
+
+    tracker: Tracker
+    progress: Progress
+
+
+@contextlib.contextmanager
+def records(experiment: str) -> Iterator[Records | None]:
+    """The records of a stage; of several processes that train together, the first alone has them."""
+    if processes.rank() > 0:
+        yield None
+        return
+    tracker = Tracker(experiment)
+    with Progress() as progress:
+        yield Records(tracker, progress)
 
 
 def train(
     recipe: Recipe,
     data: TrainingData,
     seed: int,
-    tracker: Tracker,
-    progress: Progress,
+    records: Records | None,
     *,
     loss: Callable[..., Tensor] = F.cross_entropy,
     targets: tuple[Tensor, ...] = (),
+    rows: Tensor | None = None,
     initial: dict[str, Tensor] | None = None,
 ) -> None:
     """Train one seed and write its checkpoint, `seed<seed>.safetensors` in the recipe's folder.
 
-    A training that was killed goes on after its last finished epoch, in its MLflow run. `loss` and `targets` as in training.fit,
-    `initial` as in models.load_initial.
+    A training that was killed goes on after its last finished epoch, in its MLflow run. A process without `records` helps
+    another that has them. `loss`, `targets` and `rows` as in training.fit, `initial` as in models.load_initial.
     """
     model = recipe.folder.name
-    device = data.train.images.device
+    device = data.train.labels.device
     precision = choose_precision(recipe.precision, device)
     if device.type == "cpu" and recipe.architecture == "resnet18" and min(data.dataset.image_shape[:2]) <= 16:
         # In bf16, oneDNN leaves part of a gradient unwritten where a 3x3 convolution of stride 2 sees a single pixel.
@@ -91,6 +113,30 @@ def train(
     classifier = new_classifier(recipe.architecture, recipe.arguments, data.dataset, seed)
     load_initial(classifier.network, initial or {})
     classifier.to(device)
+    title = f"{model}/seed{seed}"
+
+    def fitted(resume: State | None, on_epoch: Callable[[State], None] | None = None) -> Fit:
+        return fit(
+            classifier,
+            data.train,
+            data.val,
+            loss,
+            *targets,
+            epochs=recipe.epochs,
+            batch_size=recipe.batch_size,
+            lr=recipe.lr,
+            seed=seed,
+            precision=precision,
+            micro_batches=recipe.micro_batches,
+            rows=rows,
+            on_epoch=on_epoch,
+            resume=processes.from_first(resume),
+            title=title,
+        )
+
+    if not records:
+        fitted(None)
+        return
     identity = parameters | {
         "model": model,
         "architecture": recipe.architecture,
@@ -99,15 +145,19 @@ def train(
         "seed": seed,
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
+        "micro_batches": recipe.micro_batches,
         "initial": hashlib.sha256(save(initial or {})).hexdigest(),
     }
-    with progress.of(identity) as file:
+    with records.progress.of(identity) as file:
         before = file.load() if file else None
         facts = before.facts if before else {"history": [], "best_epoch": 0, "seconds": 0.0, "run": uuid.uuid4().hex}
         if file and not before:  # killed in its first epoch, it goes on in the same MLflow run all the same
             file.save(Unfinished({}, facts))
         done = [Epoch(**epoch) for epoch in facts["history"]]
-        with tracker.training(model, seed, data.dataset, parameters, device.type, facts["run"], done) as run:
+        how = {"device": device.type, "processes": processes.count(), "micro_batches": recipe.micro_batches}
+        tags = {key: str(value) for key, value in how.items()}
+        with records.tracker.training(model, seed, data.dataset, parameters, tags, facts["run"], done) as run:
             start = time.perf_counter() - facts["seconds"]
 
             def keep(state: State) -> None:
@@ -121,21 +171,7 @@ def train(
                     file.save(Unfinished(state.tensors, facts))
                 run.log_epoch(len(state.history), state.history[-1])
 
-            result = fit(
-                classifier,
-                data.train,
-                data.val,
-                loss,
-                *targets,
-                epochs=recipe.epochs,
-                batch_size=recipe.batch_size,
-                lr=recipe.lr,
-                seed=seed,
-                precision=precision,
-                on_epoch=keep,
-                resume=State(done, facts["best_epoch"], before.tensors) if done else None,
-                title=f"{model}/seed{seed}",
-            )
+            result = fitted(State(done, facts["best_epoch"], before.tensors) if done else None, keep)
             seconds = time.perf_counter() - start
             path = checkpoint_path(recipe.folder, seed)
             description = Description(
@@ -152,8 +188,9 @@ def train(
             save_checkpoint(path, classifier, description)
             run.log_checkpoint(md5(path), result.best_epoch, seconds)
     best = result.history[result.best_epoch - 1]
+    together = f", {processes.count()} processes" if processes.count() > 1 else ""
     print(
-        f"{model}/seed{seed}: validation accuracy {best.val_accuracy:.4f} after epoch {result.best_epoch}"
-        f" of {recipe.epochs}; {seconds:.1f} s on {device.type}, {precision}",
+        f"{title}: validation accuracy {best.val_accuracy:.4f} after epoch {result.best_epoch}"
+        f" of {recipe.epochs}; {seconds:.1f} s on {device.type}, {precision}{together}",
         flush=True,
     )

@@ -95,7 +95,7 @@ class Tracker:
         seed: int,
         dataset: Dataset,
         parameters: Mapping[str, Any],
-        device: str,
+        tags: Mapping[str, str],
         key: str | None = None,
         done: Sequence[Epoch] = (),
     ) -> Iterator["TrainingRun"]:
@@ -104,9 +104,7 @@ class Tracker:
         A run of that `key` goes on, if there is one; of the epochs that are `done`, those that it does not have are logged.
         """
         key = key or uuid.uuid4().hex
-        self._do(
-            "start", key=key, time_ms=_now(), **_training_run(model, seed, dataset, parameters, {"device": device})
-        )
+        self._do("start", key=key, time_ms=_now(), **_training_run(model, seed, dataset, parameters, tags))
         if done:
             self._do("catch_up", key=key, time_ms=_now(), epochs=[dict(epoch) for epoch in done])
         status = "FAILED"

@@ -4,11 +4,9 @@ from pathlib import Path
 
 from pipeline.data.prepared import load_initial_weights, load_training_data
 from pipeline.errors import run
-from pipeline.inference import choose_device
 from pipeline.params import load_params
-from pipeline.progress import Progress
-from pipeline.runs import Recipe, train
-from pipeline.tracking import Tracker
+from pipeline.processes import join
+from pipeline.runs import Recipe, records, train
 
 DATA = Path("data/baselines")
 
@@ -16,7 +14,7 @@ DATA = Path("data/baselines")
 def main(model: str) -> None:
     params = load_params()
     block = params.baselines
-    data = load_training_data(DATA, choose_device(params.device))
+    data = load_training_data(DATA, join(params.processes, params.device))
     initial = load_initial_weights(DATA, model)
     options = {"resnet18": ["baselines.resnet18"], "simple_cnn": []}[model]
     recipe = Recipe(
@@ -27,13 +25,13 @@ def main(model: str) -> None:
         batch_size=block.batch_size,
         lr=block.lr,
         precision=params.precision,
+        micro_batches=params.micro_batches,
         parameters=params.flat("baselines.epochs", "baselines.batch_size", "baselines.lr", *options)
         | {"baselines.pretrained": bool(initial)},
     )
-    tracker = Tracker(params.tracking.experiment)
-    with Progress() as progress:
+    with records(params.tracking.experiment) as kept:
         for seed in params.seeds:
-            train(recipe, data, seed, tracker, progress, initial=initial)
+            train(recipe, data, seed, kept, initial=initial)
 
 
 if __name__ == "__main__":

@@ -5,21 +5,19 @@ from pathlib import Path
 from pipeline.data.labels import only_known
 from pipeline.data.prepared import load_training_data
 from pipeline.errors import run
-from pipeline.inference import choose_device
 from pipeline.params import load_params
-from pipeline.progress import Progress
-from pipeline.runs import distillation_recipe, train
-from pipeline.tracking import Tracker
+from pipeline.processes import join
+from pipeline.runs import distillation_recipe, records, train
 
 
 def main() -> None:
     params = load_params()
-    data = load_training_data(Path("data/distillation"), choose_device(params.device))
+    data = load_training_data(Path("data/distillation"), join(params.processes, params.device))
     recipe = distillation_recipe(params, "teacher", "teacher")
-    tracker = Tracker(params.tracking.experiment)
-    with Progress() as progress:
+    with records(params.tracking.experiment) as kept:
         for seed in params.seeds:
-            train(recipe, only_known(data, params.distillation.label_fraction, seed), seed, tracker, progress)
+            rows = only_known(data.train.labels, params.distillation.label_fraction, seed)
+            train(recipe, data, seed, kept, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Fit a model: the loop, once, for all trainings. Needs PyTorch alone.
 
-The images lie on the device as one uint8 tensor; an epoch is a permutation and its slices; the host waits for the device once
-per epoch. A step (gather, forward, loss, backward, update) is the same code everywhere: on a CPU it runs as it stands, on CUDA
-it is captured once as a graph and replayed, since these networks are so small that launching their kernels takes longer than
-running them.
+The images lie on the device as one uint8 tensor, or come from the disk a few batches ahead; an epoch is a permutation and its
+slices, of each of which every process of a training takes its part; the host waits for the device once per epoch. A step
+(gather, forward, loss, backward, update) is the same code everywhere: on a CPU it runs as it stands, on CUDA it is captured once
+as a graph and replayed, since these networks are so small that launching their kernels takes longer than running them.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipeline import processes
 from pipeline.checkpoints import Epoch
 from pipeline.data.prepared import Split
+from pipeline.data.streaming import batches
 from pipeline.errors import UserError
-from pipeline.inference import autocast, predict
+from pipeline.inference import autocast
 
 NEVER = 2**62
 
@@ -49,6 +52,8 @@ def fit(
     lr: float,
     seed: int,
     precision: str = "fp32",
+    micro_batches: int = 1,
+    rows: Tensor | None = None,
     on_epoch: Callable[["State"], None] | None = None,
     resume: "State | None" = None,
     title: str = "training",
@@ -56,7 +61,9 @@ def fit(
     """Train `model` in place with Adam and leave it with the weights of its best epoch on `val`.
 
     The best epoch is the one of highest validation accuracy, of lowest validation loss among equals. The order of the
-    images depends on `seed` and their number alone, so that models trained with the same seed see the same batches.
+    images depends on `seed` and their number alone, so that models trained with the same seed see the same batches. Where
+    several processes train together (processes.join), all call this, each computes its part of every batch, and all end with
+    the same weights.
 
     Parameters
     ----------
@@ -71,6 +78,11 @@ def fit(
         Adam's learning rate.
     precision : "fp32" or "bf16"
         Of the forward and backward pass; weights, loss and update are float32.
+    micro_batches : int
+        How many parts a batch is computed in, by all processes together, their gradients added up. It saves memory. The order of
+        the sum, and so the rounding, depends on it; batch norm sees what the processes compute at the same time.
+    rows : Tensor, optional
+        Which training images an epoch consists of, int64; all, once each, by default.
     on_epoch : callable (State)
         Called after each epoch.
     resume : State, optional
@@ -78,15 +90,22 @@ def fit(
     title : str
         Of the progress bar.
 
-    Raises UserError after an epoch in which the loss became infinite or no number.
+    Raises UserError after an epoch in which the loss became infinite or no number, and for batches of fewer images than parts.
     """
-    device = train.images.device
+    device = train.labels.device
     order = torch.Generator(device).manual_seed(seed)
-    count = len(train.labels)
+    count = len(train.labels if rows is None else rows)
     used = count - (count % batch_size == 1)
+    pieces = max(1, micro_batches // processes.count())
+    if min(batch_size, used % batch_size or batch_size) < pieces * processes.count():
+        raise UserError(
+            f"{title}: {count} images in batches of {batch_size} leave a batch of fewer images than its"
+            f" {pieces * processes.count()} parts: choose another batch size, or fewer processes or micro_batches"
+        )
     model.to(memory_format=torch.channels_last)
-    step = _Step(model, loss, (train.images, train.labels, *targets), lr, precision)
-    full_step = _captured(step, batch_size) if device.type == "cuda" and used >= batch_size else step
+    step = _Step(model, loss, (train.images, train.labels, *targets), lr, precision, pieces)
+    capture = device.type == "cuda" and used >= batch_size and processes.count() == 1
+    full_step = _captured(step, batch_size) if capture else step
     history, best_epoch, best_state = [], 0, {}
     if resume:
         history, best_epoch = list(resume.history), resume.best_epoch
@@ -94,20 +113,26 @@ def fit(
         model.load_state_dict(_named(resume.tensors, "model"))
         step.restore_adam(_named(resume.tensors, "adam"))
         order.set_state(resume.tensors["order"])
-    with tqdm(total=epochs * -(-used // batch_size), desc=title, unit="step", disable=None, leave=False) as bar:
+    quiet = processes.rank() > 0 or None  # None: where there is no terminal
+    with tqdm(total=epochs * -(-used // batch_size), desc=title, unit="step", disable=quiet, leave=False) as bar:
         bar.update(len(history) * -(-used // batch_size))
         for epoch in range(len(history) + 1, epochs + 1):
             model.train()
             step.reset()
-            for batch in torch.randperm(count, generator=order, device=device)[:used].split(batch_size):
-                (full_step if len(batch) == batch_size else step)(batch)
+            numbers = torch.randperm(count, generator=order, device=device)[:used]
+            wholes = (numbers if rows is None else rows[numbers]).split(batch_size)
+            parts = [processes.part(whole) for whole in wholes]
+            for whole, (batch, images) in zip(wholes, batches(train.images, parts, device), strict=True):
+                weight = len(batch) * processes.count() / len(whole)  # as many images as it has, so much it counts
+                (full_step if len(whole) == batch_size else step)(batch, images, weight)
                 bar.update()
+            step.add_up()
             if (bad := step.first_bad.item()) < NEVER:
                 raise UserError(
                     f"{title}: the loss is no longer finite from step {bad + 1} of epoch {epoch} on, at a learning rate of"
                     f" {lr:g}: try a tenth of it, precision: fp32, or a smaller kd.temperature. Nothing of this training was kept"
                 )
-            logits = predict(model, val.images, precision)
+            logits = processes.predict_together(model, val.images, precision)
             result = Epoch(
                 train_loss=step.loss_sum.item() / used,
                 train_accuracy=step.correct.item() / step.known.item(),
@@ -137,13 +162,21 @@ class _Step:
     """One optimisation step, a pure function of tensors that stay where they are: it never waits for the device."""
 
     def __init__(
-        self, model: nn.Module, loss: Callable[..., Tensor], data: tuple[Tensor, ...], lr: float, precision: str
+        self,
+        model: nn.Module,
+        loss: Callable[..., Tensor],
+        data: tuple[Tensor, ...],
+        lr: float,
+        precision: str,
+        pieces: int = 1,
     ) -> None:
-        device = data[0].device
+        device = data[1].device
         self.model = model
+        self.forward = processes.together(model)
         self.loss = loss
         self.data = data  # images, labels, further targets
         self.precision = precision
+        self.pieces = pieces  # of a batch, one after the other
         self.optimizer = torch.optim.Adam(
             model.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"), capturable=device.type == "cuda"
         )
@@ -153,20 +186,35 @@ class _Step:
         self.steps = torch.zeros((), device=device, dtype=torch.int64)
         self.first_bad = torch.full((), NEVER, device=device)  # the first step (from 0) whose loss was not finite
 
-    def __call__(self, batch: Tensor) -> None:
-        """Train on the images whose numbers are in `batch`, int64 of shape (B,)."""
-        images, labels, *targets = (rows[batch] for rows in self.data)
-        with autocast(images.device, self.precision):
-            logits = self.model(images).float()
-        loss = self.loss(logits, labels, *targets)
+    def __call__(self, batch: Tensor, images: Tensor | None = None, weight: float = 1.0) -> None:
+        """Train on the images whose numbers are in `batch`, int64 of shape (B,): on `images`, or else on those of the data.
+
+        `weight` is how much the batch counts in the mean over the processes.
+        """
+        images = self.data[0][batch] if images is None else images
+        rows = (images, *(rows[batch] for rows in self.data[1:]))
         self.optimizer.zero_grad()
-        loss.backward()
+        for number, piece in enumerate(zip(*(tensor.tensor_split(self.pieces) for tensor in rows), strict=True), 1):
+            with processes.alone(self.forward) if number < self.pieces else contextlib.nullcontext():
+                self._add_gradient(*piece, share=weight * len(piece[1]) / len(batch))
         self.optimizer.step()
-        self.loss_sum += loss.detach() * len(batch)
+        self.steps += 1
+
+    def _add_gradient(self, images: Tensor, labels: Tensor, *targets: Tensor, share: float) -> None:
+        """Add `share` of the gradient of the mean loss over some images."""
+        with autocast(images.device, self.precision):
+            logits = self.forward(images).float()
+        loss = self.loss(logits, labels, *targets)
+        (loss if share == 1 else loss * share).backward()
+        self.loss_sum += loss.detach() * len(labels)
         self.correct += (logits.argmax(1) == labels).sum()
         self.known += (labels >= 0).sum()
         self.first_bad.copy_(torch.where(loss.isfinite() | (self.first_bad < NEVER), self.first_bad, self.steps))
-        self.steps += 1
+
+    def add_up(self) -> None:
+        """Make the sums of an epoch those over all processes."""
+        processes.add_up(self.loss_sum, self.correct, self.known)
+        processes.least(self.first_bad)
 
     def adam(self) -> dict[str, Tensor]:
         """The optimiser's state, by field and number of the parameter."""
@@ -195,19 +243,21 @@ class _Step:
         self.first_bad.fill_(NEVER)
 
 
-def _captured(step: _Step, batch_size: int) -> Callable[[Tensor], None]:
+def _captured(step: _Step, batch_size: int) -> Callable[[Tensor, Tensor | None, float], None]:
     """`step` for batches of `batch_size` as one CUDA graph. The model is as before; the step's sums are undefined until reset.
 
     See "Whole-network capture" in PyTorch's notes on CUDA graphs: a few warm-up steps on a side stream come first.
     """
     before = copy.deepcopy(step.model.state_dict())
-    batch = torch.arange(batch_size, device=step.data[0].device)
+    every, labels, *_ = step.data
+    batch = torch.arange(batch_size, device=labels.device)
+    images = None if every.device == batch.device else every[:batch_size].to(batch.device)
     step.model.train()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(batch)
+            step(batch, images)
     torch.cuda.current_stream().wait_stream(stream)
     step.model.load_state_dict(before)  # copies in place: the graph keeps the addresses
     for state in step.optimizer.state.values():
@@ -215,10 +265,12 @@ def _captured(step: _Step, batch_size: int) -> Callable[[Tensor], None]:
             tensor.zero_()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step(batch)
+        step(batch, images)
 
-    def replay(numbers: Tensor) -> None:
+    def replay(numbers: Tensor, found: Tensor | None, _: float) -> None:
         batch.copy_(numbers)
+        if found is not None:
+            images.copy_(found)
         graph.replay()
 
     return replay

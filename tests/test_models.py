@@ -39,6 +39,16 @@ def test_the_stem_decides_how_far_images_shrink(stem: str, side: int):
     assert shapes[0][2:] == (side, side)
 
 
+@pytest.mark.parametrize("side", [28, 64, 128, 224])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("simple_cnn", {}), ("resnet18", {"stem": "imagenet"}), ("compact_cnn", {"width": 4, "hidden": 8})],
+)
+def test_the_networks_take_every_size_of_medmnist(name: str, arguments: dict, side: int):
+    model = build(name, **arguments, **(COLOUR | {"image_size": (side, side)}))
+    assert model(torch.zeros(2, 3, side, side)).shape == (2, 9)
+
+
 def test_a_classifier_scales_raw_images():
     seen = []
     network = torch.nn.Module()

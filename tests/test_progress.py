@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from pipeline.checkpoints import new_classifier
 from pipeline.data.prepared import Split, TrainingData
 from pipeline.progress import Progress, Unfinished
-from pipeline.runs import Recipe, train
-from pipeline.tracking import Tracker
+from pipeline.runs import Recipe, records, train
 from pipeline.tracking_store import Store
 from pipeline.training import State, fit
 
@@ -95,17 +94,17 @@ def test_a_training_killed_in_its_first_epoch_goes_on_in_the_same_run(
 ):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     small = {"width": 4, "hidden": 8}
-    recipe = Recipe(main_checkout / "teacher", "compact_cnn", small, 2, 64, 0.01, "fp32", {"teacher.width": 4})
+    recipe = Recipe(main_checkout / "teacher", "compact_cnn", small, 2, 64, 0.01, "fp32", 1, {"teacher.width": 4})
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.runs.fit", killed)
-        with pytest.raises(KeyboardInterrupt), Progress() as progress:
-            train(recipe, data, 0, Tracker("e"), progress)
-    with Progress() as progress:
-        train(recipe, data, 0, Tracker("e"), progress)
+        with pytest.raises(KeyboardInterrupt), records("e") as kept:
+            train(recipe, data, 0, kept)
+    with records("e") as kept:
+        train(recipe, data, 0, kept)
     store = Store("e")
     (run,) = store.client.search_runs([store.experiment_id])
     assert run.info.status == "FINISHED"

@@ -44,7 +44,7 @@ class Registry:
         predictions = self.folder / name / "distillation.npz"
         predictions.parent.mkdir()
         np.savez_compressed(predictions, labels=labels, seeds=np.arange(5), student_distilled=said)
-        with self.tracker.training("student_distilled", 0, self.data.dataset, {}, "cpu") as run:
+        with self.tracker.training("student_distilled", 0, self.data.dataset, {}, {"device": "cpu"}) as run:
             run.log_checkpoint(name, 1, 1.0)
         return Candidate(
             self.onnx, name, self.data.dataset, predictions, self.tracker.store.run_of(name), accuracy

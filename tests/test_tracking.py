@@ -46,7 +46,7 @@ def runs(experiment: str = "e") -> list[Run]:
 
 
 def log_training(described: Description, md5: str = "abc") -> None:
-    with Tracker("e").training("teacher", 3, described.dataset, described.parameters, "cpu") as run:
+    with Tracker("e").training("teacher", 3, described.dataset, described.parameters, {"device": "cpu"}) as run:
         for number, epoch in enumerate(described.history, start=1):
             run.log_epoch(number, epoch)
         run.log_checkpoint(md5, 3, seconds=1.5)
@@ -85,7 +85,7 @@ def test_a_training_is_one_run_with_its_parameters_curves_and_origin(described: 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
 def test_a_training_that_ends_badly_says_so(described: Description, error: type[BaseException], status: str):
-    with pytest.raises(error), Tracker("e").training("teacher", 3, described.dataset, {}, "cpu"):
+    with pytest.raises(error), Tracker("e").training("teacher", 3, described.dataset, {}, {"device": "cpu"}):
         raise error
     assert [run.info.status for run in runs()] == [status]
 

@@ -56,7 +56,7 @@ def outage(monkeypatch: pytest.MonkeyPatch) -> Outage:
 def train(data: TrainingData, outage: Outage, *on: int, epochs: int = 5) -> None:
     """A training during some of whose epochs (0: from the start; `epochs` + 1: at the end) there is an outage."""
     outage.on = 0 in on
-    with Tracker("e").training("teacher", 3, data.dataset, {"lr": 0.1}, "cpu") as run:
+    with Tracker("e").training("teacher", 3, data.dataset, {"lr": 0.1}, {"device": "cpu"}) as run:
         for number in range(1, epochs + 1):
             outage.on = number in on
             run.log_epoch(number, EPOCH)
@@ -144,7 +144,7 @@ def test_what_the_store_refuses_is_set_aside_and_ends_nothing(data: TrainingData
         real(store, operation, arguments)
 
     monkeypatch.setattr(Store, "do", do)
-    with Tracker("e").training("teacher", 3, data.dataset, {}, "cpu") as run:
+    with Tracker("e").training("teacher", 3, data.dataset, {}, {"device": "cpu"}) as run:
         for number in range(1, 6):
             run.log_epoch(number, EPOCH)
     assert steps(runs()[0]) == [1, 3, 4, 5]
@@ -153,7 +153,7 @@ def test_what_the_store_refuses_is_set_aside_and_ends_nothing(data: TrainingData
 
 
 def test_a_run_deleted_while_it_is_trained_ends_nothing(data: TrainingData, capsys):
-    with Tracker("e").training("teacher", 3, data.dataset, {}, "cpu") as run:
+    with Tracker("e").training("teacher", 3, data.dataset, {}, {"device": "cpu"}) as run:
         run.log_epoch(1, EPOCH)
         Store("e").client.delete_run(runs()[0].info.run_id)
         run.log_epoch(2, EPOCH)
@@ -161,7 +161,7 @@ def test_a_run_deleted_while_it_is_trained_ends_nothing(data: TrainingData, caps
 
 
 def test_a_second_run_from_a_lost_answer_is_removed(data: TrainingData):
-    with Tracker("e").training("teacher", 3, data.dataset, {}, "cpu") as run:
+    with Tracker("e").training("teacher", 3, data.dataset, {}, {"device": "cpu"}) as run:
         store = Store("e")
         store.client.create_run(store.experiment_id, tags={"key": run.key})  # a slow server did it in the end
         run.log_epoch(1, EPOCH)
@@ -176,7 +176,7 @@ def test_without_an_answer_at_the_start_nothing_begins_unless_asked_to(
         Tracker("e")
     monkeypatch.setenv("TRACK_LATER", "1")
     tracker = Tracker("e")
-    with tracker.training("teacher", 3, data.dataset, {}, "cpu") as run:
+    with tracker.training("teacher", 3, data.dataset, {}, {"device": "cpu"}) as run:
         run.log_epoch(1, EPOCH)
     assert tracker.training_seconds("abc") is None
     assert capsys.readouterr().err.count("no answer") == 1

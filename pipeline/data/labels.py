@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.prepared import Split, TrainingData
+from pipeline.data.prepared import TrainingData
 
 UNKNOWN = -1  # the label of an image whose label may not be used
 
@@ -29,11 +29,12 @@ def known_labels(labels: Tensor, share: float, seed: int) -> Tensor:
     return torch.from_numpy(np.sort(np.concatenate(drawn))).to(labels.device)
 
 
-def only_known(data: TrainingData, share: float, seed: int) -> TrainingData:
-    """`data` with the labelled training images alone, repeated to as many as there were."""
-    known = known_labels(data.train.labels, share, seed)
-    rows = known[torch.arange(len(data.train.labels), device=known.device) % len(known)]
-    return data._replace(train=Split(*(tensor[rows] for tensor in data.train)))
+def only_known(labels: Tensor, share: float, seed: int) -> Tensor | None:
+    """Which images to train on so as to see the labelled ones alone, repeated to as many as there are; None for all of them."""
+    if share == 1:
+        return None
+    known = known_labels(labels, share, seed)
+    return known[torch.arange(len(labels), device=known.device) % len(known)]
 
 
 def hide_unknown(data: TrainingData, share: float, seed: int) -> TrainingData:

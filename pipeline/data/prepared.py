@@ -5,6 +5,7 @@ A prepared set is a folder: `dataset.json` describes it, and `train/`, `val/` an
 only those that it may see.
 """
 
+import warnings
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -16,6 +17,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from pipeline.data.arrays import read_npy
+from pipeline.data.streaming import fits
 from pipeline.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -38,7 +40,7 @@ class Dataset(BaseModel):
 
 
 class Split(NamedTuple):
-    """Images, uint8 of shape (N, H, W, C), and labels, int64 of shape (N,), on one device."""
+    """Images, uint8 of shape (N, H, W, C), and labels, int64 of shape (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -61,18 +63,23 @@ def load_dataset(folder: Path) -> Dataset:
 
 
 def load_split(folder: Path, split: str, device: torch.device) -> Split:
-    """One split of a prepared set, as tensors on `device`. Raises UserError if a file is missing or damaged."""
+    """One split of a prepared set. Its labels are on `device`, its images too where they fit, mapped from the disk otherwise.
+
+    On a CPU they are mapped always. Neither is to be written to. Raises UserError if a file is missing or damaged.
+    """
     images, labels = (read_npy(folder / split / f"{name}.npy") for name in Split._fields)
     if (images.dtype, images.ndim, labels.dtype, labels.shape) != (np.uint8, 4, np.int64, images.shape[:1]):
         raise UserError(
             f"{folder / split}: not prepared images and labels: {images.dtype} of shape {images.shape},"
             f" {labels.dtype} of shape {labels.shape}"
         )
-    return Split(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device))
+    with warnings.catch_warnings(action="ignore"):  # that they are not to be written to
+        found = Split(torch.from_numpy(images), torch.from_numpy(labels).to(device))
+    return found._replace(images=found.images.to(device)) if fits(images.nbytes, device) else found
 
 
 def load_training_data(folder: Path, device: torch.device) -> TrainingData:
-    """A prepared set without its test split, as tensors on `device`. Raises UserError as `load_split`."""
+    """A prepared set without its test split, each split as from `load_split`."""
     return TrainingData(load_dataset(folder), load_split(folder, "train", device), load_split(folder, "val", device))
 
 

@@ -59,20 +59,23 @@ def own_file(dataset: str) -> Path | None:
     return None
 
 
-def read_source(dataset: str) -> Source:
-    """Read the set that `dataset` names (see params.yaml), downloading it where needed.
+def read_source(dataset: str, size: int = 28) -> Source:
+    """Read the set that `dataset` names (see params.yaml), downloading it where needed, in images of `size` pixels square.
 
     Every file is looked for in the folder `DATA_MIRROR` first, then in `data/downloads`, and its checksum is verified
     wherever it comes from. Raises UserError for an unknown or unsuitable set, a failed download, a wrong checksum, and
     for a file that does not hold what it should.
     """
-    if path := own_file(dataset):
+    path = own_file(dataset)
+    if size != 28 and (path or dataset in ("mnist", "mnist5k")):
+        raise UserError(f"dataset {dataset!r} comes in one size: size = {size} is for MedMNIST's sets; leave it at 28")
+    if path:
         return _own(path)
     if dataset == "mnist":
         return _mnist()
     if dataset == "mnist5k":
         return _mnist5k()
-    return _medmnist(dataset)
+    return _medmnist(dataset, size)
 
 
 def locate(relative: str, wrong: Callable[[Path], str | None], fetch: Callable[[Path], None]) -> Path:
@@ -144,7 +147,7 @@ def _mnist5k() -> Source:
     return Source("mnist5k", [str(digit) for digit in range(10)], splits, **MNIST_SCALING)
 
 
-def _medmnist(flag: str) -> Source:
+def _medmnist(flag: str, size: int) -> Source:
     from medmnist import INFO
 
     usable = [name for name, info in INFO.items() if info["task"] in ONE_LABEL_TASKS and not name.endswith("3d")]
@@ -158,10 +161,11 @@ def _medmnist(flag: str) -> Source:
     if flag not in usable:
         raise UserError(f"dataset {flag!r} is three-dimensional; usable: {', '.join(usable)}")
 
-    wrong = _wrong_md5(info["MD5"])
-    path = locate(f"{flag}.npz", wrong, lambda path: download([info["url"]], path, wrong))
+    of_size = "" if size == 28 else f"_{size}"
+    wrong = _wrong_md5(info[f"MD5{of_size}"])
+    path = locate(f"{flag}{of_size}.npz", wrong, lambda path: download([info[f"url{of_size}"]], path, wrong))
     classes = [info["label"][str(label)] for label in range(len(info["label"]))]
-    return Source(flag, classes, _read_npz(path, classes)[0])
+    return Source(f"{flag}{of_size}", classes, _read_npz(path, classes)[0])
 
 
 def _own(path: Path) -> Source:

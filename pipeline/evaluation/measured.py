@@ -58,7 +58,7 @@ def measure_track(track: str, dataset: Dataset, test: Split) -> dict[str, list[M
 
 def measure(path: Path, dataset: Dataset, test: Split) -> Measured:
     """One checkpoint's results. Raises UserError if it was trained on other data than `dataset`."""
-    classifier, description = load_checkpoint(path, test.images.device)
+    classifier, description = load_checkpoint(path, test.labels.device)
     if description.dataset != dataset:
         raise UserError(f"{path}: trained on other data ({description.dataset.name}) than is in data/: run dvc repro")
     labels = test.labels.cpu().numpy()

@@ -147,6 +147,35 @@ def test_a_file_in_the_mirror_with_a_wrong_checksum_is_refused(
         read_source(dataset)
 
 
+def test_a_size_names_medmnists_file_of_that_size(no_mirror: Path, monkeypatch: pytest.MonkeyPatch):
+    import medmnist
+
+    monkeypatch.setenv("DATA_MIRROR", ".")
+    path = write_npz(
+        no_mirror / "pneumoniamnist_64.npz",
+        **{
+            f"{split}_{part}": array
+            for split, count in (("train", 20), ("val", 6), ("test", 6))
+            for part, array in (
+                ("images", np.zeros((count, 64, 64), np.uint8)),
+                ("labels", np.arange(count)[:, None] % 2),
+            )
+        },
+    )
+    with pytest.raises(UserError, match=r"pneumoniamnist_64\.npz.*wrong checksum"):
+        read_source("pneumoniamnist", 64)
+    monkeypatch.setitem(medmnist.INFO["pneumoniamnist"], "MD5_64", md5(path))
+    source = read_source("pneumoniamnist", 64)
+    assert source.name == "pneumoniamnist_64"
+    assert source.splits["train"][0].shape == (20, 64, 64, 1)
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "mnist5k", "own.npz"])
+def test_a_set_of_one_size_has_no_other(own_npz: Path, dataset: str):
+    with pytest.raises(UserError, match="one size: size = 64"):
+        read_source(str(own_npz) if dataset == "own.npz" else dataset, 64)
+
+
 def unreachable(*_: object, **__: object) -> None:
     raise requests.ConnectionError("Network is unreachable")
 
