@@ -39,6 +39,8 @@ def test_defaults_are_the_references_and_five_seeds():
         ("temperature: 5", "temperature: .nan", ["kd.temperature = nan", "finite"]),
         ("divergence: forward", "divergence: sideways", ["kd.divergence = 'sideways'", "'forward' or 'reverse'"]),
         ("seeds: [0, 1, 2, 3, 4]", "seeds: [0, 1, 1]", ["seeds = [0, 1, 1]", "twice"]),
+        ("size: 28", "size: 32", ["baselines.size = 32", "28, 64, 128 or 224"]),
+        ("processes: 1", "processes: 0", ["processes = 0", "greater than or equal to 1"]),
         ("seeds: [0, 1, 2, 3, 4]", "seeds: []", ["seeds = []"]),
         ("seeds: [0, 1, 2, 3, 4]", "seeds: [0", ["cannot read"]),
     ],

@@ -88,6 +88,21 @@ def test_a_loss_that_is_no_number_stops_the_training_and_says_where(data: Traini
         fit(student(data), data.train, data.val, breaks, seed=0, **RECIPE)
 
 
+def test_micro_batches_add_up_to_their_batch(data: TrainingData):
+    """400 images in batches of 64 leave a last one of 16; the mean over a batch is no mean of means of unequal parts."""
+    whole, parts = (
+        fit(student(data), data.train, data.val, F.cross_entropy, seed=0, micro_batches=count, **RECIPE)
+        for count in (1, 5)
+    )
+    for epoch, other in zip(whole.history, parts.history, strict=True):
+        assert dict(other) == pytest.approx(dict(epoch), rel=1e-3)
+
+
+def test_a_batch_smaller_than_its_parts_is_refused(data: TrainingData):
+    with pytest.raises(UserError, match="400 images in batches of 64 leave a batch of fewer images than its 17 parts"):
+        fit(student(data), data.train, data.val, F.cross_entropy, seed=0, micro_batches=17, **RECIPE)
+
+
 def test_targets_follow_their_images(data: TrainingData):
     def check(logits, labels, teacher_logits):
         assert torch.equal(teacher_logits.argmax(1), labels)
