@@ -101,16 +101,27 @@ def tracking_table(part: dict[str, Any]) -> str:
     return table(rows, "per seed", "requests", "bytes both ways", "seconds waited")
 
 
+def study_sentence(part: dict[str, Any]) -> str:
+    """What the study took one after another, on Ray, and with a killed worker."""
+    return (
+        f"A study of {part['trainings']} small trainings (mnist5k, 5 epochs) and 6 evaluations, each with one thread: one after"
+        f" another {part['seconds_one_by_one']:.0f} s, on Ray with {part['workers']} workers {part['seconds_on_ray']:.0f} s:"
+        f" **{part['speedup']:.2f} times as fast**, the start of Ray included ({part['tasks_speedup']:.2f} times from the first"
+        f" task's start to the last one's end). With a worker killed on the way: {part['seconds_on_ray_worker_killed']:.0f} s;"
+        f" {part['tasks_done_twice_worker_killed']} task was begun again and went on from its progress."
+    )
+
+
 def study_projection(study: dict[str, Any], tracking: dict[str, Any]) -> str:
     """Studies of many trainings: what they would take."""
-    rate = study["trainings_per_second"]  # of 2 workers, one thread each
+    rate = study["trainings_per_second_on_ray"]
     asked = sum(tracking[stage]["seconds"] for stage in COUNTED_STAGES) / 3  # of the server, per training
     requests = sum(tracking[stage]["requests"] for stage in COUNTED_STAGES) / 3
     kept = sum(tracking[f"{what}_bytes"] for what in ("database", "artifact", "checkpoint"))
     rows = []
     for count in (100, 1_000, 10_000):
         for cores in (2, 64, 1024):
-            compute, served = count / (rate * cores / 2), count * asked
+            compute, served = count / (rate * cores / study["workers"]), count * asked
             bottleneck = "arithmetic" if compute > served else "the tracking server"
             spent = duration(max(compute, served))
             rows.append(
