@@ -38,13 +38,15 @@ def on_ray(
     second. Raises UserError if Ray is missing or its cluster does not answer.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if (address := os.environ.get("RAY_ADDRESS")) and _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as the cluster's own machines do by themselves
     try:
         import ray
     except ImportError as error:
         raise UserError(
             "a study runs on Ray, which is not installed: pip install -r requirements-ray.txt, or run <name> --one-by-one"
         ) from error
-    if address := os.environ.get("RAY_ADDRESS"):
+    if address:
         _look_for(address)
     machine = {} if address else {"num_cpus": workers * threads, "include_dashboard": False}
     try:
@@ -76,6 +78,12 @@ def on_ray(
             yield ended
     finally:
         ray.shutdown()
+
+
+def _has_token() -> bool:
+    """Whether this user has the secret by which machines of a Ray cluster know each other."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token"))
+    return "RAY_AUTH_TOKEN" in os.environ or path.expanduser().is_file()
 
 
 def _look_for(address: str) -> None:
