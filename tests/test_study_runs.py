@@ -1,19 +1,15 @@
 """A study of small trainings, one after another and on Ray with a worker killed on the way: the same results and MLflow runs."""
 
-import os
 import re
-import signal
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 from mlflow import MlflowClient
 
 from faults.checkout import Checkout
-from faults.kills import epochs_done
+from faults.kills import epochs_done, kill_a_worker
 from tests.conftest import small_checkout
 
 STUDY = """
@@ -51,23 +47,10 @@ def on_ray(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     checkout = studied(tmp_path_factory.mktemp("on_ray") / "checkout")
     checkout.environment.pop("RAY_ADDRESS", None)
     process = checkout.start(*run("--workers", "2"))
-    checkout.killed = kill_a_worker(checkout.folder, process.pid)
+    checkout.killed = kill_a_worker(checkout.folder, process.pid).name
     checkout.output = process.communicate()[0]
     assert process.returncode == 1
     return checkout
-
-
-def kill_a_worker(folder: Path, driver: int) -> str:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if any(number >= 2 for number in epochs_done(folder).values()):
-            for process in psutil.Process(driver).children(recursive=True):
-                if process.name().startswith("ray::") and folder / ".studies" in Path(process.cwd()).parents:
-                    place = process.cwd()
-                    os.kill(process.pid, signal.SIGKILL)
-                    return Path(place).name
-        time.sleep(0.02)
-    raise TimeoutError("no training to kill")
 
 
 def made(checkout: Checkout) -> dict[str, bytes]:
