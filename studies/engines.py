@@ -9,7 +9,7 @@ import os
 import pickle
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError, one_line
@@ -102,7 +102,7 @@ def _failed_before(task: Task, failed: Mapping[str, str | None]) -> str | None:
     return next((failed[needed.digest] for needed in task.needs if needed.digest in failed), None)
 
 
-def _work():
+def _work() -> Callable[..., str | None]:
     """What a Ray worker does. Made in a function, so that Ray sends its code: a machine without the checkout can then say so."""
 
     def work(root: str, pickled: bytes, variables: dict[str, str], *reasons: str | None) -> str | None:

@@ -1,9 +1,9 @@
 """A grid of experiments, run on Ray, and the finished ones as a table and a figure.
 
-    python -m studies.study run mnist                 run what is missing of studies/mnist.yaml, on this machine's cores
-    RAY_ADDRESS=... python -m studies.study run mnist     the same on a cluster, whose machines share this folder
-    python -m studies.study run mnist --one-by-one    the same in this process, without Ray
-    python -m studies.study collect mnist             write metrics/studies/mnist.csv, .md and .png from what is finished
+    python -m studies.study run mnist                  run what is missing of studies/mnist.yaml on this machine's cores
+    RAY_ADDRESS=... python -m studies.study run mnist  the same on a cluster, whose machines share this folder
+    python -m studies.study run mnist --one-by-one     the same in this process, without Ray
+    python -m studies.study collect mnist              write metrics/studies/mnist.csv, .md and .png from what is finished
 
 A point is an experiment named after the study and its settings. Its trainings and evaluation are tasks (studies/tasks.py), known
 by settings, code and data: a study that was interrupted goes on with the same command, and a changed stage runs anew.
@@ -210,7 +210,7 @@ def run(arguments: argparse.Namespace, planned: Mapping[str, list[Task]]) -> boo
 
 def command(*words: str) -> str:
     """Run a command in the checkout; its output. Raises UserError with its complaint if it fails."""
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 (dvc and git)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 (git)
     if done.returncode:
         raise UserError(f"{' '.join(words[:3])} failed: {' '.join(done.stderr.split())}")
     return done.stdout

@@ -198,32 +198,32 @@ def attempt(root: Path, task: Task, variables: Mapping[str, str]) -> str | None:
     (pipeline.progress), which go on.
     """
     folder = workspace(root, task)
-    folder.parent.mkdir(exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
-    with lock:
-        reason = None if is_done(root, task) else _do(root, task, variables)
-        if not reason:
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock"))
+        with lock:
+            if not is_done(root, task):
+                _do(root, task, variables)
             Path(lock.lock_file).unlink(missing_ok=True)
-    return reason
+    except UserError as error:
+        return f"{task}: {one_line(error)}"
+    except Exception as error:  # a defect of ours, or of the machine
+        with contextlib.suppress(OSError):
+            write_whole(folder / "traceback", traceback.format_exc())
+        return f"{task}: {one_line(f'{type(error).__name__}: {error}')} (see {folder / 'traceback'})"
+    return None
 
 
-def _do(root: Path, task: Task, variables: Mapping[str, str]) -> str | None:
+def _do(root: Path, task: Task, variables: Mapping[str, str]) -> None:
     folder = workspace(root, task)
     again = folder.exists()
     shutil.rmtree(folder, ignore_errors=True)
     started = time.time()
-    try:
-        _lay_out(root, task)
-        with _as_a_stage(folder, task, variables):
-            importlib.import_module(task.stage.module).main(*task.stage.arguments)
-        times = {"started": started, "ended": time.time(), "again": again}
-        write_json(folder / DONE, {"stage": task.stage.name, "seed": task.seed, **times})
-    except UserError as error:
-        return f"{task}: {one_line(error)}"
-    except Exception as error:  # a defect of ours, or of the machine
-        write_whole(folder / "traceback", traceback.format_exc())
-        return f"{task}: {one_line(f'{type(error).__name__}: {error}')} (see {folder / 'traceback'})"
-    return None
+    _lay_out(root, task)
+    with _as_a_stage(folder, task, variables):
+        importlib.import_module(task.stage.module).main(*task.stage.arguments)
+    times = {"started": started, "ended": time.time(), "again": again}
+    write_json(folder / DONE, {"stage": task.stage.name, "seed": task.seed, **times})
 
 
 def _lay_out(root: Path, task: Task) -> None:
