@@ -2,7 +2,6 @@
 
 PYTHON ?= python3
 PORT ?= 5000
-JOBS ?= 2
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -19,7 +18,7 @@ help:
 	@echo "make screenshots  README.md's pictures of the MLflow UI, of what 'make demo' left in mlflow.db (needs Chromium)"
 	@echo "make bench    time the trainings against an ordinary loop (BENCH='--share 0.1' for a quick look)"
 	@echo "make faults   kill, cut off, fill and feed badly the real pipeline, and count what survives (half an hour)"
-	@echo "make study STUDY=mnist        queue what is missing of studies/mnist.yaml and work it off, JOBS=2 at a time"
+	@echo "make study STUDY=mnist        run what is missing of studies/mnist.yaml on every core (JOBS=2: two tasks at a time)"
 	@echo "make study-table STUDY=mnist  table and figure of what has finished, into metrics/studies/"
 	@echo "make register  the exported student into MLflow's registry, as champion if it is better than the present one"
 	@echo "make promote VERSION=2  make a registered version the champion by hand"
@@ -58,10 +57,9 @@ bench: .venv/installed
 faults: .venv/installed-for-tests
 	python -m faults $(FAULTS)
 
-study: .venv/installed
-	python -m studies.study queue $(STUDY)
-	OMP_NUM_THREADS=$(shell $(PYTHON) -c "import os; print(max(1, os.cpu_count() // $(JOBS)))") dvc queue start -j $(JOBS)
-	@echo "It works in the background: 'dvc queue status' shows how far it is. Interrupted, the same command goes on."
+study: .venv/installed-for-studies
+	python -m studies.study run $(STUDY) $(if $(JOBS),--workers $(JOBS))
+	python -m studies.study collect $(STUDY)
 
 study-table: .venv/installed
 	python -m studies.study collect $(STUDY)
@@ -99,6 +97,10 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/installed-for-tests: requirements-dev.txt requirements-team.txt .venv/installed
+.venv/installed-for-studies: requirements-ray.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-ray.txt
+	@touch $@
+
+.venv/installed-for-tests: requirements-dev.txt requirements-ray.txt requirements-team.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

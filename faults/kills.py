@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from faults.checkout import SMALL, Checkout, copy_checkout, kill, sound
 from faults.outcome import Outcome
 from pipeline.files import md5
@@ -74,6 +76,23 @@ def _kill(checkout: Checkout, stage: str, count: int, moments: random.Random) ->
     lost = sum(not sound(uri, run, EPOCHS[track]) for run in checkout.mlflow_runs(uri))
     told = f"{again} epochs trained twice" + (f"; {late} kills came after the stage's work" if late else "")
     return Outcome(f"SIGKILL: {stage}", injected, max(injected - wrong - lost - again, 0), lost + again, wrong, told)
+
+
+def kill_a_worker(folder: Path, driver: int, epochs: int = 2) -> Path:
+    """Kill a Ray worker of the study that the process `driver` runs, at its training's workspace, which is returned.
+
+    It is the first that is found at work when some training of the checkout `folder` has finished that many epochs.
+    """
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if any(number >= epochs for number in epochs_done(folder).values()):
+            for process in psutil.Process(driver).children(recursive=True):
+                if process.name().startswith("ray::") and folder / ".studies" in Path(process.cwd()).parents:
+                    workspace = Path(process.cwd())
+                    process.kill()
+                    return workspace
+        time.sleep(0.02)
+    raise TimeoutError("no training to kill")
 
 
 def epochs_done(folder: Path) -> dict[str, int]:

@@ -24,8 +24,10 @@ def code_is_committed() -> bool:
 
 
 def _git(*arguments: str) -> str:
+    """What git says in the checkout that this code lies in, wherever the stage runs."""
     command = ["git", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603 (git)
+    checkout = Path(__file__).parents[1]
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603 (git)
 
 
 def changed_settings() -> list[str]:

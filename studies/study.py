@@ -1,10 +1,12 @@
-"""A grid of experiments through DVC's queue, and the finished ones as a table and a figure.
+"""A grid of experiments, run on Ray, and the finished ones as a table and a figure.
 
-    python -m studies.study queue mnist      queue the points of studies/mnist.yaml that are neither finished nor waiting
-    python -m studies.study collect mnist    write metrics/studies/mnist.csv, .md and .png from the finished ones
+    python -m studies.study run mnist                  run what is missing of studies/mnist.yaml on this machine's cores
+    RAY_ADDRESS=... python -m studies.study run mnist  the same on a cluster, whose machines share this folder
+    python -m studies.study run mnist --one-by-one     the same in this process, without Ray
+    python -m studies.study collect mnist              write metrics/studies/mnist.csv, .md and .png from what is finished
 
-A point is a DVC experiment named after the study and its settings, on the commit that is checked out. So a study that was
-interrupted goes on with the same command, and another commit, which may be other code, starts a new one.
+A point is an experiment named after the study and its settings. Its trainings and evaluation are tasks (studies/tasks.py), known
+by settings, code and data: a study that was interrupted goes on with the same command, and a changed stage runs anew.
 """
 
 import argparse
@@ -14,24 +16,30 @@ import io
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import dvc.api
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tabulate import tabulate
+from tqdm import tqdm
 
 from pipeline.errors import UserError
-from pipeline.files import write_whole
+from pipeline.files import read_json, write_whole
 from pipeline.params import Params, read_yaml, shown
+from studies.engines import on_ray, one_by_one
+from studies.tasks import Task, begun, environment, in_order, is_done, plan, workspace
 
 ROOT = Path(__file__).parents[1]
+METRICS = "metrics/distillation.json"
+COMPARISONS = "metrics/distillation_comparisons.json"
 COMPARISON = "student_distilled_vs_student_alone"
 MOST_POINTS = 10_000  # of a grid
 MARKERS = "osD^vPX*"
@@ -66,16 +74,36 @@ class Study(BaseModel):
 
 
 def main() -> None:
-    """Parse the command line and queue or collect."""
+    """Parse the command line and run or collect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["queue", "collect"])
+    parser.add_argument("action", choices=["run", "collect"])
     parser.add_argument("study", help="a file studies/<study>.yaml")
+    parser.add_argument("--one-by-one", action="store_true", help="run in this process, without Ray")
+    parser.add_argument("--threads", type=at_least_one, default=1, help="that a task computes with (default 1)")
+    parser.add_argument(
+        "--workers", type=at_least_one, help="tasks at a time on this machine (default: cores / threads)"
+    )
+    parser.add_argument("--per-gpu", type=at_least_one, default=4, help="trainings that share a GPU (default 4)")
     arguments = parser.parse_args()
     try:
         study = load_study(arguments.study)
-        {"queue": queue, "collect": collect}[arguments.action](arguments.study, study)
+        planned = plan(ROOT, contents(arguments.study, study), study.target, arguments.threads)
+        if arguments.action == "collect":
+            collect(arguments.study, study, planned)
+        elif not run(arguments, planned):
+            sys.exit(1)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+def at_least_one(text: str) -> int:
+    """A whole number of at least 1, from the command line."""
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
 
 
 def load_study(name: str) -> Study:
@@ -134,50 +162,66 @@ def all_points(name: str, study: Study) -> dict[str, dict[str, Any]]:
     return {name_of(name, point): point for grid in study.grids for _, point in study.points(grid)}
 
 
-def queue(name: str, study: Study) -> None:
-    """Queue what is neither finished nor waiting; what has failed is queued again."""
-    points = all_points(name, study)
-    finished, status = finished_experiments(), queue_status()
-    waiting = {one for one, state in status.items() if state in ("Queued", "Running")}
-    missing = [one for one in points if one not in finished | waiting]
-    for one in missing:
-        if status.get(one) == "Failed":
-            command("dvc", "queue", "remove", one)
-        settings = [argument for key, value in points[one].items() for argument in ("-S", f"{key}={json.dumps(value)}")]
-        command("dvc", "exp", "run", "--queue", "--name", one, *settings, study.target)
-    print(
-        f"{name}: {len(points)} points, {len(finished & points.keys())} finished, {len(waiting & points.keys())} waiting,"
-        f" {len(missing)} queued now"
-    )
+def contents(name: str, study: Study) -> dict[str, dict[str, Any]]:
+    """What each point has in params.yaml, by its experiment's name."""
+    params = read_yaml(ROOT / "params.yaml")
+    return {one: applied(copy.deepcopy(params), point) for one, point in all_points(name, study).items()}
 
 
-def finished_experiments() -> set[str]:
-    """The names of the finished experiments on the commit that is checked out."""
-    listed = command("dvc", "exp", "list", "--name-only")
-    return set(listed.split())
-
-
-def queue_status() -> dict[str, str]:
-    """The state of every named task of DVC's queue."""
-    rows = (line.split() for line in command("dvc", "queue", "status").splitlines())
-    return {row[1]: row[-1] for row in rows if row and row[-1] in ("Queued", "Running", "Success", "Failed")}
+def run(arguments: argparse.Namespace, planned: Mapping[str, list[Task]]) -> bool:
+    """Run the tasks that are not done, and say when a point is; whether all points are. `planned` as tasks.plan gives it."""
+    tasks = in_order([task for targets in planned.values() for task in targets])
+    missing = [task for task in tasks if not is_done(ROOT, task)]
+    variables = environment(ROOT, command("git", "rev-parse", "HEAD").strip())
+    threads = arguments.threads
+    workers = arguments.workers or max(1, (os.cpu_count() or 1) // threads)
+    if arguments.one_by_one or not missing:
+        engine = one_by_one(ROOT, missing, variables)
+    else:
+        engine = on_ray(ROOT, missing, variables, workers, threads, arguments.per_gpu)
+    left = {task.digest: task for task in missing}
+    digests = {one: {task.digest for task in targets} for one, targets in planned.items()}
+    open_points = {one: targets for one, targets in digests.items() if targets & left.keys()}
+    failed: dict[str, str] = {}
+    start = time.time()
+    with tqdm(
+        total=len(tasks), initial=len(tasks) - len(missing), desc=arguments.study, unit="task", disable=None
+    ) as bar:
+        for ended in engine:
+            for digest, reason in ended.items():
+                del left[digest]
+                failed |= {digest: reason} if reason else {}
+            bar.update(len(ended))
+            trainings = sum(task.seed is not None and begun(ROOT, task) >= start for task in left.values())
+            bar.set_postfix_str(f"{trainings} trainings running" if trainings else "")
+            for one in [one for one, targets in open_points.items() if not targets & left.keys()]:
+                bar.write(f"{one}: {'failed' if open_points.pop(one) & failed.keys() else 'finished'}")
+    reasons = {
+        one: next((failed[task.digest] for task in targets if task.digest in failed), None)
+        for one, targets in planned.items()
+    }
+    unfinished = {one: reason for one, reason in reasons.items() if reason}
+    for one, reason in unfinished.items():
+        print(f"error: {one}: {reason}", file=sys.stderr)
+    finished, done = len(planned) - len(unfinished), len(missing) - len(failed)
+    print(f"{arguments.study}: {len(planned)} points, {finished} finished; {done} of {len(missing)} tasks done now")
+    return not unfinished
 
 
 def command(*words: str) -> str:
     """Run a command in the checkout; its output. Raises UserError with its complaint if it fails."""
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 (dvc and git)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 (git)
     if done.returncode:
         raise UserError(f"{' '.join(words[:3])} failed: {' '.join(done.stderr.split())}")
     return done.stdout
 
 
-def collect(name: str, study: Study) -> None:
-    """Write table and figure of the finished points, and say which are missing."""
-    finished = finished_experiments()
+def collect(name: str, study: Study, planned: Mapping[str, list[Task]]) -> None:
+    """Write table and figure of the finished points; `planned` as tasks.plan gives it."""
     points = all_points(name, study)
-    results = {one: read_result(one) for one in points if one in finished}
+    results = {one: result for one, targets in planned.items() if (result := read_result(targets))}
     if not results:
-        raise UserError(f"study {name}: no finished experiment on this commit: make study STUDY={name}")
+        raise UserError(f"study {name}: no finished experiment by this code: make study STUDY={name}")
     frame = pd.DataFrame(
         [points[one] | result for one, result in results.items()], index=pd.Index(results, name="experiment")
     )
@@ -191,10 +235,15 @@ def collect(name: str, study: Study) -> None:
     print((folder / f"{name}.md").read_text())
 
 
-def read_result(experiment: str) -> dict[str, Any]:
-    """Accuracies (shares of 1) of the three models and the gain with its interval and verdict, of a finished experiment."""
-    metrics = json.loads(dvc.api.read("metrics/distillation.json", repo=str(ROOT), rev=experiment))
-    gain = json.loads(dvc.api.read("metrics/distillation_comparisons.json", repo=str(ROOT), rev=experiment))[COMPARISON]
+def read_result(targets: list[Task]) -> dict[str, Any] | None:
+    """Accuracies (shares of 1) of the three models and the gain with its interval and verdict; None for an unfinished point."""
+    evaluation = next((task for task in in_order(targets) if METRICS in task.stage.outs), None)
+    if evaluation is None:
+        raise UserError(f"{targets[0]} does not need {METRICS}, of which the table is made")
+    if not is_done(ROOT, evaluation):
+        return None
+    folder = workspace(ROOT, evaluation)
+    metrics, gain = read_json(folder / METRICS), read_json(folder / COMPARISONS)[COMPARISON]
     accuracy = {
         f"accuracy_{model}": metrics[model]["accuracy"] for model in ("teacher", "student_alone", "student_distilled")
     }

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import UserError
 from studies import study as module
-from studies.study import Study, all_points, flat, load_study, markdown, name_of, plot, queue
+from studies.study import Study, all_points, flat, load_study, markdown, name_of, plot
 from tests.conftest import ROOT
 
 SMALL = Study.model_validate(
@@ -54,32 +54,6 @@ def test_the_same_settings_have_the_same_name_in_any_order():
     assert name_of("s", one) == name_of("s", two) != name_of("s", one | {"kd.alpha": 0.2})
 
 
-def test_only_what_is_neither_finished_nor_waiting_is_queued_and_failures_again(
-    monkeypatch: pytest.MonkeyPatch, capsys
-):
-    names = list(all_points("small", SMALL))
-    asked = []
-    monkeypatch.setattr(module, "finished_experiments", lambda: {names[0], "somebody-elses"})
-    monkeypatch.setattr(module, "queue_status", lambda: {names[1]: "Queued", names[2]: "Running", names[3]: "Failed"})
-    monkeypatch.setattr(module, "command", lambda *words: asked.append(words) or "")
-    queue("small", SMALL)
-    assert asked[0] == ("dvc", "queue", "remove", names[3])
-    assert [words[words.index("--name") + 1] for words in asked[1:]] == names[3:]
-    assert "student.width=8" in asked[1]
-    assert "6 points, 1 finished, 2 waiting, 3 queued now" in capsys.readouterr().out
-
-
-def test_dvcs_own_listing_is_understood(monkeypatch: pytest.MonkeyPatch):
-    listing = (
-        "Task     Name          Created       Status\n"
-        "93cfa70  mnist-1a2b    02:30 AM      Running\n"
-        "8f2e1cc  mnist-3c4d    Nov 22, 2026  Success\n"
-        "\nWorker status: 1 active, 0 idle\n"
-    )
-    monkeypatch.setattr(module, "command", lambda *words: listing)
-    assert module.queue_status() == {"mnist-1a2b": "Running", "mnist-3c4d": "Success"}
-
-
 @pytest.fixture
 def frame() -> pd.DataFrame:
     points = all_points("small", SMALL)
@@ -116,7 +90,7 @@ def test_the_figure_has_a_panel_per_grid_and_a_line_per_setting(frame: pd.DataFr
         ("target: [", "bad.yaml"),
     ],
 )
-def test_a_bad_study_is_refused_before_anything_is_queued(tmp_path, monkeypatch, text: str, named: str):
+def test_a_bad_study_is_refused_before_anything_is_run(tmp_path, monkeypatch, text: str, named: str):
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "bad.yaml").write_text(text)
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
@@ -126,7 +100,7 @@ def test_a_bad_study_is_refused_before_anything_is_queued(tmp_path, monkeypatch,
 
 
 def test_an_unknown_study_is_one_line():
-    command = [sys.executable, "-m", "studies.study", "queue", "nothing"]
+    command = [sys.executable, "-m", "studies.study", "run", "nothing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
@@ -135,3 +109,12 @@ def test_an_unknown_study_is_one_line():
 
 def test_blocks_are_spelt_out():
     assert flat({"student": {"width": 4}, "kd.alpha": 0.5}) == {"student.width": 4, "kd.alpha": 0.5}
+
+
+def test_without_ray_a_run_says_what_to_do():
+    hidden = "import sys; sys.modules['ray'] = None; sys.argv = ['study', 'run', 'mnist']; import studies.study as s; s.main()"
+    done = subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: a study runs on Ray, which is not installed: pip install -r requirements-ray.txt, or run <name> --one-by-one\n"
+    )
