@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmarks.scaling_study import measure as measure_study
 
+from benchmarks.scaling_study import measure as measure_study
 from benchmarks.scaling_tables import BATCH, IMAGE, SIZES, markdown
 from faults.checkout import ROOT, SMALL, Checkout, copy_checkout
 from faults.outages import mlflow_server
@@ -305,3 +305,7 @@ def main() -> None:
         write_json(path, kept)
     write_whole(path.with_suffix(".md"), markdown(kept))
     print(markdown(kept))
+
+
+if __name__ == "__main__":
+    main()

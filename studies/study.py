@@ -121,7 +121,8 @@ def load_study(name: str) -> Study:
             if (points := math.prod(map(len, grid.vary.values()))) > MOST_POINTS:
                 raise UserError(f"{path}: {grid.title}: {points:,} points, more than {MOST_POINTS:,}")
             for _, point in study.points(grid):
-                Params.model_validate(applied(copy.deepcopy(params), point))
+                if (one := Params.model_validate(applied(copy.deepcopy(params), point))).processes > 1:
+                    raise UserError(f"{path}: processes = {one.processes}: a study's tasks are of one process each")
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(

@@ -86,6 +86,10 @@ def test_the_figure_has_a_panel_per_grid_and_a_line_per_setting(frame: pd.DataFr
         ("target: x\ngrids: [{title: t, x: kd.alpha, vary: {kd.temperature: [1.0]}}]", "x = 'kd.alpha' is not varied"),
         ("target: x\ngrids: [{title: t, x: kd.alpha, vary: {kd.alpha: [2.0]}}]", "kd.alpha = 2.0"),
         ("target: x\ngrids: [{title: t, x: kd.alfa, vary: {kd.alfa: [0.5]}}]", "kd.alfa"),
+        (
+            "target: x\nfixed: {processes: 2}\ngrids: [{title: t, x: kd.alpha, vary: {kd.alpha: [0.5]}}]",
+            "processes = 2",
+        ),
         ("target: x\ngrid: []", "grids"),
         ("target: [", "bad.yaml"),
     ],
