@@ -52,6 +52,7 @@ def _kill(checkout: Checkout, stage: str, count: int, moments: random.Random) ->
     pending = 0  # kills since the stage ended last
     finished: dict[str, int] = {}  # epochs by training, as last seen
     while injected < count or pending:
+        start = time.monotonic()
         process = checkout.start("dvc", "repro", "--force", "--single-item", stage)
         disturbed = injected < count and pending < KILLS_PER_TRAINING
         moment = time.monotonic() + (moments.uniform(0, calm_seconds) if disturbed else 600)
@@ -67,6 +68,8 @@ def _kill(checkout: Checkout, stage: str, count: int, moments: random.Random) ->
             late += begun and not epochs_done(checkout.folder)
             continue
         output, _ = process.communicate()
+        if not pending:  # or else most kills would come too late where the machine was busy at first
+            calm_seconds = min(calm_seconds, time.monotonic() - start)
         same = process.returncode == 0 and {path.name: md5(path) for path in folder.iterdir()} == calm
         if not same:
             print(output)
