@@ -145,10 +145,18 @@ class Store:
     def log(
         self, key: str, time_ms: int, step: int, metrics: Mapping[str, float], tags: Mapping[str, str] | None = None
     ) -> None:
-        """The points of that step and time are in the run's curves, and the tags on it; with the tags, the points are there."""
+        """The points of that step and time are in the run's curves, and the tags on it; with the tags, the points are there.
+
+        Of points that come with a checkpoint's tag, which are a run's once, those stay that are there: MLflow writes the points
+        before the tags, and a process may be killed in between.
+        """
         run_id = self._run_id(key)
-        if tags and tags.items() <= self.client.get_run(run_id).data.tags.items():
-            return
+        if tags:
+            there = self.client.get_run(run_id).data
+            if tags.items() <= there.tags.items():
+                return
+            if CHECKPOINT in tags:
+                metrics = {name: value for name, value in metrics.items() if name not in there.metrics}
         points = [Metric(_allowed(name), value, time_ms, step) for name, value in metrics.items()]
         self.client.log_batch(run_id, points, tags=[RunTag(*tag) for tag in (tags or {}).items()])
 

@@ -6,6 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from pipeline.checkpoints import Description, Epoch
 from pipeline.data.prepared import TrainingData
@@ -88,6 +89,20 @@ def test_a_training_that_ends_badly_says_so(described: Description, error: type[
     with pytest.raises(error), Tracker("e").training("teacher", 3, described.dataset, {}, {"device": "cpu"}):
         raise error
     assert [run.info.status for run in runs()] == [status]
+
+
+def test_a_kill_between_a_checkpoints_points_and_its_tag_doubles_nothing(described: Description, monkeypatch):
+    """MLflow writes the points of a batch first, then its tags."""
+    with Tracker("e").training("teacher", 3, described.dataset, {}, {}, "k") as run, monkeypatch.context() as patch:
+        patch.setattr(SqlAlchemyStore, "_set_tags", lambda *_: None)
+        run.log_checkpoint("abc", 2, seconds=1.5)
+    assert "checkpoint_md5" not in runs()[0].data.tags
+    with Tracker("e").training("teacher", 3, described.dataset, {}, {}, "k") as run:
+        run.log_checkpoint("abc", 2, seconds=1.6)
+    (run,) = runs()
+    assert run.data.tags["checkpoint_md5"] == "abc"
+    history = MlflowClient(tracking_uri()).get_metric_history(run.info.run_id, "training_seconds")
+    assert [point.value for point in history] == [1.5]
 
 
 def test_test_results_go_to_the_run_that_made_the_checkpoint_once(described: Description, store: Path):

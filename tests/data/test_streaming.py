@@ -1,6 +1,9 @@
 """Sets too large for memory: how they are prepared, placed and trained on. Nothing here is large; the limits are lowered."""
 
+import contextlib
+import re
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from faults.checkout import Checkout
 from pipeline.checkpoints import new_classifier
 from pipeline.data import arrays, preparation, prepared, streaming
 from pipeline.data.preparation import prepare
 from pipeline.data.prepared import TrainingData, load_training_data
 from pipeline.data.sources import read_source
 from pipeline.training import fit
+from tests.conftest import small_checkout, write_npz
 
 CPU = torch.device("cpu")
 
@@ -99,6 +104,34 @@ def test_images_that_do_not_fit_are_given_out_batch_by_batch(data: TrainingData,
         assert torch.equal(batch, numbers[number])
         assert len(asked) == min(number + 1 + streaming.AHEAD, len(numbers)), "asked for ahead"
     assert asked == [batch.tolist() for batch in numbers]
+
+
+def peak_anonymous(checkout: Checkout, stage: str) -> int:
+    """The most memory, in MiB, that a stage has held at a time and that is no file's."""
+    process = checkout.start(*checkout.stage(stage))
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError, AttributeError):  # it has just ended
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = max(peak, int(re.search(r"RssAnon:\s*(\d+) kB", status).group(1)) // 2**10)
+        time.sleep(0.005)
+    assert process.returncode == 0, process.communicate()[0]
+    return peak
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_memory_does_not_grow_with_the_set(tmp_path: Path):
+    peaks = []
+    for count in (200, 8000):  # of 64x64 pixels in three colours: 2 and 98 MB of training images
+        checkout = small_checkout(tmp_path / str(count))
+        images = np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+        few, labels = images[:100], np.arange(count) % 2
+        kept = {"train_images": images, "train_labels": labels, "val_images": few, "val_labels": labels[:100]}
+        write_npz(checkout.folder / "own.npz", **kept, test_images=few, test_labels=labels[:100])
+        checkout.set(seeds=[0], precision="fp32", distillation__epochs=1, student={"width": 1, "hidden": 4})
+        peaks.append([peak_anonymous(checkout, stage) for stage in ("fetch_data distillation", "train_student_alone")])
+    for small, large in zip(*peaks, strict=True):
+        assert large - small < 40, peaks
 
 
 def test_what_fits_depends_on_what_is_free(monkeypatch: pytest.MonkeyPatch):
