@@ -159,7 +159,7 @@ def markdown(kept: dict[str, Any]) -> str:
     """The tables of the parts that have been measured, and what follows from them."""
     text = []
     if part := kept.get("sizes"):
-        text += ["One device, one epoch of generated colour images in batches of 64:", sizes_table(part)]
+        text += ["One device, generated colour images in batches of 64, the second epoch:", sizes_table(part)]
     if part := kept.get("streaming"):
         text += [
             f"A generated set of {part['images']:,} images at 224x224, {amount(part['bytes'])}, against {part['in_memory']:,}"
