@@ -75,7 +75,8 @@ def anonymous() -> float:
 def work(role: str, side: int, count: int, folder: str | None, rows: int | None, epochs: int) -> dict[str, float]:
     """Train on `count` generated images in memory, or on `rows` (None: all) of a prepared set in `folder`.
 
-    Images per second of the last epoch (the first has what is done once in it), and the anonymous memory that the training took, MiB, besides the model and Adam's state.
+    Images per second of the last epoch (the first has what is done once in it), and the anonymous memory that the training
+    took, MiB, besides the model and Adam's state.
     """
     device = choose_device("auto")
     if folder:
