@@ -3,13 +3,14 @@ import json
 import pytest
 import torch
 
-from benchmarks import peer
+from benchmarks import peer, scaling_tables
 from benchmarks.bench import ARCHITECTURES, markdown
 from pipeline.data.sources import read_source
 from pipeline.models import build
 from tests.conftest import ROOT
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+SCALING = sorted((ROOT / "benchmarks" / "results" / "scaling").glob("*.json"))
 
 
 @pytest.mark.parametrize("model", list(ARCHITECTURES))
@@ -40,5 +41,12 @@ def test_the_tables_are_those_of_the_measured_figures(path):
     assert path.with_suffix(".md").read_text() == markdown(json.loads(path.read_text()))
 
 
+@pytest.mark.parametrize("path", SCALING, ids=lambda path: path.stem)
+def test_the_scaling_tables_are_those_of_the_measured_figures(path):
+    assert path.with_suffix(".md").read_text() == scaling_tables.markdown(json.loads(path.read_text()))
+    assert path.with_suffix(".md").read_text() in (ROOT / "docs" / "scaling.md").read_text()
+
+
 def test_there_are_results():
     assert RESULTS
+    assert SCALING
