@@ -6,9 +6,11 @@ for each training one run, finished, with every epoch once.
 """
 
 import json
+import os
 import random
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -29,12 +31,17 @@ STAGES = {  # and where their checkpoints go
 
 
 def kills(folder: Path, count: int, stages: Sequence[str] = tuple(STAGES), random_seed: int = 0) -> list[Outcome]:
-    """Kill each of the stages in turn, `count` times in all; one outcome per stage."""
+    """Kill the stages, `count` times in all, as many stages at a time as there are cores; one outcome per stage."""
     epochs = {f"{track}__epochs": number for track, number in EPOCHS.items()}
-    checkout = copy_checkout(folder, **SMALL, **epochs, seeds=[0, 1])
-    moments = random.Random(random_seed)
-    shares = [count // len(stages) + (number < count % len(stages)) for number in range(len(stages))]
-    return [_kill(checkout, stage, share, moments) for stage, share in zip(stages, shares, strict=True)]
+
+    def kill_stage(number: int) -> Outcome:
+        share = count // len(stages) + (number < count % len(stages))
+        checkout = copy_checkout(folder / stages[number], **SMALL, **epochs, seeds=[0, 1])
+        checkout.environment["OMP_NUM_THREADS"] = "1"
+        return _kill(checkout, stages[number], share, random.Random(f"{random_seed} {number}"))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(kill_stage, range(len(stages))))
 
 
 def _kill(checkout: Checkout, stage: str, count: int, moments: random.Random) -> Outcome:
