@@ -234,10 +234,15 @@ def measure(arguments: argparse.Namespace) -> None:
             "stages": stage_overheads(),
         }
     arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / f"{re.sub(r'[^a-z0-9]+', '-', result['device']['name'].lower()).strip('-')}.json"
+    path = results_file(arguments.results, result["device"]["name"])
     path.write_text(json.dumps(result, indent=2) + "\n")
     path.with_suffix(".md").write_text(markdown(result))
     print(markdown(result))
+
+
+def results_file(folder: Path, device_name: str) -> Path:
+    """Where a device's results lie."""
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks.bench import ARCHITECTURES, describe, results_file
 from benchmarks.scaling_study import measure as measure_study
 from benchmarks.scaling_tables import BATCH, IMAGE, SIZES, markdown
 from faults.checkout import ROOT, SMALL, Checkout, copy_checkout
@@ -36,11 +37,8 @@ from pipeline.inference import choose_device, choose_precision
 from pipeline.provenance import code_is_committed, commit, machine
 from pipeline.training import fit
 
-NETWORKS = {  # role: architecture, arguments
-    "simple_cnn": ("simple_cnn", {}),
-    "resnet18": ("resnet18", {"stem": "imagenet"}),
-    "teacher": ("compact_cnn", {"width": 32, "hidden": 128}),
-    "student": ("compact_cnn", {"width": 16, "hidden": 64}),
+NETWORKS = {role: ARCHITECTURES[role][1:] for role in ("simple_cnn", "resnet18", "teacher")} | {
+    "student": ARCHITECTURES["student_alone"][1:],
     "tiny": ("compact_cnn", {"width": 2, "hidden": 8}),  # so cheap that reading the images is what counts
 }
 
@@ -296,8 +294,7 @@ def main() -> None:
         print(json.dumps(work(**json.loads(asked.worker))))
         return
     found = machine()
-    name = found.get("gpu") or f"{found['processor']}, {found['cores']} cores"
-    path = ROOT / "benchmarks" / "results" / "scaling" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    path = results_file(ROOT / "benchmarks" / "results" / "scaling", describe(choose_device("auto"))["name"])
     kept = json.loads(path.read_text()) if path.exists() else {}
     for part in [asked.only] if asked.only else PARTS:
         print(part, file=sys.stderr, flush=True)
