@@ -278,8 +278,8 @@ def matmul_rate(device: torch.device, precision: str, size: int = 2048) -> float
 def flops_per_image(model: str, datasets: dict[str, Any]) -> float:
     """Multiplications and additions of one image's forward and backward pass, counted by PyTorch."""
     track, architecture, arguments = ARCHITECTURES[model]
-    classifier = new_classifier(architecture, arguments, datasets[track], 0)
-    images = torch.zeros((8, *datasets[track].image_shape), dtype=torch.uint8)
+    classifier = new_classifier(architecture, arguments, datasets[track], 0).to("meta")
+    images = torch.zeros((8, *datasets[track].image_shape), dtype=torch.uint8, device="meta")
     with FlopCounterMode(display=False) as counter:
         classifier(images).sum().backward()
     return counter.get_total_flops() / 8

@@ -78,6 +78,7 @@ def checkpoint(folder: Path) -> Reader:
     dataset = Dataset.model_validate(_dataset())
     epoch = Epoch(train_loss=0.1, train_accuracy=0.9, val_loss=0.2, val_accuracy=0.8)
     description = Description(
+        format=2,
         model="teacher",
         architecture="compact_cnn",
         arguments=arguments,

@@ -1,7 +1,7 @@
 """Save and load weights together with their description, in one safetensors file."""
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -31,6 +31,7 @@ class Description(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    format: Literal[2]  # of the file; without it, the inputs of a small network's fc1 lie in another order
     model: str  # the role: simple_cnn, resnet18, teacher, student_distilled, student_alone
     architecture: str  # a name in models.ARCHITECTURES
     arguments: dict[str, Any]  # of that architecture
@@ -90,7 +91,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Classifier, Descr
         if (described := _sizes(network.state_dict())) != (found := _sizes(tensors)):
             name = min(name for name, _ in described.items() ^ found.items())
             raise UserError(f"{name} is {found.get(name, 'missing')}, described as {described.get(name, 'absent')}")
-        network.to_empty(device="cpu").load_state_dict(tensors)
+        network.load_state_dict(tensors, assign=True)
     except (OSError, SafetensorError, KeyError, ValidationError, RuntimeError, UserError) as error:
         raise UserError(f"{path}: damaged, or weights that do not fit their description: {error}") from error
     return Classifier(network, dataset.mean, dataset.std).to(device).eval(), description

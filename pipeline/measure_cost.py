@@ -26,7 +26,7 @@ def main(track: str) -> None:
         classifier, description = load_checkpoint(paths[0], torch.device("cpu"))
         shape = description.dataset.image_shape
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            classifier(torch.zeros((1, *shape), dtype=torch.uint8))
+            classifier.to("meta")(torch.zeros((1, *shape), dtype=torch.uint8, device="meta"))
         costs[model] = {
             "parameters": sum(tensor.numel() for tensor in classifier.parameters()),
             "multiply_adds": counter.get_total_flops() // 2,  # of one image

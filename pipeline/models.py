@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline import onednn
 from pipeline.errors import UserError
 
 
@@ -35,12 +36,7 @@ class Classifier(nn.Module):
 
 def _relu_pool(x: Tensor) -> Tensor:
     """ReLU and 2x2 max pool: the order makes no difference to the result, and this one has a quarter of the ReLUs to do."""
-    return F.relu(F.max_pool2d(x, 2))
-
-
-def _flatten(x: Tensor) -> Tensor:
-    """(N, C, H, W) to (N, H * W * C): the order in which channels-last images lie in memory, so that nothing is copied."""
-    return x.permute(0, 2, 3, 1).flatten(1)
+    return F.relu(F.max_pool2d(x, 2, 2))
 
 
 class SimpleCNN(nn.Module):
@@ -49,15 +45,15 @@ class SimpleCNN(nn.Module):
     def __init__(self, in_channels: int, image_size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
         height, width = image_size
-        self.conv1 = nn.Conv2d(in_channels, 32, 3, padding=1)
-        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
+        self.conv1 = onednn.Conv2d(in_channels, 32, 3, padding=1)
+        self.conv2 = onednn.Conv2d(32, 64, 3, padding=1)
         self.fc1 = nn.Linear(64 * (height // 4) * (width // 4), 128)
         self.fc2 = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _relu_pool(self.conv1(x))
-        x = _relu_pool(self.conv2(x))
-        return self.fc2(F.relu(self.fc1(_flatten(x))))
+        x = _relu_pool(self.conv1(onednn.enter(x)))
+        x = onednn.leave(_relu_pool(self.conv2(x)))
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
 
 class CompactCNN(nn.Module):
@@ -68,14 +64,15 @@ class CompactCNN(nn.Module):
     ) -> None:
         super().__init__()
         rows, columns = ((side - 4) // 2 for side in image_size)
-        self.conv1 = nn.Conv2d(in_channels, width, 3)
-        self.conv2 = nn.Conv2d(width, 2 * width, 3)
+        self.conv1 = onednn.Conv2d(in_channels, width, 3)
+        self.conv2 = onednn.Conv2d(width, 2 * width, 3)
         self.fc1 = nn.Linear(2 * width * rows * columns, hidden)
         self.fc2 = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _relu_pool(self.conv2(F.relu(self.conv1(x))))
-        return self.fc2(F.relu(self.fc1(_flatten(x))))
+        x = F.relu(self.conv1(onednn.enter(x)))
+        x = onednn.leave(_relu_pool(self.conv2(x)))
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
 
 def resnet18(stem: str, in_channels: int, image_size: tuple[int, int], num_classes: int) -> nn.Module:

@@ -24,6 +24,7 @@ CODE = (  # what decides the weights
     "distillation.py",
     "inference.py",
     "models.py",
+    "onednn.py",
     "processes.py",
     "progress.py",
     "runs.py",

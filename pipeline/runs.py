@@ -175,6 +175,7 @@ def train(
             seconds = time.perf_counter() - start
             path = checkpoint_path(recipe.folder, seed)
             description = Description(
+                format=2,
                 model=model,
                 architecture=recipe.architecture,
                 arguments=recipe.arguments,

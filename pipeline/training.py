@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adam import adam
 from tqdm import tqdm
 
 from pipeline import processes
@@ -31,7 +32,7 @@ class State(NamedTuple):
 
     history: list[Epoch]
     best_epoch: int
-    tensors: dict[str, Tensor]  # model.*, best.*, adam.<field>.<number of the parameter>, order
+    tensors: dict[str, Tensor]  # model.*, best.* if they differ, adam.<field>.<number of the parameter>, order
 
 
 class Fit(NamedTuple):
@@ -109,9 +110,10 @@ def fit(
     history, best_epoch, best_state = [], 0, {}
     if resume:
         history, best_epoch = list(resume.history), resume.best_epoch
-        best_state = _named(resume.tensors, "best")
+        best_state = _named(resume.tensors, "best") or _named(resume.tensors, "model")
         model.load_state_dict(_named(resume.tensors, "model"))
-        step.restore_adam(_named(resume.tensors, "adam"))
+        for name, tensor in step.adam_state().items():  # in place: a captured graph keeps the addresses
+            tensor.copy_(resume.tensors[f"adam.{name}"])
         order.set_state(resume.tensors["order"])
     quiet = processes.rank() > 0 or None  # None: where there is no terminal
     with tqdm(total=epochs * -(-used // batch_size), desc=title, unit="step", disable=quiet, leave=False) as bar:
@@ -143,7 +145,9 @@ def fit(
             if not best_epoch or _rank(result) > _rank(history[best_epoch - 1]):
                 best_epoch, best_state = epoch, copy.deepcopy(model.state_dict())
             if on_epoch:
-                parts = {"model": model.state_dict(), "best": best_state, "adam": step.adam()}
+                parts = {"model": model.state_dict(), "adam": step.adam_state()}
+                if best_epoch < epoch:
+                    parts["best"] = best_state
                 tensors = {f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
                 on_epoch(State(history, best_epoch, tensors | {"order": order.get_state()}))
     model.load_state_dict(best_state)
@@ -177,9 +181,14 @@ class _Step:
         self.data = data  # images, labels, further targets
         self.precision = precision
         self.pieces = pieces  # of a batch, one after the other
-        self.optimizer = torch.optim.Adam(
-            model.parameters(), lr=lr, fused=device.type in ("cpu", "cuda"), capturable=device.type == "cuda"
-        )
+        self.lr = lr
+        self.fused = device.type in ("cpu", "cuda")
+        self.parameters = list(model.parameters())
+        self.adam = {  # one tensor per parameter
+            "step": [torch.zeros((), device=device if self.fused else "cpu") for _ in self.parameters],
+            "exp_avg": [torch.zeros_like(parameter) for parameter in self.parameters],
+            "exp_avg_sq": [torch.zeros_like(parameter) for parameter in self.parameters],
+        }
         self.loss_sum = torch.zeros((), device=device)  # over the images since the last reset
         self.correct = torch.zeros((), device=device, dtype=torch.int64)  # of those whose label is known
         self.known = torch.zeros((), device=device, dtype=torch.int64)
@@ -193,11 +202,11 @@ class _Step:
         """
         images = self.data[0][batch] if images is None else images
         rows = (images, *(rows[batch] for rows in self.data[1:]))
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         for number, piece in enumerate(zip(*(tensor.tensor_split(self.pieces) for tensor in rows), strict=True), 1):
             with processes.alone(self.forward) if number < self.pieces else contextlib.nullcontext():
                 self._add_gradient(*piece, share=weight * len(piece[1]) / len(batch))
-        self.optimizer.step()
+        self._update()
         self.steps += 1
 
     def _add_gradient(self, images: Tensor, labels: Tensor, *targets: Tensor, share: float) -> None:
@@ -211,28 +220,35 @@ class _Step:
         self.known += (labels >= 0).sum()
         self.first_bad.copy_(torch.where(loss.isfinite() | (self.first_bad < NEVER), self.first_bad, self.steps))
 
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Adam's step, by the function behind torch.optim.Adam: the class imports the compiler, which takes a second."""
+        adam(
+            self.parameters,
+            [parameter.grad for parameter in self.parameters],
+            self.adam["exp_avg"],
+            self.adam["exp_avg_sq"],
+            [],
+            self.adam["step"],
+            fused=self.fused,
+            capturable=self.loss_sum.is_cuda,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self.lr,
+            weight_decay=0,
+            eps=1e-8,
+            maximize=False,
+        )
+
     def add_up(self) -> None:
         """Make the sums of an epoch those over all processes."""
         processes.add_up(self.loss_sum, self.correct, self.known)
         processes.least(self.first_bad)
 
-    def adam(self) -> dict[str, Tensor]:
-        """The optimiser's state, by field and number of the parameter."""
-        state = self.optimizer.state
-        numbered = enumerate(self.model.parameters())
-        return {f"{field}.{n}": tensor for n, p in numbered for field, tensor in state.get(p, {}).items()}
-
-    def restore_adam(self, saved: dict[str, Tensor]) -> None:
-        """Put a state back, in place where there is one, since a captured graph keeps its addresses."""
-        for number, parameter in enumerate(self.model.parameters()):
-            state = self.optimizer.state[parameter]
-            for field in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{field}.{number}" not in saved:
-                    continue
-                if field not in state:  # laid out in memory as the parameter is
-                    scalar = parameter.new_zeros((), dtype=torch.float32)
-                    state[field] = scalar if field == "step" else torch.zeros_like(parameter)
-                state[field].copy_(saved[f"{field}.{number}"])
+    def adam_state(self) -> dict[str, Tensor]:
+        """The optimiser's tensors, by field and number of the parameter."""
+        return {f"{field}.{n}": tensor for field, tensors in self.adam.items() for n, tensor in enumerate(tensors)}
 
     def reset(self) -> None:
         """Start the sums of an epoch."""
@@ -260,9 +276,8 @@ def _captured(step: _Step, batch_size: int) -> Callable[[Tensor, Tensor | None, 
             step(batch, images)
     torch.cuda.current_stream().wait_stream(stream)
     step.model.load_state_dict(before)  # copies in place: the graph keeps the addresses
-    for state in step.optimizer.state.values():
-        for tensor in state.values():
-            tensor.zero_()
+    for tensor in step.adam_state().values():
+        tensor.zero_()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step(batch, images)

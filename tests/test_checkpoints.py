@@ -29,6 +29,7 @@ ARGUMENTS = {"width": 8, "hidden": 32}
 def described(data: TrainingData) -> Description:
     epoch = Epoch(train_loss=0.1, train_accuracy=0.9, val_loss=0.2, val_accuracy=0.8)
     return Description(
+        format=2,
         model="teacher",
         architecture="compact_cnn",
         arguments=ARGUMENTS,

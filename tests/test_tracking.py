@@ -29,6 +29,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def described(data: TrainingData) -> Description:
     return Description(
+        format=2,
         model="teacher",
         architecture="compact_cnn",
         arguments={"width": 8, "hidden": 32},

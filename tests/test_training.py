@@ -184,8 +184,7 @@ def test_a_step_is_a_function_of_fixed_tensors_and_never_waits_for_the_host(data
     step = _Step(student(data), F.cross_entropy, (data.train.images, data.train.labels), 0.003, "fp32")
     batch = torch.arange(64)
     step(batch)
-    kept = [*step.model.parameters(), step.loss_sum, step.correct]
-    kept += [tensor for state in step.optimizer.state.values() for tensor in state.values()]
+    kept = [*step.model.parameters(), step.loss_sum, step.correct, *step.adam_state().values()]
     addresses = [tensor.data_ptr() for tensor in kept]
     before = step.loss_sum.clone()
     with _NoReading():

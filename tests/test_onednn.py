@@ -1,0 +1,108 @@
+"""The small networks in oneDNN's tensors against the same networks in ordinary ones."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline import onednn
+from pipeline.inference import autocast
+from pipeline.models import build
+
+CPU = torch.device("cpu")
+
+
+def outcome(name: str, arguments: dict, images: torch.Tensor, precision: str) -> list[torch.Tensor]:
+    """Logits and all gradients of one training step, that of the images among them."""
+    torch.manual_seed(0)
+    model = build(name, in_channels=images.shape[1], image_size=tuple(images.shape[2:]), num_classes=4, **arguments)
+    images = images.clone().requires_grad_()
+    with autocast(CPU, precision):
+        logits = model(images).float()
+    F.cross_entropy(logits, torch.arange(len(images)) % 4).backward()
+    return [logits.detach(), images.grad, *(parameter.grad for parameter in model.parameters())]
+
+
+def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    return max(((a - b).norm() / (b.norm() + 1e-3)).item() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(not onednn._able(torch.float32), reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("size", [(1, 1, 6, 6), (2, 3, 7, 9), (33, 1, 28, 28), (5, 4, 65, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("simple_cnn", {}),
+        ("compact_cnn", {"width": 1, "hidden": 3}),
+        ("compact_cnn", {"width": 5, "hidden": 7}),
+        ("compact_cnn", {"width": 16, "hidden": 8}),
+    ],
+)
+def test_logits_and_gradients_are_those_of_ordinary_tensors(
+    name: str, arguments: dict, size: tuple, monkeypatch: pytest.MonkeyPatch
+):
+    images = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    assert onednn.enter(images).is_mkldnn
+    blocked = {precision: outcome(name, arguments, images, precision) for precision in ("fp32", "bf16")}
+    again = outcome(name, arguments, images, "bf16")
+    monkeypatch.setattr(onednn, "_able", lambda kind: False)
+    assert onednn.enter(images) is images
+    ordinary = {precision: outcome(name, arguments, images, precision) for precision in ("fp32", "bf16")}
+    assert all(torch.equal(a, b) for a, b in zip(blocked["bf16"], again, strict=True))
+    assert distance(blocked["fp32"], ordinary["fp32"]) < 1e-5
+    rounding = distance(ordinary["bf16"], ordinary["fp32"])
+    assert distance(blocked["bf16"], ordinary["fp32"]) < 1.5 * rounding + 1e-3
+
+
+def test_images_have_a_gradient_where_the_weights_are_frozen():
+    model = build("simple_cnn", in_channels=1, image_size=(8, 8), num_classes=2).requires_grad_(False)
+    images = torch.randn(2, 1, 8, 8, requires_grad=True)
+    model(images).sum().backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_a_processor_that_is_not_able_keeps_ordinary_tensors(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("could not create a primitive")
+
+    onednn._able.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(onednn._Convolution, "apply", refuse)
+            assert not onednn._able(torch.float32)
+            images = torch.randn(2, 1, 8, 8)
+            assert onednn.enter(images) is images
+    finally:
+        onednn._able.cache_clear()
+
+
+def test_whether_it_is_able_is_found_without_a_trace():
+    """In the middle of a forward pass: whatever the modes of that pass, and without a draw from the random numbers."""
+    before = torch.get_rng_state()
+    for mode in (torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+        onednn._able.cache_clear()
+        with mode:
+            able = onednn._able(torch.float32)
+        assert able == torch.backends.mkldnn.is_available()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_training_does_not_import_the_compiler():
+    """It takes a second, and nothing here is compiled. (torchvision, and so ResNet18, imports it.)"""
+    code = """
+import sys, torch
+import torch.nn.functional as F
+from pipeline.data.prepared import Split
+from pipeline.inference import choose_device
+from pipeline.models import Classifier, build
+from pipeline.training import fit
+choose_device("cpu")
+data = Split(torch.zeros(8, 28, 28, 1, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
+model = Classifier(build("compact_cnn", width=2, hidden=4, in_channels=1, image_size=(28, 28), num_classes=2), 0.5, 0.5)
+fit(model, data, data, F.cross_entropy, epochs=1, batch_size=4, lr=0.001, seed=0)
+print(sorted({"torch._dynamo", "torch._inductor"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
