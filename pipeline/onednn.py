@@ -2,11 +2,12 @@
 
 oneDNN lays these tensors out in blocks of channels, for which its convolutions and above all its max pool are faster than what
 PyTorch runs on ordinary ones: a training step of the small networks takes about three quarters of the time. What goes in and
-comes out are ordinary tensors and the values are the same. On other devices, in a graph that torch.export traces and where
-oneDNN is missing or not able, everything stays ordinary.
+comes out are ordinary tensors and the values are the same. On other devices and processors than x86, for which it was not
+measured, in a graph that torch.export traces and where oneDNN is missing or not able, everything stays ordinary.
 """
 
 import functools
+import platform
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class _Convolution(torch.autograd.Function):
 @functools.cache
 def _able(kind: torch.dtype) -> bool:
     """Whether this build and this processor do all of it in that type, forward and backward: found by trying."""
-    if not torch.backends.mkldnn.is_available():
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False
     images, weight = torch.ones(1, 1, 4, 4, dtype=kind), torch.ones(2, 1, 3, 3, dtype=kind, requires_grad=True)
     try:
