@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from pipeline.errors import UserError
-from pipeline.files import main_checkout
+from pipeline.files import main_checkout, write_whole
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # these are read when mlflow is imported or calls
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -31,6 +31,8 @@ os.environ.setdefault(
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # not every table that a new store creates
@@ -70,6 +72,16 @@ def _as_ours() -> Iterator[None]:
         raise NoAnswerError(error) from error
 
 
+def _create_store(path: Path) -> None:
+    """A new SQLite store, whole or not at all: one that was killed between its first tables and its last could not be opened."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "mlflow.db"
+        SqlAlchemyStore(f"sqlite:///{made}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
+        write_whole(path, made.read_bytes())
+
+
 class Store:
     """One experiment of the tracking store. Every method may raise NoAnswerError and RefusedError."""
 
@@ -89,6 +101,8 @@ class Store:
         # is looked for first and created if it is not there.
         self.lock = FileLock(main_checkout() / "mlflow.db.lock")
         with _as_ours(), self.lock:
+            if uri.startswith("sqlite:") and (path := make_url(uri).database) and not Path(path).exists():
+                _create_store(Path(path))
             self.client = MlflowClient(uri)
             found = self.client.get_experiment_by_name(experiment)
             self.experiment_id = found.experiment_id if found else self._create(experiment, uri.startswith("sqlite:"))

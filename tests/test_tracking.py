@@ -1,5 +1,8 @@
 import multiprocessing
+import signal
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,3 +206,23 @@ def test_a_deleted_experiment_is_a_user_error():
     Store("e").client.delete_experiment(Store("e").experiment_id)
     with pytest.raises(UserError, match="'e' is deleted"):
         Tracker("e")
+
+
+def test_a_process_that_is_killed_while_it_creates_the_store_leaves_none(store: Path):
+    code = """
+import os, signal
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+@event.listens_for(Engine, "after_cursor_execute")
+def kill(connection, cursor, statement, *_):
+    if "ADD COLUMN client_request_id" in statement:  # one of MLflow's migrations, which SQLite does not undo
+        os.kill(os.getpid(), signal.SIGKILL)
+
+from pipeline.tracking_store import Store
+Store("e")
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert not (store / "mlflow.db").exists()
+    Store("e")
+    assert runs() == []
