@@ -1,8 +1,8 @@
 """Convolutions and pools in oneDNN's own tensors, on a processor.
 
 oneDNN lays these tensors out in blocks of channels, for which its convolutions and above all its max pool are faster than what
-PyTorch runs on ordinary ones: a training step of the small networks takes about three quarters of the time. What goes in and
-comes out are ordinary tensors and the values are the same. On other devices and processors than x86, for which it was not
+PyTorch runs on ordinary ones: a training step of the small networks takes a tenth to a fifth less time. What goes in and comes
+out are ordinary tensors, and the values differ by rounding alone. On other devices and processors than x86, for which it was not
 measured, in a graph that torch.export traces and where oneDNN is missing or not able, everything stays ordinary.
 """
 
@@ -68,9 +68,8 @@ class _Convolution(torch.autograd.Function):
             ctx.needs_input_grad[:3],
         )
         if of_weight is not None:
-            of_weight = torch.empty_like(weight).copy_(
-                of_weight
-            )  # with the strides of the weights, as autograd wants it
+            # With the strides of the weights, as autograd wants it.
+            of_weight = torch.empty_like(weight).copy_(of_weight)
         return of_x, of_weight, of_bias, None, None, None, None
 
 
@@ -82,10 +81,8 @@ def _able(kind: torch.dtype) -> bool:
     images, weight = torch.ones(1, 1, 4, 4, dtype=kind), torch.ones(2, 1, 3, 3, dtype=kind, requires_grad=True)
     try:
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            seen = F.relu(
-                _Convolution.apply(images.to_mkldnn(), weight, weight.new_zeros(2), (1, 1), (0, 0), (1, 1), 1)
-            )
-            F.max_pool2d(seen, 2, 2).to_dense().sum().backward()
+            seen = _Convolution.apply(images.to_mkldnn(), weight, weight.new_zeros(2), (1, 1), (0, 0), (1, 1), 1)
+            F.max_pool2d(F.relu(seen), 2, 2).to_dense().sum().backward()
     except RuntimeError:
         return False
     return True
