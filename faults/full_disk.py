@@ -40,7 +40,7 @@ def full_disk(folder: Path, only: tuple[str, ...] = ()) -> Outcome:
         if not mounted:
             return Outcome(what, 0, 0, 0, 0, "not run: mounting a file system needs root")
         checkout = copy_checkout(folder / "checkout", **SMALL, baselines__epochs=1, distillation__epochs=1, seeds=[0])
-        output = checkout.dvc("repro")
+        output = checkout.dvc("repro", *only)
         stages = only or [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
         calm = results(checkout)
         injected = lost = wrong = stopped = unclear = 0

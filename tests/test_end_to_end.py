@@ -143,7 +143,8 @@ def test_another_temperature_trains_the_distilled_student_alone_and_leaves_the_o
 def test_four_experiments_at_once_fill_a_store_that_did_not_exist(checkout: Checkout):
     temperatures = (2, 3, 4, 7)
     for temperature in temperatures:
-        checkout.dvc("exp", "run", "--queue", "--name", f"t{temperature}", "-S", f"kd.temperature={temperature}")
+        setting = ("--name", f"t{temperature}", "-S", f"kd.temperature={temperature}")
+        checkout.dvc("exp", "run", "--queue", *setting, "evaluate@distillation")
     checkout.environment["MLFLOW_TRACKING_URI"] = "sqlite:///fresh.db"
     checkout.dvc("queue", "start", "-j", "4")
     del checkout.environment["MLFLOW_TRACKING_URI"]

@@ -26,7 +26,7 @@ def test_the_committed_page_is_of_the_committed_outcomes():
 
 
 def test_killed_trainings_end_with_the_same_bytes_in_the_same_runs(tmp_path: Path):
-    all_survive(kills(tmp_path / "checkout", 4, ["distill_student"]), 4)
+    all_survive(kills(tmp_path / "checkout", 4, ["train_student_alone"]), 4)
 
 
 def test_an_outage_of_the_tracking_server_costs_nothing(tmp_path: Path):

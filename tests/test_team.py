@@ -43,15 +43,14 @@ def test_several_machines_log_into_one_server_and_none_sees_its_store(tracking_s
     for machine in machines:
         machine.environment["MLFLOW_TRACKING_URI"] = tracking_server
         machine.run(sys.executable, "-m", "pipeline.fetch_data", "distillation")
-    at_once = [
-        subprocess.Popen([sys.executable, "-m", f"pipeline.{stage}"], cwd=machine.folder, env=machine.environment)
-        for machine in machines
-        for stage in ("train_teacher", "train_student_alone")
-    ]
-    assert [process.wait(timeout=240) for process in at_once] == [0] * 4
+    for stages in (["train_teacher", "train_student_alone"], ["distill_student"], ["evaluate distillation"]):
+        at_once = [
+            subprocess.Popen(machine.stage(stage), cwd=machine.folder, env=machine.environment)
+            for machine in machines
+            for stage in stages
+        ]
+        assert {process.wait(timeout=240) for process in at_once} == {0}
     for machine in machines:
-        machine.run(sys.executable, "-m", "pipeline.distill_student")
-        machine.run(sys.executable, "-m", "pipeline.evaluate", "distillation")
         assert not (machine.folder / "mlflow.db").exists()
         assert not (machine.folder / "mlartifacts").exists()
     client = MlflowClient(tracking_server)

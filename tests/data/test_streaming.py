@@ -122,7 +122,8 @@ def peak_anonymous(checkout: Checkout, stage: str) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_memory_does_not_grow_with_the_set(tmp_path: Path):
     peaks = []
-    for count in (200, 8000):  # of 64x64 pixels in three colours: 2 and 98 MB of training images
+    counts = (1_000, 24_000)  # of 64x64 pixels in three colours: 12 and 281 MiB of training images
+    for count in counts:
         checkout = small_checkout(tmp_path / str(count))
         images = np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
         few, labels = images[:100], np.arange(count) % 2
@@ -130,8 +131,9 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path):
         write_npz(checkout.folder / "own.npz", **kept, test_images=few, test_labels=labels[:100])
         checkout.set(seeds=[0], precision="fp32", distillation__epochs=1, student={"width": 1, "hidden": 4})
         peaks.append([peak_anonymous(checkout, stage) for stage in ("fetch_data distillation", "train_student_alone")])
+    further = (counts[1] - counts[0]) * 64 * 64 * 3 / 2**20
     for small, large in zip(*peaks, strict=True):
-        assert large - small < 40, peaks
+        assert large - small < further / 2, peaks  # the same training varies by up to 70 MiB
 
 
 def test_what_fits_depends_on_what_is_free(monkeypatch: pytest.MonkeyPatch):
