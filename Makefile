@@ -45,8 +45,9 @@ demo: .venv/installed
 	@echo "  dvc repro report@distillation       the real thing: full MNIST, about 10 minutes on 2 cores (downloads 12 MB)"
 	@echo "  README.md                           the full run, varying it, your own images"
 
+# Two at a time; threads that wait leave their core to the other's.
 test: .venv/installed-for-tests
-	pytest
+	OMP_WAIT_POLICY=passive pytest -n 2 --dist loadfile
 
 screenshots: .venv/installed-for-tests
 	SCREENSHOTS=docs pytest tests/test_mlflow_pages.py
