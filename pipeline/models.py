@@ -51,7 +51,7 @@ class SimpleCNN(nn.Module):
         self.fc2 = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _relu_pool(self.conv1(onednn.enter(x)))
+        x = _relu_pool(self.conv1(onednn.enter(x, self.conv1.out_channels)))
         x = onednn.leave(_relu_pool(self.conv2(x)))
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
@@ -70,7 +70,7 @@ class CompactCNN(nn.Module):
         self.fc2 = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv1(onednn.enter(x)))
+        x = F.relu(self.conv1(onednn.enter(x, self.conv1.out_channels)))
         x = onednn.leave(_relu_pool(self.conv2(x)))
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 

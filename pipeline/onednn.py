@@ -14,10 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+BLOCK = 16  # channels
 
-def enter(x: Tensor) -> Tensor:
-    """`x`, float32 of shape (N, C, H, W), as oneDNN's tensor of the type that autocast asks for; `x` itself if it cannot be."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+
+def enter(x: Tensor, channels: int) -> Tensor:
+    """`x`, float32 of shape (N, C, H, W), as oneDNN's tensor of the type that autocast asks for; `x` itself if it cannot be.
+
+    `channels` is how many the first convolution makes of it. If they do not fill the blocks, `x` stays as it is: blocks padded
+    with zeros were slower than ordinary tensors, the more so the fewer the channels.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or channels % BLOCK or torch.compiler.is_compiling():
         return x
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return x.to(kind).to_mkldnn() if _able(kind) else x

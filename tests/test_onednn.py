@@ -45,16 +45,23 @@ def test_logits_and_gradients_are_those_of_ordinary_tensors(
     name: str, arguments: dict, size: tuple, monkeypatch: pytest.MonkeyPatch
 ):
     images = torch.randn(size, generator=torch.Generator().manual_seed(1))
-    assert onednn.enter(images).is_mkldnn
+    monkeypatch.setattr(onednn, "BLOCK", 1)  # also what it would not be used for
+    assert onednn.enter(images, 3).is_mkldnn
     blocked = {precision: outcome(name, arguments, images, precision) for precision in ("fp32", "bf16")}
     again = outcome(name, arguments, images, "bf16")
     monkeypatch.setattr(onednn, "_able", lambda kind: False)
-    assert onednn.enter(images) is images
+    assert onednn.enter(images, 3) is images
     ordinary = {precision: outcome(name, arguments, images, precision) for precision in ("fp32", "bf16")}
     assert all(torch.equal(a, b) for a, b in zip(blocked["bf16"], again, strict=True))
     assert distance(blocked["fp32"], ordinary["fp32"]) < 1e-5
     rounding = distance(ordinary["bf16"], ordinary["fp32"])
     assert distance(blocked["bf16"], ordinary["fp32"]) < 1.5 * rounding + 1e-3
+
+
+@pytest.mark.skipif(not onednn._able(torch.float32), reason="not an x86 processor, or no oneDNN in torch")
+@pytest.mark.parametrize(("channels", "blocked"), [(2, False), (16, True), (24, False), (32, True)])
+def test_channels_that_do_not_fill_a_block_stay_ordinary(channels: int, blocked: bool):
+    assert onednn.enter(torch.randn(2, 1, 8, 8), channels).is_mkldnn == blocked
 
 
 def test_images_have_a_gradient_where_the_weights_are_frozen():
@@ -74,7 +81,7 @@ def test_a_processor_that_is_not_able_keeps_ordinary_tensors(monkeypatch: pytest
             patch.setattr(onednn._Convolution, "apply", refuse)
             assert not onednn._able(torch.float32)
             images = torch.randn(2, 1, 8, 8)
-            assert onednn.enter(images) is images
+            assert onednn.enter(images, 16) is images
     finally:
         onednn._able.cache_clear()
 
