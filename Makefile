@@ -72,7 +72,7 @@ promote: .venv/installed
 	python -m pipeline.promote_student $(VERSION)
 
 serve: .venv/installed
-	PORT=$(or $(SERVE_PORT),5001) python -m pipeline.serve_student
+	PORT=$(or $(SERVE_PORT),5001) python -m pipeline.serving.server
 
 send: .venv/installed
 	python -m pipeline.send_unsent

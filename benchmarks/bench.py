@@ -23,14 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peer
 from faults.checkout import SMALL, copy_checkout
-from pipeline.checkpoints import new_classifier
-from pipeline.data.preparation import prepare
+from pipeline.networks.checkpoints import new_classifier
+from pipeline.fetching.preparation import prepare
 from pipeline.data.prepared import Split, TrainingData, load_training_data
-from pipeline.data.sources import read_source
-from pipeline.distillation import DistillationLoss
-from pipeline.inference import choose_device, choose_precision, predict
-from pipeline.provenance import machine
-from pipeline.training import fit
+from pipeline.fetching.sources import read_source
+from pipeline.training.losses import DistillationLoss
+from pipeline.networks.inference import choose_device, choose_precision, predict
+from pipeline.core.provenance import machine
+from pipeline.training.loop import fit
 
 ROOT = Path(__file__).parents[1]
 WAYS = {"a": "ordinary loop", "b": "careful loop", "c": "this pipeline"}

@@ -30,12 +30,13 @@ from benchmarks.scaling_study import measure as measure_study
 from benchmarks.scaling_tables import BATCH, IMAGE, SIZES, markdown
 from faults.checkout import ROOT, SMALL, Checkout, copy_checkout
 from faults.outages import mlflow_server
-from pipeline.checkpoints import load_checkpoint, new_classifier
-from pipeline.data.prepared import Dataset, Split, load_training_data
-from pipeline.files import file_whole, write_json, write_whole
-from pipeline.inference import choose_device, choose_precision
-from pipeline.provenance import code_is_committed, commit, machine
-from pipeline.training import fit
+from pipeline.networks.checkpoints import load_checkpoint, new_classifier
+from pipeline.data.dataset import Dataset
+from pipeline.data.prepared import Split, load_training_data
+from pipeline.core.files import atomic_file, write_json, write_atomic
+from pipeline.networks.inference import choose_device, choose_precision
+from pipeline.core.provenance import code_is_committed, commit, machine
+from pipeline.training.loop import fit
 
 NETWORKS = {role: ARCHITECTURES[role][1:] for role in ("simple_cnn", "resnet18", "teacher")} | {
     "student": ARCHITECTURES["student_alone"][1:],
@@ -151,7 +152,7 @@ def streaming(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     count = int(asked.gigabytes * 1e9 / math.prod(IMAGE))
     for split, number in {"train": count, "val": BATCH}.items():
         write_set(folder / split, number)
-    write_whole(folder / "dataset.json", dataset(IMAGE, count).model_dump_json())
+    write_atomic(folder / "dataset.json", dataset(IMAGE, count).model_dump_json())
     found: dict[str, Any] = {"images": count, "bytes": count * math.prod(IMAGE), "in_memory": asked.rows}
     for role, rows in (("tiny", None), ("simple_cnn", asked.rows)):
         in_memory = worker(role, count=asked.rows, epochs=2)
@@ -164,11 +165,11 @@ def streaming(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
 def write_set(folder: Path, count: int) -> None:
     """A prepared split of generated images, a thousand at a time."""
     labels = np.arange(count) % 2
-    with file_whole(folder / "labels.npy") as file:
+    with atomic_file(folder / "labels.npy") as file:
         np.save(file, labels)
     random = np.random.default_rng(0)
     noise = random.integers(0, 192, (1000, *IMAGE), dtype=np.uint8)
-    with file_whole(folder / "images.npy") as file:
+    with atomic_file(folder / "images.npy") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, *IMAGE)}
         np.lib.format.write_array_header_1_0(file, header)
         for at in range(0, count, 1000):
@@ -306,7 +307,7 @@ def main() -> None:
             **figures,
         }
         write_json(path, kept)
-    write_whole(path.with_suffix(".md"), markdown(kept))
+    write_atomic(path.with_suffix(".md"), markdown(kept))
     print(markdown(kept))
 
 

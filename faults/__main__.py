@@ -21,8 +21,8 @@ from faults.kills import kills
 from faults.outages import outages
 from faults.outcome import Outcome
 from faults.queue import queued
-from pipeline.files import write_json, write_whole
-from pipeline.provenance import code_is_committed, commit, machine
+from pipeline.core.files import write_json, write_atomic
+from pipeline.core.provenance import code_is_committed, commit, machine
 
 RESULTS = ROOT / "faults" / "results.json"
 PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
@@ -62,7 +62,7 @@ def main() -> None:
         for name in PARTS
         if name in kept
     }
-    write_whole(RESULTS.with_suffix(".md"), page(found))
+    write_atomic(RESULTS.with_suffix(".md"), page(found))
     bad = [
         outcome.fault for part in found.values() for outcome in part["outcomes"] if outcome.survived < outcome.injected
     ]

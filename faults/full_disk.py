@@ -12,7 +12,7 @@ from pathlib import Path
 
 from faults.checkout import SMALL, Checkout, copy_checkout
 from faults.outcome import Outcome
-from pipeline.files import md5
+from pipeline.core.files import md5
 
 SIZE = "4G"
 LEFT = (5 * 2**20, 2**18)  # bytes

@@ -29,7 +29,7 @@ import numpy as np
 
 from faults import mutations as m
 from faults.outcome import Outcome
-from pipeline.errors import UserError, one_line
+from pipeline.core.errors import UserError, one_line
 
 PATIENCE = 10  # seconds for one input
 MEMORY = 1024  # MiB over what the reader has anyway
@@ -71,8 +71,9 @@ def checkpoint(folder: Path) -> Reader:
     """checkpoints.load_checkpoint."""
     import torch
 
-    from pipeline.checkpoints import Description, Epoch, load_checkpoint, new_classifier, save_checkpoint
-    from pipeline.data.prepared import Dataset
+    from pipeline.networks.description import Description, Epoch
+from pipeline.networks.checkpoints import load_checkpoint, new_classifier, save_checkpoint
+    from pipeline.data.dataset import Dataset
 
     path, arguments = folder / "seed0.safetensors", {"width": 2, "hidden": 4}
     dataset = Dataset.model_validate(_dataset())
@@ -121,7 +122,7 @@ def initial_weights(folder: Path) -> Reader:
 
 def own_images(folder: Path) -> Reader:
     """sources.read_source of a user's own file."""
-    from pipeline.data.sources import read_source
+    from pipeline.fetching.sources import read_source
 
     arrays = _arrays()
     seed = m.archive(list(arrays.items()))
@@ -136,7 +137,7 @@ def own_images(folder: Path) -> Reader:
 
 def mnist(folder: Path) -> Reader:
     """sources.read_source of MNIST's IDX files in DATA_MIRROR."""
-    from pipeline.data.sources import MNIST_MD5, read_source
+    from pipeline.fetching.sources import MNIST_MD5, read_source
 
     os.environ["DATA_MIRROR"] = str(folder)
     raw = folder / "MNIST" / "raw"
@@ -177,7 +178,7 @@ def prepared_arrays(folder: Path) -> Reader:
 
 def prepared_description(folder: Path) -> Reader:
     """prepared.load_dataset."""
-    from pipeline.data.prepared import load_dataset
+    from pipeline.data.dataset import load_dataset
 
     def read(content: bytes) -> None:
         (folder / "dataset.json").write_bytes(content)
@@ -188,7 +189,7 @@ def prepared_description(folder: Path) -> Reader:
 
 def stage_json(folder: Path) -> Reader:
     """files.read_json."""
-    from pipeline.files import read_json
+    from pipeline.core.files import read_json
 
     value = {"student": {"accuracy": 0.9, "auc": 0.99}, "seeds": [0, 1, 2]}
 
@@ -239,7 +240,7 @@ def image(folder: Path) -> Reader:
 
     from PIL import Image
 
-    from pipeline.score_images import read_image
+    from pipeline.serving.predict import read_image
 
     stream = io.BytesIO()
     Image.fromarray(np.arange(784, dtype=np.uint32).astype(np.uint8).reshape(28, 28)).save(stream, "PNG")
@@ -254,7 +255,7 @@ def image(folder: Path) -> Reader:
 
 def exported_student(folder: Path) -> Reader:
     """exported.Student, and an image through what it opened."""
-    from pipeline.exported import Student
+    from pipeline.export.onnx_model import Student
 
     seed, path = _onnx(), folder / "student.onnx"
 
@@ -267,7 +268,7 @@ def exported_student(folder: Path) -> Reader:
 
 def predictions(folder: Path) -> Reader:
     """registry.read_predictions."""
-    from pipeline.registry import read_predictions
+    from pipeline.serving.registry import read_predictions
 
     values = {"labels": np.zeros(20, np.int64), "seeds": np.arange(2), "student_distilled": np.ones((2, 20), np.int16)}
     arrays = {f"{name}.npy": _npy(value) for name, value in values.items()}
@@ -285,7 +286,7 @@ def progress(folder: Path) -> Reader:
     """progress.File, which says None where others refuse."""
     import torch
 
-    from pipeline.progress import File, Unfinished
+    from pipeline.training.cache import File, Unfinished
 
     file = File(folder / "a.safetensors")
     tensors, facts = {"weight": torch.arange(6.0).reshape(2, 3)}, {"history": [{"val_loss": 1.0}], "best_epoch": 1}
@@ -311,7 +312,7 @@ def request(folder: Path) -> Reader:
     from mlflow.types import Schema, TensorSpec
 
     from pipeline import served_student
-    from pipeline.serve_student import LIMIT, GuardBody
+    from pipeline.serving.server import LIMIT, GuardBody
 
     (folder / "student.onnx").write_bytes(_onnx())
     mlflow.pyfunc.save_model(

@@ -17,7 +17,7 @@ import psutil
 
 from faults.checkout import SMALL, Checkout, copy_checkout, kill, sound
 from faults.outcome import Outcome
-from pipeline.files import md5
+from pipeline.core.files import md5
 
 KILLS_PER_TRAINING = 3
 EPOCHS = {"baselines": 2, "distillation": 6}

@@ -17,7 +17,7 @@ from faults.checkout import SMALL, Checkout, copy_checkout, free_port, kill, sou
 from faults.kills import epochs_done
 from faults.outcome import Outcome
 from faults.proxy import FAULTS, proxy
-from pipeline.files import md5
+from pipeline.core.files import md5
 
 EPOCHS = 12
 STAGE = "train_student_alone"

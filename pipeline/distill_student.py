@@ -6,16 +6,17 @@ train_student_alone with the same seed, so that the two students can be compared
 
 from pathlib import Path
 
-from pipeline.checkpoints import checkpoint_path, load_checkpoint
+from pipeline.networks.description import checkpoint_path
+from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.data.labels import hide_unknown
 from pipeline.data.prepared import load_training_data
-from pipeline.distillation import DistillationLoss
-from pipeline.errors import run
-from pipeline.files import md5
-from pipeline.inference import choose_precision
+from pipeline.training.losses import DistillationLoss
+from pipeline.core.cli import run
+from pipeline.core.files import md5
+from pipeline.networks.inference import choose_precision
 from pipeline.params import load_params
 from pipeline.processes import join, predict_together
-from pipeline.runs import distillation_recipe, records, train
+from pipeline.training.recipe import distillation_recipe, records, train
 
 
 def main() -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.prepared import load_dataset, load_split
-from pipeline.errors import run
-from pipeline.evaluation.measured import (
+from pipeline.data.dataset import load_dataset
+from pipeline.data.prepared import load_split
+from pipeline.core.cli import run
+from pipeline.evaluation.comparisons import (
     compare_models,
     how_it_was_run,
     measure_track,
@@ -16,13 +17,13 @@ from pipeline.evaluation.measured import (
     summarise_classes,
 )
 from pipeline.evaluation.plots import write_plots
-from pipeline.evaluation.table import results_table
+from pipeline.reporting.tables import results_table
 from pipeline.evaluation.tracks import MODELS
-from pipeline.files import write_json, write_whole
-from pipeline.inference import choose_device
+from pipeline.core.files import write_json, write_atomic
+from pipeline.networks.inference import choose_device
 from pipeline.params import load_params
 from pipeline.publishing import publish_summary, publish_tests
-from pipeline.tracking import Tracker
+from pipeline.tracking.mirror import Tracker
 
 
 def main(track: str) -> None:
@@ -41,10 +42,10 @@ def main(track: str) -> None:
     write_json(Path(f"metrics/{track}_comparisons.json"), {key: one.as_json() for key, one in comparisons.items()})
     write_json(Path(f"metrics/{track}_by_class.json"), by_class)
     write_json(Path(f"metrics/{track}_run.json"), how)
-    write_whole(Path(f"metrics/{track}.md"), table)
+    write_atomic(Path(f"metrics/{track}.md"), table)
     said = io.BytesIO()
     np.savez_compressed(said, **predictions(measured))
-    write_whole(Path(f"metrics/predictions/{track}.npz"), said.getvalue())
+    write_atomic(Path(f"metrics/predictions/{track}.npz"), said.getvalue())
     tracker = Tracker(params.tracking.experiment)
     publish_tests(tracker, measured)
     publish_summary(tracker, track, metrics, comparisons, how, table, plots)

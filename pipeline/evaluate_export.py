@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.checkpoints import load_checkpoint
+from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.data.prepared import load_split
-from pipeline.deployment import predict_onnx
-from pipeline.errors import run
-from pipeline.files import write_json
-from pipeline.inference import predict
+from pipeline.export.onnx_export import predict_onnx
+from pipeline.core.cli import run
+from pipeline.core.files import write_json
+from pipeline.networks.inference import predict
 
 STUDENT = Path("models/student")
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoints import checkpoints_in, load_checkpoint
+from pipeline.networks.description import checkpoints_in
+from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.data.prepared import load_training_data
-from pipeline.deployment import export_onnx, predict_onnx, quantize
-from pipeline.errors import run
+from pipeline.export.onnx_export import export_onnx, predict_onnx, quantize
+from pipeline.core.cli import run
 from pipeline.evaluation.statistics import share_interval
-from pipeline.files import folder_whole, md5, write_json, write_whole
+from pipeline.core.files import atomic_folder, md5, write_json, write_atomic
 
 CALIBRATION_IMAGES = 1000
 
@@ -26,8 +27,8 @@ def main() -> None:
     }
     best = max(loaded, key=lambda path: loaded[path][1].best())
     labels = data.val.labels.numpy()
-    with folder_whole(Path("models/student")) as folder:
-        write_whole(folder / "student.safetensors", best.read_bytes())
+    with atomic_folder(Path("models/student")) as folder:
+        write_atomic(folder / "student.safetensors", best.read_bytes())
         export_onnx(loaded[best][0], shape, classes, folder / "student.onnx")
         quantize(folder / "student.onnx", data.train.images[:CALIBRATION_IMAGES].numpy(), classes, folder / "int8.onnx")
         right = {

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from pipeline.data.preparation import prepare
-from pipeline.data.sources import own_file, read_source
-from pipeline.data.weights import imagenet_resnet18
-from pipeline.errors import run
-from pipeline.files import folder_whole, write_whole
+from pipeline.fetching.preparation import prepare
+from pipeline.fetching.sources import own_file, read_source
+from pipeline.fetching.pretrained import imagenet_resnet18
+from pipeline.core.cli import run
+from pipeline.core.files import atomic_folder, write_atomic
 from pipeline.params import load_params
 
 
@@ -23,10 +23,10 @@ def main(track: str) -> None:
     initial = {}
     if track == "baselines":  # a model without published weights gets an empty file: it starts from random ones
         initial = {"simple_cnn": {}, "resnet18": imagenet_resnet18() if params.baselines.pretrained else {}}
-    with folder_whole(Path("data") / track) as folder:
+    with atomic_folder(Path("data") / track) as folder:
         dataset = prepare(source, block.validation, folder)
         for model, tensors in initial.items():
-            write_whole(folder / "initial" / f"{model}.safetensors", save(tensors))
+            write_atomic(folder / "initial" / f"{model}.safetensors", save(tensors))
     print(f"{track}: {dataset.name}, images {dataset.images}, shape {dataset.image_shape}")
 
 

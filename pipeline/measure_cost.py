@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.checkpoints import checkpoints_in, load_checkpoint
-from pipeline.errors import run
+from pipeline.networks.description import checkpoints_in
+from pipeline.networks.checkpoints import load_checkpoint
+from pipeline.core.cli import run
 from pipeline.evaluation.tracks import MODELS
-from pipeline.files import md5, write_json
-from pipeline.inference_cost import inference_cost
+from pipeline.core.files import md5, write_json
+from pipeline.export.inference_cost import inference_cost
 from pipeline.params import load_params
-from pipeline.provenance import code_is_committed, commit, machine
-from pipeline.tracking import Tracker
+from pipeline.core.provenance import code_is_committed, commit, machine
+from pipeline.tracking.mirror import Tracker
 
 
 def main(track: str) -> None:

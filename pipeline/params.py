@@ -1,17 +1,14 @@
-"""params.yaml as typed, validated objects."""
+"""params.yaml as typed, validated objects, and the two tracks as one table."""
 
 import functools
-import re
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import UserError
-
-LARGEST = 100_000  # bytes of a YAML file
+from pipeline.core.errors import UserError
+from pipeline.core.files import read_yaml
 
 Count = Annotated[int, Field(ge=1, le=100_000)]
 BatchSize = Annotated[int, Field(ge=2, le=1_000_000)]
@@ -35,6 +32,53 @@ class Block(BaseModel):
 
 
 Size = Literal[28, 64, 128, 224]
+
+
+class Track(NamedTuple):
+    """One question: which models answer it, and how.
+
+    Attributes
+    ----------
+    question : str
+        The report's heading.
+    models : tuple of str
+        Their names, as in models/<track>/<model>.
+    comparisons : tuple of (model, other)
+        Both trained with the same seeds; the track's question comes first.
+    teachers : dict of str to str
+        By student, the model whose fidelity it is measured by.
+    report : str
+        The report's file name in metrics/, without its suffix.
+    original_dataset : str
+        What the original course project ran it on.
+    """
+
+    question: str
+    models: tuple[str, ...]
+    comparisons: tuple[tuple[str, str], ...]
+    teachers: dict[str, str]
+    report: str
+    original_dataset: str
+
+
+TRACKS = {
+    "baselines": Track(
+        question="Is ResNet18 worth more than SimpleCNN?",
+        models=("simple_cnn", "resnet18"),
+        comparisons=(("resnet18", "simple_cnn"),),
+        teachers={},
+        report="baselines_report",
+        original_dataset="pathmnist",
+    ),
+    "distillation": Track(
+        question="Is the distilled student better than the same student trained alone?",
+        models=("teacher", "student_distilled", "student_alone"),
+        comparisons=(("student_distilled", "student_alone"), ("teacher", "student_distilled"), ("teacher", "student_alone")),
+        teachers={"student_distilled": "teacher", "student_alone": "teacher"},
+        report="report",
+        original_dataset="mnist",
+    ),
+}
 
 
 class ResNet18(Block):
@@ -81,8 +125,8 @@ class Params(Block):
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "fp32", "bf16"]
-    processes: Annotated[int, Field(ge=1, le=1024)]
-    micro_batches: Annotated[int, Field(ge=1, le=1024)]
+    threads: Annotated[int, Field(ge=1, le=1024)]
+    jobs: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
     baselines: Baselines
     distillation: Distillation
     teacher: CompactCNN
@@ -100,35 +144,6 @@ class Params(Block):
             else:
                 values[key] = value
         return values
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1, where 1e-5 is a string; DVC writes YAML 1.2, where it is a number.
-
-    No aliases: with them a few lines can stand for gigabytes.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases are not read: {self.peek_event().start_mark}")
-        return super().compose_node(parent, index)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a small YAML file. Raises UserError, in one line, for a file that is missing, no YAML, or hostile."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise ValueError(f"over {LARGEST:,} bytes")
-        return yaml.load(content.decode(), _Loader)  # noqa: S506 (a SafeLoader)
-    except Exception as error:  # PyYAML's constructors raise a dozen types on values such as !!timestamp x
-        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:

@@ -5,12 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation.figures import plot_confusion
-from pipeline.evaluation.measured import Measured
+from pipeline.reporting.figures import plot_confusion
+from pipeline.evaluation.comparisons import Measured
 from pipeline.evaluation.metrics import report
-from pipeline.evaluation.report import sentence
+from pipeline.reporting.report import sentence
 from pipeline.evaluation.statistics import Comparison, share_interval
-from pipeline.tracking import Tracker
+from pipeline.tracking.mirror import Tracker
 
 
 def publish_tests(tracker: Tracker, measured: Mapping[str, Sequence[Measured]]) -> None:

@@ -5,12 +5,13 @@
 
 from pathlib import Path
 
-from pipeline.data.prepared import load_dataset
-from pipeline.errors import UserError, run
-from pipeline.files import read_json
+from pipeline.data.dataset import load_dataset
+from pipeline.core.cli import run
+from pipeline.core.errors import UserError
+from pipeline.core.files import read_json
 from pipeline.params import load_params
-from pipeline.registry import NAME, Candidate, register
-from pipeline.tracking_store import Store
+from pipeline.serving.registry import NAME, Candidate, register
+from pipeline.tracking.store import Store
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from pipeline.errors import run
-from pipeline.evaluation.report import QUESTIONS, Results, plot_size, to_html, write_report
-from pipeline.files import read_json, write_whole
+from pipeline.core.cli import run
+from pipeline.reporting.report import QUESTIONS, Results, plot_size, to_html, write_report
+from pipeline.core.files import read_json, write_atomic
 
 METRICS = Path("metrics")
 NAMES = {"baselines": "baselines_report", "distillation": "report"}  # the project's question has the plain name
@@ -22,8 +22,8 @@ def main(track: str) -> None:
     name = NAMES[track]
     plot_size(results).savefig(METRICS / f"{name}_size.png", dpi=100)
     text = write_report(track, results, f"{name}_size.png")
-    write_whole(METRICS / f"{name}.md", text)
-    write_whole(METRICS / f"{name}.html", to_html(text, METRICS, QUESTIONS[track]))
+    write_atomic(METRICS / f"{name}.md", text)
+    write_atomic(METRICS / f"{name}.html", to_html(text, METRICS, QUESTIONS[track]))
     print(text.split("\n## ")[0])
 
 

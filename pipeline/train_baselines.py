@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from pipeline.data.prepared import load_initial_weights, load_training_data
-from pipeline.errors import run
+from pipeline.core.cli import run
 from pipeline.params import load_params
 from pipeline.processes import join
-from pipeline.runs import Recipe, records, train
+from pipeline.training.recipe import Recipe, records, train
 
 DATA = Path("data/baselines")
 

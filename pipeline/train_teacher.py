@@ -4,10 +4,10 @@ from pathlib import Path
 
 from pipeline.data.labels import only_known
 from pipeline.data.prepared import load_training_data
-from pipeline.errors import run
+from pipeline.core.cli import run
 from pipeline.params import load_params
 from pipeline.processes import join
-from pipeline.runs import distillation_recipe, records, train
+from pipeline.training.recipe import distillation_recipe, records, train
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError, one_line
+from pipeline.core.errors import UserError, one_line
 from studies.tasks import Task, attempt
 
 Ended = dict[str, str | None]

@@ -31,8 +31,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tabulate import tabulate
 from tqdm import tqdm
 
-from pipeline.errors import UserError
-from pipeline.files import read_json, write_whole
+from pipeline.core.errors import UserError
+from pipeline.core.files import read_json, write_atomic
 from pipeline.params import Params, read_yaml, shown
 from studies.engines import on_ray, one_by_one
 from studies.tasks import Task, begun, environment, in_order, is_done, plan, workspace
@@ -228,11 +228,11 @@ def collect(name: str, study: Study, planned: Mapping[str, list[Task]]) -> None:
     )
     folder = ROOT / "metrics" / "studies"
     varied = [key for key in frame if key in next(iter(points.values())) and frame[key].map(json.dumps).nunique() > 1]
-    write_whole(folder / f"{name}.csv", frame.drop(columns="seeds", errors="ignore").to_csv())
-    write_whole(folder / f"{name}.md", markdown(name, study, frame, varied, len(points)))
+    write_atomic(folder / f"{name}.csv", frame.drop(columns="seeds", errors="ignore").to_csv())
+    write_atomic(folder / f"{name}.md", markdown(name, study, frame, varied, len(points)))
     picture = io.BytesIO()
     plot(name, study, frame).savefig(picture, dpi=110)
-    write_whole(folder / f"{name}.png", picture.getvalue())
+    write_atomic(folder / f"{name}.png", picture.getvalue())
     print((folder / f"{name}.md").read_text())
 
 

@@ -26,9 +26,9 @@ import torch
 import yaml
 from filelock import FileLock
 
-from pipeline.data.sources import own_file
-from pipeline.errors import UserError, one_line
-from pipeline.files import md5, write_json, write_whole
+from pipeline.fetching.sources import own_file
+from pipeline.core.errors import UserError, one_line
+from pipeline.core.files import md5, write_json, write_atomic
 from pipeline.params import Params
 
 DONE = "done"  # the file that a workspace has once its task is done
@@ -195,7 +195,7 @@ def attempt(root: Path, task: Task, variables: Mapping[str, str]) -> str | None:
     """Do a task unless it is done. Why it failed, in one line; None if it is done.
 
     Another process at the same task is waited for. What a killed one has left is removed, but for unfinished trainings
-    (pipeline.progress), which go on.
+    (pipeline.training.cache), which go on.
     """
     folder = workspace(root, task)
     try:
@@ -209,7 +209,7 @@ def attempt(root: Path, task: Task, variables: Mapping[str, str]) -> str | None:
         return f"{task}: {one_line(error)}"
     except Exception as error:  # a defect of ours, or of the machine
         with contextlib.suppress(OSError):
-            write_whole(folder / "traceback", traceback.format_exc())
+            write_atomic(folder / "traceback", traceback.format_exc())
         return f"{task}: {one_line(f'{type(error).__name__}: {error}')} (see {folder / 'traceback'})"
     return None
 
@@ -229,7 +229,7 @@ def _do(root: Path, task: Task, variables: Mapping[str, str]) -> None:
 def _lay_out(root: Path, task: Task) -> None:
     """Fill a workspace with what its stage reads: parameters, and links to the outputs of the tasks that it needs."""
     folder = workspace(root, task)
-    write_whole(folder / "params.yaml", yaml.safe_dump(dict(task.params), sort_keys=False))
+    write_atomic(folder / "params.yaml", yaml.safe_dump(dict(task.params), sort_keys=False))
     for dep in task.stage.deps:
         if dep.startswith("data/own/"):
             (folder / dep).mkdir(parents=True)

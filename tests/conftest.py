@@ -9,7 +9,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from faults.checkout import ROOT, Checkout, copy_checkout
-from pipeline.data.prepared import Dataset, Split, TrainingData
+from pipeline.data.dataset import Dataset
+from pipeline.data.prepared import Split, TrainingData
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 torch.set_num_threads(2)

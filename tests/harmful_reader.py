@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from faults.hostile_input import SIGN, Reader
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 
 def harmful(folder: Path) -> Reader:

@@ -5,8 +5,8 @@ import torch
 
 from benchmarks import peer, scaling_tables
 from benchmarks.bench import ARCHITECTURES, markdown
-from pipeline.data.sources import read_source
-from pipeline.models import build
+from pipeline.fetching.sources import read_source
+from pipeline.networks.architectures import build
 from tests.conftest import ROOT
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pipeline.checkpoints import (
+from pipeline.networks.checkpoints import (
     Description,
     Epoch,
     checkpoint_path,
@@ -18,8 +18,8 @@ from pipeline.checkpoints import (
     save_checkpoint,
 )
 from pipeline.data.prepared import TrainingData
-from pipeline.errors import UserError
-from pipeline.inference import predict
+from pipeline.core.errors import UserError
+from pipeline.networks.inference import predict
 
 CPU = torch.device("cpu")
 ARGUMENTS = {"width": 8, "hidden": 32}

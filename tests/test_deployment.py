@@ -8,10 +8,10 @@ import onnx
 import pytest
 import torch
 
-from pipeline.checkpoints import new_classifier
+from pipeline.networks.checkpoints import new_classifier
 from pipeline.data.prepared import TrainingData
-from pipeline.deployment import export_onnx, predict_onnx, quantize
-from pipeline.inference import predict
+from pipeline.export.onnx_export import export_onnx, predict_onnx, quantize
+from pipeline.networks.inference import predict
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from scipy.special import softmax
 from scipy.stats import entropy
 
 from pipeline.data.labels import UNKNOWN
-from pipeline.distillation import DistillationLoss, forward_kl, reverse_kl
+from pipeline.training.losses import DistillationLoss, forward_kl, reverse_kl
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from faults.checkout import Checkout
-from pipeline.checkpoints import load_checkpoint
-from pipeline.deployment import predict_onnx
-from pipeline.evaluation.measured import Measured, how_it_was_run
+from pipeline.networks.checkpoints import load_checkpoint
+from pipeline.export.onnx_export import predict_onnx
+from pipeline.evaluation.comparisons import Measured, how_it_was_run
 from tests.conftest import write_npz
 from tests.test_graph import STAGES
 
@@ -172,7 +172,7 @@ def test_four_experiments_at_once_fill_a_store_that_did_not_exist(checkout: Chec
 
 @pytest.mark.parametrize("target", ["models/distillation/teacher/seed0.safetensors", "HEAD", "warmer"])
 def test_lineage_goes_from_bytes_to_runs(checkout: Checkout, target: str):
-    output = checkout.run(sys.executable, "-m", "pipeline.lineage", target).stdout
+    output = checkout.run(sys.executable, "-m", "pipeline.tracking.lineage", target).stdout
     runs = {run.info.run_id: run for run in checkout.mlflow_runs()}
     checksum, run_id = re.search(
         r"teacher/seed0.safetensors  (\w{32})\n    teacher/seed0, run (\w{32}), finished", output
@@ -185,7 +185,7 @@ def test_lineage_goes_from_bytes_to_runs(checkout: Checkout, target: str):
 
 
 def test_lineage_of_nothing_is_one_line(checkout: Checkout):
-    assert "neither a file nor a git revision" in stage_fails(checkout, "pipeline.lineage", "no-such-thing")
+    assert "neither a file nor a git revision" in stage_fails(checkout, "pipeline.tracking.lineage", "no-such-thing")
 
 
 def test_a_runs_note_says_how_to_repeat_it(checkout: Checkout):
@@ -208,15 +208,15 @@ def test_a_folder_of_images_becomes_a_table(checkout: Checkout, tmp_path: Path):
     images = np.load(checkout.folder / "data/distillation/test/images.npy")[:5]
     for number, image in enumerate(images):
         Image.fromarray(image.squeeze()).save(tmp_path / f"{number}.png")
-    output = checkout.run(sys.executable, "-m", "pipeline.score_images", str(tmp_path)).stdout
+    output = checkout.run(sys.executable, "-m", "pipeline.serving.predict", str(tmp_path)).stdout
     table = pd.read_csv(io.StringIO(output), index_col="file", dtype={"class": str})
     expected = predict_onnx(checkout.folder / "models/student/student.onnx", images)
     np.testing.assert_allclose(table.drop(columns="class").to_numpy(), expected, atol=1e-6)
     assert table["class"].tolist() == [str(number) for number in expected.argmax(1)]
     Image.fromarray(images[0].squeeze()).resize((28, 28)).save(tmp_path / "z.png")
-    assert "28x28 pixels; the student takes 8x8" in stage_fails(checkout, "pipeline.score_images", str(tmp_path))
+    assert "28x28 pixels; the student takes 8x8" in stage_fails(checkout, "pipeline.serving.predict", str(tmp_path))
     (tmp_path / "z.png").write_bytes(b"no image")
-    assert "z.png: cannot be read as an image" in stage_fails(checkout, "pipeline.score_images", str(tmp_path))
+    assert "z.png: cannot be read as an image" in stage_fails(checkout, "pipeline.serving.predict", str(tmp_path))
 
 
 def test_dvc_can_draw_the_plots(checkout: Checkout):

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import folder_whole, write_whole
+from pipeline.core.files import atomic_folder, write_atomic
 
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.files import folder_whole, write_whole
+from pipeline.core.files import atomic_folder, write_atomic
 os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "file":
-    write_whole(Path(sys.argv[2]), "new")
-with folder_whole(Path(sys.argv[2])) as folder:
+    write_atomic(Path(sys.argv[2]), "new")
+with atomic_folder(Path(sys.argv[2])) as folder:
     (folder / "inside").write_text("new")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -38,11 +38,11 @@ def test_a_kill_inside_the_write_leaves_the_old_and_the_next_write_tidies_up(tmp
     alive.touch()
     if kind == "file":
         assert path.read_text() == "old"
-        write_whole(path, b"very ", "new")
+        write_atomic(path, b"very ", "new")
         assert path.read_text() == "very new"
     else:
         assert (path / "inside").read_text() == "old"
-        with folder_whole(path) as folder:
+        with atomic_folder(path) as folder:
             (folder / "inside").write_text("new")
         assert (path / "inside").read_text() == "new"
     assert set(tmp_path.iterdir()) == {path, alive}, "another process, which lives, is at the same"
@@ -53,5 +53,5 @@ def test_a_write_that_fails_leaves_the_old(tmp_path: Path, monkeypatch: pytest.M
     path.write_text("old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
-        write_whole(path, "new")
+        write_atomic(path, "new")
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("results", "old")]

@@ -159,7 +159,7 @@ def test_dvc_and_mlflow_send_nothing_home(tmp_path: Path):
     config = (ROOT / ".dvc" / "config").read_text()
     assert "analytics = false" in config
     assert "check_update = false" in config
-    asked = "import pipeline.tracking, mlflow.telemetry.client as t; print(t.get_telemetry_client())"
+    asked = "import pipeline.tracking.mirror, mlflow.telemetry.client as t; print(t.get_telemetry_client())"
     done = subprocess.run(  # with no environment that would turn it off by itself, such as CI
         [sys.executable, "-c", asked], cwd=ROOT, env={"HOME": str(tmp_path)}, capture_output=True, text=True, check=True
     )

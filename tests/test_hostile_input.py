@@ -25,17 +25,17 @@ from safetensors.torch import save_file
 
 from faults import mutations
 from faults.hostile_input import READERS, SIGN, Reader, bombard, hostile, judge, outcome
-from pipeline.checkpoints import load_checkpoint
-from pipeline.data.arrays import read_npy, read_npz
+from pipeline.networks.checkpoints import load_checkpoint
+from pipeline.data.npy import read_npy, read_npz
 from pipeline.data.prepared import load_initial_weights, load_split
-from pipeline.errors import LONGEST, UserError, one_line
-from pipeline.exported import Student
-from pipeline.files import read_json
+from pipeline.core.errors import LONGEST, UserError, one_line
+from pipeline.export.onnx_model import Student
+from pipeline.core.files import read_json
 from pipeline.params import load_params
-from pipeline.progress import File, Unfinished
-from pipeline.registry import read_predictions
-from pipeline.score_images import read_image
-from pipeline.serve_student import LIMIT, GuardBody
+from pipeline.training.cache import File, Unfinished
+from pipeline.serving.registry import read_predictions
+from pipeline.serving.predict import read_image
+from pipeline.serving.server import LIMIT, GuardBody
 from studies import study
 from tests.conftest import write_npz
 from tests.harmful_reader import harmful

@@ -28,7 +28,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from faults.checkout import free_port, wait_for
-from pipeline.tracking_store import tracking_uri
+from pipeline.tracking.store import tracking_uri
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

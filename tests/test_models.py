@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.errors import UserError
-from pipeline.models import Classifier, build, load_initial
+from pipeline.core.errors import UserError
+from pipeline.networks.architectures import Classifier, build, load_initial
 
 GREY = {"in_channels": 1, "image_size": (28, 28), "num_classes": 10}
 COLOUR = {"in_channels": 3, "image_size": (28, 28), "num_classes": 9}

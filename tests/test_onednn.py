@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline import onednn
-from pipeline.inference import autocast
-from pipeline.models import build
+from pipeline.networks import onednn
+from pipeline.networks.inference import autocast
+from pipeline.networks.architectures import build
 
 CPU = torch.device("cpu")
 
@@ -103,9 +103,9 @@ def test_a_training_does_not_import_the_compiler():
 import sys, torch
 import torch.nn.functional as F
 from pipeline.data.prepared import Split
-from pipeline.inference import choose_device
-from pipeline.models import Classifier, build
-from pipeline.training import fit
+from pipeline.networks.inference import choose_device
+from pipeline.networks.architectures import Classifier, build
+from pipeline.training.loop import fit
 choose_device("cpu")
 data = Split(torch.zeros(8, 28, 28, 1, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
 model = Classifier(build("compact_cnn", width=2, hidden=4, in_channels=1, image_size=(28, 28), num_classes=2), 0.5, 0.5)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from pipeline.params import load_params
 
 PARAMS = (Path(__file__).parents[1] / "params.yaml").read_text()

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.checkpoints import new_classifier
+from pipeline.networks.checkpoints import new_classifier
 from pipeline.data.prepared import Split, TrainingData
-from pipeline.progress import Progress, Unfinished
-from pipeline.runs import Recipe, records, train
-from pipeline.tracking_store import Store
-from pipeline.training import State, fit
+from pipeline.training.cache import Progress, Unfinished
+from pipeline.training.recipe import Recipe, records, train
+from pipeline.tracking.store import Store
+from pipeline.training.loop import State, fit
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -82,7 +82,7 @@ def test_progress_outlives_a_failure_and_torn_progress_is_no_progress(main_check
 def test_a_training_that_runs_elsewhere_is_left_alone(main_checkout: Path):
     with Progress() as one, one.of({}) as file:
         assert file
-        asked = "from pipeline.progress import Progress\nwith Progress() as p, p.of({}) as file: print(file)"
+        asked = "from pipeline.training.cache import Progress\nwith Progress() as p, p.of({}) as file: print(file)"
         done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "None"
         file.save(Unfinished({"weight": torch.ones(1)}, {}))
@@ -100,7 +100,7 @@ def test_a_training_killed_in_its_first_epoch_goes_on_in_the_same_run(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.runs.fit", killed)
+        patch.setattr("pipeline.training.recipe.fit", killed)
         with pytest.raises(KeyboardInterrupt), records("e") as kept:
             train(recipe, data, 0, kept)
     with records("e") as kept:

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from faults.checkout import free_port, wait_for
-from pipeline.checkpoints import new_classifier
+from pipeline.networks.checkpoints import new_classifier
 from pipeline.data.prepared import TrainingData
-from pipeline.deployment import export_onnx, predict_onnx
-from pipeline.errors import UserError
-from pipeline.registry import NAME, Candidate, by_alias, promote, register
-from pipeline.tracking import Tracker
+from pipeline.export.onnx_export import export_onnx, predict_onnx
+from pipeline.core.errors import UserError
+from pipeline.serving.registry import NAME, Candidate, by_alias, promote, register
+from pipeline.tracking.mirror import Tracker
 from tests.conftest import ROOT
 
 
@@ -121,7 +121,7 @@ def server(registry: Registry) -> Iterator[int]:
     (registry.folder / "params.yaml").write_text(
         re.sub(r"experiment: .*", "experiment: e", (ROOT / "params.yaml").read_text())
     )
-    command = [sys.executable, "-m", "pipeline.serve_student"]
+    command = [sys.executable, "-m", "pipeline.serving.server"]
     environment["PYTHONPATH"] = str(ROOT)
     process = subprocess.Popen(command, cwd=registry.folder, env=environment)
     wait_for(port, process)
@@ -184,7 +184,7 @@ def test_the_server_gives_the_models_answers_refuses_bad_bodies_and_lives_on(
 
 def test_without_a_champion_the_server_says_what_to_do(registry: Registry):
     (registry.folder / "params.yaml").write_text((ROOT / "params.yaml").read_text())
-    command = [sys.executable, "-m", "pipeline.serve_student"]
+    command = [sys.executable, "-m", "pipeline.serving.server"]
     done = subprocess.run(
         command,
         cwd=registry.folder,

@@ -4,7 +4,7 @@ import sys
 import pandas as pd
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from studies import study as module
 from studies.study import Study, all_points, flat, load_study, markdown, name_of, plot
 from tests.conftest import ROOT

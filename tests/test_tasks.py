@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from faults.checkout import ROOT, Checkout
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from studies import engines, tasks
 from studies.engines import one_by_one
 from studies.study import all_points, applied, contents, load_study

@@ -11,11 +11,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-from pipeline.checkpoints import Description, Epoch
+from pipeline.networks.description import Description, Epoch
 from pipeline.data.prepared import TrainingData
-from pipeline.errors import UserError
-from pipeline.tracking import Tracker
-from pipeline.tracking_store import Store, tracking_uri
+from pipeline.core.errors import UserError
+from pipeline.tracking.mirror import Tracker
+from pipeline.tracking.store import Store, tracking_uri
 
 HISTORY = [
     Epoch(train_loss=1.0 / n, train_accuracy=1 - 0.5 / n, val_loss=2.0 / n, val_accuracy=1 - 0.6 / n) for n in (1, 2, 3)
@@ -219,7 +219,7 @@ def kill(connection, cursor, statement, *_):
     if "ADD COLUMN client_request_id" in statement:  # one of MLflow's migrations, which SQLite does not undo
         os.kill(os.getpid(), signal.SIGKILL)
 
-from pipeline.tracking_store import Store
+from pipeline.tracking.store import Store
 Store("e")
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL

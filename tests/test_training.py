@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.checkpoints import new_classifier
+from pipeline.networks.checkpoints import new_classifier
 from pipeline.data.labels import hide_unknown
 from pipeline.data.prepared import Split, TrainingData
-from pipeline.distillation import DistillationLoss
-from pipeline.errors import UserError
-from pipeline.inference import choose_precision, predict
-from pipeline.training import _Step, fit
+from pipeline.training.losses import DistillationLoss
+from pipeline.core.errors import UserError
+from pipeline.networks.inference import choose_precision, predict
+from pipeline.training.loop import _Step, fit
 
 RECIPE = {"epochs": 2, "batch_size": 64, "lr": 0.003}
 

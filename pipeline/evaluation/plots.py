@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation.figures import curves, plot_confusion, plot_gains, plot_loss_curves, plot_reliability
-from pipeline.evaluation.measured import Measured, gains, pooled_reliability
+from pipeline.reporting.figures import curves, plot_confusion, plot_gains, plot_loss_curves, plot_reliability
+from pipeline.evaluation.comparisons import Measured, gains, pooled_reliability
 from pipeline.evaluation.statistics import Comparison
-from pipeline.files import folder_whole
+from pipeline.core.files import atomic_folder
 
 
 def write_plots(
@@ -29,7 +29,7 @@ def write_plots(
         f"confusion_{model}.png": plot_confusion(counts, classes, f"{model}, all seeds")
         for model, counts in confusions.items()
     }
-    with folder_whole(plots) as folder:
+    with atomic_folder(plots) as folder:
         for name, figure in figures.items():
             figure.savefig(folder / name, dpi=100)
         gained.to_csv(folder / "gains.csv")

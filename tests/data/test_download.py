@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import download as module
-from pipeline.data.download import download
+from pipeline.fetching.download import download
 from tests.conftest import ROOT
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
@@ -167,7 +167,7 @@ def test_attempts_are_few_and_wait_longer_each_time():
 PROCESS = """
 import sys
 from pathlib import Path
-from pipeline.data.download import download
+from pipeline.fetching.download import download
 size = int(sys.argv[3])
 download([sys.argv[1]], Path(sys.argv[2]), lambda path: None if path.stat().st_size == size else "wrong size")
 print(Path(sys.argv[2]).stat().st_size)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.preparation import prepare
-from pipeline.data.prepared import load_dataset, load_split, load_training_data
-from pipeline.data.sources import Source, read_source
-from pipeline.errors import UserError
+from pipeline.fetching.preparation import prepare
+from pipeline.data.dataset import load_dataset
+from pipeline.data.prepared import load_split, load_training_data
+from pipeline.fetching.sources import Source, read_source
+from pipeline.core.errors import UserError
 from tests.conftest import write_npz
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ import requests
 import torch
 
 from pipeline.data import download, sources
-from pipeline.data.sources import read_source
-from pipeline.data.weights import imagenet_resnet18
-from pipeline.errors import UserError
-from pipeline.files import md5
+from pipeline.fetching.sources import read_source
+from pipeline.fetching.pretrained import imagenet_resnet18
+from pipeline.core.errors import UserError
+from pipeline.core.files import md5
 from tests.conftest import digits, write_npz
 
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from faults.checkout import Checkout
-from pipeline.checkpoints import new_classifier
+from pipeline.networks.checkpoints import new_classifier
 from pipeline.data import arrays, preparation, prepared, streaming
-from pipeline.data.preparation import prepare
+from pipeline.fetching.preparation import prepare
 from pipeline.data.prepared import TrainingData, load_training_data
-from pipeline.data.sources import read_source
-from pipeline.training import fit
+from pipeline.fetching.sources import read_source
+from pipeline.training.loop import fit
 from tests.conftest import small_checkout, write_npz
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from pipeline.evaluation.report import Results, plot_size, sentence, to_html, write_report
+from pipeline.reporting.report import Results, plot_size, sentence, to_html, write_report
 from pipeline.evaluation.statistics import compare
 from tests.conftest import ROOT
 

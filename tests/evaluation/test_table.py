@@ -1,5 +1,5 @@
 from pipeline.data.prepared import TrainingData
-from pipeline.evaluation.table import results_table
+from pipeline.reporting.tables import results_table
 
 FIGURES = {
     "accuracy": 0.98765,

@@ -1,0 +1,1 @@
+"""Files, errors, the command line and provenance: decides no byte of a result."""

@@ -1,0 +1,54 @@
+"""How a command starts and ends: its arguments, its exit status, and what it says when it fails."""
+
+import argparse
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from pipeline.core.errors import UserError, one_line
+from pipeline.core.provenance import code_digest
+
+
+def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
+    """Run `main` as a process, with one command-line argument for each name in `choices`. Does not return.
+
+    An argument is one of the values given for it or, for None, any text. A `UserError` or a full disk becomes one line on
+    stderr and exit status 1, Ctrl-C status 130. Anything else is a defect of ours and keeps its traceback. Under DVC, the
+    stage ends with DVC, and fails if the code has changed while it ran: DVC would record the changed code as the one that ran.
+    """
+    parser = argparse.ArgumentParser(
+        description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, values in choices.items():
+        parser.add_argument(name, choices=values)
+    arguments = vars(parser.parse_args())
+    under_dvc = "DVC_STAGE" in os.environ
+    if under_dvc:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    code = code_digest() if under_dvc else ""
+    try:
+        main(**arguments)
+        if under_dvc and code_digest() != code:
+            raise UserError("pipeline/ was edited while the stage ran: run it again (finished trainings are kept)")
+    except UserError as error:
+        sys.exit(f"error: {one_line(error)}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = one_line(error.filename or "a file")
+        sys.exit(f"error: no space left on the disk while writing {where}: free some and run again")
+    except KeyboardInterrupt:
+        print("interrupted: the same command resumes", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the process that started it has ended, as by `kill -9`: nothing else would tell it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)

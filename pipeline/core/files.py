@@ -1,0 +1,135 @@
+"""Where files are, and how they are read and written: atomically."""
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from pipeline.core.errors import UserError
+
+LARGEST_YAML = 100_000  # bytes
+
+
+def main_checkout() -> Path:
+    """The checkout that the user stands in.
+
+    DVC runs queued experiments in temporary copies and names the checkout they were made from in `DVC_ROOT`;
+    what must outlive an experiment (tracking store, downloads) and what a user names by a relative path belongs there.
+    """
+    return Path(os.environ.get("DVC_ROOT") or Path(__file__).parents[2]).resolve()
+
+
+def from_main_checkout(path: str | Path) -> Path:
+    """`path` as an absolute path; a relative one counts from the main checkout, `~` is the home folder."""
+    return Path(os.path.normpath(main_checkout() / Path(path).expanduser()))
+
+
+def write_atomic(path: Path, *parts: bytes | str) -> None:
+    """Write `path` so that it appears complete or, when anything fails, stays as it was. Raises OSError."""
+    with atomic_file(path) as file:
+        for part in parts:
+            file.write(part.encode() if isinstance(part, str) else part)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write; it takes the place of `path` when the block ends well and vanishes otherwise. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as indented JSON, whole. Raises ValueError for NaN and infinity, which JSON does not have."""
+    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that a stage wrote. Raises UserError if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"{type(content).__name__} instead of named values")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}: run dvc repro") from error
+    return content
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it takes the place of `path` when the block ends well and vanishes otherwise."""
+    partial = _partial(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    """Where this process prepares `path`; what killed processes left of theirs is removed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        from psutil import pid_exists
+
+        pid = left.suffixes[-2].removeprefix(".")
+        if pid.isdecimal() and (int(pid) == os.getpid() or not pid_exists(int(pid))):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def md5(path: Path) -> str:
+    """The file's MD5 in hex: the checksum that DVC, medmnist and torchvision publish and compare."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads YAML 1.1, where 1e-5 is a string; DVC writes YAML 1.2, where it is a number.
+
+    No aliases: with them a few lines can stand for gigabytes.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases are not read: {self.peek_event().start_mark}")
+        return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a small YAML file. Raises UserError, in one line, for a file that is missing, no YAML, or hostile."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_YAML + 1)
+        if len(content) > LARGEST_YAML:
+            raise ValueError(f"over {LARGEST_YAML:,} bytes")
+        return yaml.load(content.decode(), _Loader)  # noqa: S506 (a SafeLoader)
+    except Exception as error:  # PyYAML's constructors raise a dozen types on values such as !!timestamp x
+        raise UserError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,57 @@
+"""Which code on which machine: for tags and reports."""
+
+import hashlib
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+PIPELINE = Path(__file__).parents[1]
+DECIDE_NOTHING = ("core", "tracking", "serving", "reporting", "params.py")  # of a result's bytes
+
+
+def commit() -> str:
+    """The git commit that the code comes from; in an experiment's temporary copy, that of the user's checkout."""
+    return os.environ.get("DVC_EXP_BASELINE_REV") or git("rev-parse", "HEAD").strip()
+
+
+def code_is_committed() -> bool:
+    """Whether pipeline/ and dvc.yaml are as in a commit; False where git does not say."""
+    return bool(commit()) and not git("status", "--porcelain", "--", "pipeline", "dvc.yaml")
+
+
+def git(*arguments: str) -> str:
+    """What git prints in the checkout that this code lies in; nothing if it fails."""
+    command = ["git", *arguments]
+    try:
+        return subprocess.run(command, cwd=PIPELINE.parent, capture_output=True, text=True, check=False).stdout  # noqa: S603 (git)
+    except OSError:
+        return ""
+
+
+def code_digest(packages: Iterable[str] | None = None) -> str:
+    """SHA-256 of the Python files of these packages of `pipeline`; by default of all that decide a result."""
+    names = packages or [path.name for path in PIPELINE.iterdir() if path.name not in DECIDE_NOTHING]
+    paths = [path for name in names for path in [PIPELINE / name, *(PIPELINE / name).rglob("*.py")]]
+    digest = hashlib.sha256()
+    for path in sorted(path for path in paths if path.suffix == ".py"):
+        digest.update(f"{path.relative_to(PIPELINE)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def machine() -> dict[str, str | int]:
+    """Processor, cores, accelerator and versions."""
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    names = [match.group(1) for path in gpus if (match := re.search(r"Model:\s*(.*)", path.read_text()))]
+    found = {
+        "processor": models[0] if models else platform.processor(),
+        "cores": os.cpu_count() or 1,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }
+    return found | ({"gpu": names[0]} if names else {})

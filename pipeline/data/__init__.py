@@ -1,0 +1,1 @@
+"""Prepared data: its layout, how it is read, which labels are known."""

@@ -1,0 +1,48 @@
+"""The exported student, opened: ONNX Runtime and NumPy are enough.
+
+Input `images`, uint8 of shape (N, H, W, C); output `probabilities`, float32 of shape (N, K). The class names, in the order of
+the output's columns, are JSON in the file's metadata under `classes`.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from onnxruntime import InferenceSession
+
+from pipeline.core.errors import UserError
+
+BATCH = 250  # images per pass
+
+
+class Student:
+    """An ONNX file as stage export_student writes it.
+
+    Attributes
+    ----------
+    classes : list of str
+    shape : (H, W, C) of an image
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError for a file that is missing, damaged, or another model."""
+        self.path = path
+        try:
+            self.session = InferenceSession(path, providers=["CPUExecutionProvider"])
+            self.classes = json.loads(self.session.get_modelmeta().custom_metadata_map["classes"])
+            (images,), (output,) = self.session.get_inputs(), self.session.get_outputs()
+            if (images.name, images.type, len(images.shape)) != ("images", "tensor(uint8)", 4):
+                raise ValueError(f"its input is {images.name}, {images.type} of shape {images.shape}")
+            self.shape = tuple(int(side) for side in images.shape[1:])
+            if output.shape[1:] != [len(self.classes)] or {type(name) for name in self.classes} != {str}:
+                raise ValueError(f"its output has shape {output.shape}, its classes are {self.classes}")
+        except Exception as error:  # ONNX Runtime has a type of its own for each status, and no common one
+            raise UserError(f"{path}: damaged, or no exported student: {error}: dvc repro export_student") from error
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities, float32 of shape (N, K), of uint8 images of shape (N, H, W, C), on the CPU. Raises UserError."""
+        batches = np.array_split(images, -(-len(images) // BATCH))
+        try:
+            return np.concatenate([self.session.run(None, {"images": batch})[0] for batch in batches])
+        except Exception as error:  # as above
+            raise UserError(f"{self.path}: cannot be run: {error}: dvc repro export_student") from error

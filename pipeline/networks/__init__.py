@@ -1,0 +1,1 @@
+"""The architectures, their checkpoints, and inference."""

@@ -1,0 +1,85 @@
+"""What a checkpoint says of itself. Needs no PyTorch."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+
+from pipeline.core.errors import UserError
+from pipeline.data.dataset import Dataset
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Epoch(BaseModel):
+    """One pass over the training images. Losses are means per image, in nats; accuracies are shares of the images, 0-1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train_loss: float  # the loss that was minimised, while the weights were changing
+    train_accuracy: float  # likewise, of the labelled images
+    val_loss: float  # cross-entropy after the epoch, whatever was minimised
+    val_accuracy: float
+    terms: dict[str, float] = {}  # of the training loss, where it is a sum of several
+
+
+class Description(BaseModel):
+    """Everything about a checkpoint that its weights do not say. Equal trainings have equal descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[3]  # of the file
+    digest: str  # of everything that decided the training: its name in .trainings/ and in MLflow
+    setting: str  # the same without the seed: what the seeds of one model have in common
+    model: str  # the role: simple_cnn, resnet18, teacher, student_distilled, student_alone
+    architecture: str  # a name in architectures.ARCHITECTURES
+    arguments: dict[str, Any]  # of that architecture
+    dataset: Dataset  # classes, input scaling and fingerprint among it
+    seed: int
+    parameters: dict[str, Any]  # of the training and of its teacher's, by their key in params.yaml
+    device: str  # the type: cpu, cuda, mps
+    history: list[Epoch]
+    best_epoch: Annotated[int, Field(ge=1)]  # 1-based; the weights are those after this epoch
+    chance: Share  # validation accuracy of always naming the commonest class
+
+    @model_validator(mode="after")
+    def _has_its_best_epoch(self) -> Self:
+        if self.best_epoch > len(self.history):
+            raise ValueError(f"best_epoch {self.best_epoch} of {len(self.history)}")
+        return self
+
+    def best(self) -> tuple[float, float]:
+        """How good the weights are on the validation images, to compare with others': accuracy, then minus the loss."""
+        epoch = self.history[self.best_epoch - 1]
+        return epoch.val_accuracy, -epoch.val_loss
+
+
+def read_description(path: Path) -> Description:
+    """The description in a checkpoint. Raises UserError for a file that is missing, damaged or no checkpoint."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return parse_description(file.metadata())
+    except (OSError, SafetensorError, ValidationError, UserError) as error:
+        raise UserError(f"{path}: damaged, or no checkpoint of this project: {error}") from error
+
+
+def parse_description(metadata: dict[str, str] | None) -> Description:
+    """The description in a safetensors file's metadata. Raises UserError if there is none, ValidationError if it is malformed."""
+    if "description" not in (metadata or {}):
+        raise UserError("its description is missing")
+    return Description.model_validate_json(metadata["description"])
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of one model, by seed. Raises UserError if there are none."""
+    numbered = [path for path in folder.glob("seed*.safetensors") if path.stem.removeprefix("seed").isdecimal()]
+    paths = sorted(numbered, key=lambda path: int(path.stem.removeprefix("seed")))
+    if not paths:
+        raise UserError(f"{folder}: no checkpoints: run the stage that trains this model first (dvc repro)")
+    return paths
+
+
+def checkpoint_path(folder: Path, seed: int) -> Path:
+    """Where the checkpoint of one seed lies."""
+    return folder / f"seed{seed}.safetensors"

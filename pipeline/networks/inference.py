@@ -1,0 +1,72 @@
+"""Run a model forward, and on which device."""
+
+import contextlib
+import ctypes
+import os
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.core.errors import UserError
+
+PREDICT_PIXELS = 250 * 28 * 28  # per forward pass: 250 images of 28x28
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `name` (auto, cpu, cuda, mps) stands for, with the process set up to train on it reproducibly.
+
+    Raises UserError if this machine has no such device.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"device = {name!r}: this machine or this build of torch has none; use auto or cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs to be reproducible
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms(True) without importing the compiler
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    _keep_freed_memory()
+    return torch.device(name)
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc reuse the memory of one step in the next instead of giving it back to the system and faulting it in again.
+
+    Elsewhere this does nothing.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at its upper limit: from which size on memory is mapped by itself
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much free memory is kept
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """The arithmetic, "fp32" or "bf16", that `name` (auto, fp32, bf16) stands for on `device`.
+
+    "auto" is bf16 where the hardware multiplies it natively, fp32 elsewhere.
+    """
+    if name != "auto":
+        return name
+    native = {
+        "cpu": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
+    }
+    return "bf16" if native.get(device.type, False) else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass runs at `precision`, "fp32" or "bf16"; weights stay float32."""
+    # Each weight is used once per pass: nothing to cache, and a cache would not survive a captured CUDA graph.
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+def predict(model: nn.Module, images: Tensor, precision: str = "fp32") -> Tensor:
+    """Logits, float32 of shape (N, K), on the model's device, for images of shape (N, H, W, C), there or in mapped memory.
+
+    Sets the model to eval mode.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    batches = images.split(max(16, PREDICT_PIXELS // (images.shape[1] * images.shape[2])))
+    with torch.no_grad(), autocast(device, precision):
+        return torch.cat([model(batch.to(device)).float() for batch in batches])

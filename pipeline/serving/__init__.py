@@ -1,0 +1,1 @@
+"""The model registry, the model server, and prediction on files."""
