@@ -1,38 +1,47 @@
 """Stage distill_student: train the student on the labels and on its seed's teacher, once per seed.
 
-The teacher does not change, so its logits for the training images are computed once. Weights and batches start as those of
-train_student_alone with the same seed, so that the two students can be compared in pairs.
+Weights and batches start as those of train_student_alone with the same seed, so that the two students are compared in pairs.
 """
 
 from pathlib import Path
 
-from pipeline.networks.description import checkpoint_path
-from pipeline.networks.checkpoints import load_checkpoint
-from pipeline.data.labels import hide_unknown
-from pipeline.data.prepared import load_training_data
-from pipeline.training.losses import DistillationLoss
 from pipeline.core.cli import run
-from pipeline.core.files import md5
-from pipeline.networks.inference import choose_precision
-from pipeline.params import load_params
-from pipeline.processes import join, predict_together
-from pipeline.training.recipe import distillation_recipe, records, train
+from pipeline.networks.description import checkpoint_path
+from pipeline.params import Params, load_params
+from pipeline.tracking.mirror import Mirror
+from pipeline.training.cache import trainings_folder
+from pipeline.training.recipe import Recipe
+from pipeline.training.seeds import train_seeds
+
+
+def recipe(params: Params, seed: int, data: Path, teacher: Path) -> Recipe:
+    """The student of a seed on the prepared set in `data`, distilled from the checkpoint `teacher`."""
+    return Recipe(
+        model="student_distilled",
+        architecture="compact_cnn",
+        arguments=params.student.model_dump(),
+        settings=params.settings(params.distillation),
+        seed=seed,
+        data=data,
+        device=params.device,
+        threads=params.threads,
+        label_fraction=params.distillation.label_fraction,
+        kd=params.kd.model_dump(),
+        teacher=teacher,
+        parameters=params.flat("distillation", "student", "kd"),
+    )
 
 
 def main() -> None:
     params = load_params()
-    device = join(params.processes, params.device)
-    data = load_training_data(Path("data/distillation"), device)
-    loss = DistillationLoss(params.kd.temperature, params.kd.alpha, params.kd.divergence)
-    recipe = distillation_recipe(params, "student_distilled", "student", "kd")
-    with records(params.tracking.experiment) as kept:
-        for seed in params.seeds:
-            path = checkpoint_path(Path("models/distillation/teacher"), seed)
-            teacher, _ = load_checkpoint(path, device)
-            logits = predict_together(teacher, data.train.images, choose_precision(params.precision, device))
-            taught = recipe._replace(parameters=recipe.parameters | {"teacher_md5": md5(path)})
-            known = hide_unknown(data, params.distillation.label_fraction, seed)
-            train(taught, known, seed, kept, loss=loss, targets=(logits,))
+    teachers = Path("models/distillation/teacher")
+    recipes = [
+        recipe(params, seed, Path("data/distillation"), checkpoint_path(teachers, seed)) for seed in params.seeds
+    ]
+    records = train_seeds(recipes, trainings_folder(), params.jobs, Path("models/distillation/student_distilled"))
+    mirror = Mirror(params.tracking.experiment)
+    for record in records:
+        mirror.training(record)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from pipeline.fetching.preparation import prepare
-from pipeline.fetching.sources import own_file, read_source
-from pipeline.fetching.pretrained import imagenet_resnet18
 from pipeline.core.cli import run
 from pipeline.core.files import atomic_folder, write_atomic
-from pipeline.params import load_params
+from pipeline.fetching.preparation import prepare
+from pipeline.fetching.pretrained import imagenet_resnet18
+from pipeline.fetching.sources import own_file, read_source
+from pipeline.params import TRACKS, load_params
 
 
 def main(track: str) -> None:
     params = load_params()
     block = {"baselines": params.baselines, "distillation": params.distillation}[track]
-    watch(block.dataset, Path("data/own") / track)
+    link_own_file(block.dataset, Path("data/own") / track)
     source = read_source(block.dataset, block.size)
     initial = {}
     if track == "baselines":  # a model without published weights gets an empty file: it starts from random ones
@@ -30,7 +30,7 @@ def main(track: str) -> None:
     print(f"{track}: {dataset.name}, images {dataset.images}, shape {dataset.image_shape}")
 
 
-def watch(dataset: str, folder: Path) -> None:
+def link_own_file(dataset: str, folder: Path) -> None:
     """Link the user's own file into `folder`, on which this stage depends, so that DVC notices when it changes."""
     path = own_file(dataset)
     for link in folder.iterdir():
@@ -41,4 +41,4 @@ def watch(dataset: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main, track=("baselines", "distillation"))
+    run(main, track=tuple(TRACKS))

@@ -4,49 +4,52 @@ Timings differ from run to run. They have a stage of their own, on which no resu
 """
 
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.networks.description import checkpoints_in
-from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.core.cli import run
-from pipeline.evaluation.tracks import MODELS
-from pipeline.core.files import md5, write_json
-from pipeline.export.inference_cost import inference_cost
-from pipeline.params import load_params
+from pipeline.core.files import write_json
 from pipeline.core.provenance import code_is_committed, commit, machine
-from pipeline.tracking.mirror import Tracker
+from pipeline.export.inference_cost import inference_cost
+from pipeline.networks.checkpoints import load_checkpoint
+from pipeline.networks.description import checkpoints_in, read_description
+from pipeline.params import TRACKS
+from pipeline.training.cache import read_record, trainings_folder
 
 
 def main(track: str) -> None:
-    tracker = Tracker(load_params().tracking.experiment)
     costs = {}
-    for model in MODELS[track]:
+    for model in TRACKS[track].models:
         paths = checkpoints_in(Path("models") / track / model)
-        classifier, description = load_checkpoint(paths[0], torch.device("cpu"))
-        shape = description.dataset.image_shape
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            classifier.to("meta")(torch.zeros((1, *shape), dtype=torch.uint8, device="meta"))
-        costs[model] = {
-            "parameters": sum(tensor.numel() for tensor in classifier.parameters()),
-            "multiply_adds": counter.get_total_flops() // 2,  # of one image
-            "file_bytes": paths[0].stat().st_size,
-            **inference_cost(paths[0], shape),
-        }
-        seconds = [found for path in paths if (found := tracker.training_seconds(md5(path))) is not None]
-        if seconds:
-            costs[model]["training_seconds"] = sum(seconds) / len(seconds)  # of one seed
+        costs[model] = network_cost(paths[0]) | inference_cost(paths[0])
+        digests = [read_description(path).digest for path in paths]
+        records = [record for digest in digests if (record := read_record(trainings_folder(), digest))]
+        if seconds := [record.seconds for record in records if record.seconds is not None]:
+            costs[model]["training_seconds"] = fmean(seconds)  # of one seed
     if track == "distillation":
         for path in sorted(Path("models/student").glob("*.onnx")):
-            costs[path.stem] = {"file_bytes": path.stat().st_size, **inference_cost(path, shape)}
+            costs[path.stem] = {"file_bytes": path.stat().st_size} | inference_cost(path)
     where = {"machine": machine(), "commit": commit(), "code_is_committed": code_is_committed()}
     write_json(Path(f"metrics/{track}_costs.json"), {"models": costs, **where})
     for model, figures in costs.items():
-        print(
-            f"{model}: {figures['latency_ms']:.2f} ms per image, {figures['images_per_second']:,.0f} images/s in batches"
-        )
+        latency, throughput = figures["latency_ms"], figures["images_per_second"]
+        print(f"{model}: {latency:.2f} ms per image, {throughput:,.0f} images/s in batches")
+
+
+def network_cost(path: Path) -> dict[str, int]:
+    """What a checkpoint's network needs on any machine: parameters, multiply-adds of one image, bytes of the file."""
+    classifier, description = load_checkpoint(path, torch.device("cpu"))
+    image = torch.zeros((1, *description.dataset.image_shape), dtype=torch.uint8, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        classifier.to("meta")(image)
+    return {
+        "parameters": sum(tensor.numel() for tensor in classifier.parameters()),
+        "multiply_adds": counter.get_total_flops() // 2,
+        "file_bytes": path.stat().st_size,
+    }
 
 
 if __name__ == "__main__":
-    run(main, track=tuple(MODELS))
+    run(main, track=tuple(TRACKS))

@@ -134,6 +134,10 @@ class Params(Block):
     kd: KD
     tracking: Tracking
 
+    def settings(self, track: Baselines | Distillation) -> dict[str, Any]:
+        """How a track's networks are trained, as in training/loop.Settings."""
+        return {name: getattr(track, name) for name in ("epochs", "batch_size", "lr")} | {"precision": self.precision}
+
     def flat(self, *keys: str) -> dict[str, Any]:
         """The values under `keys`, dotted names of parameters or whole blocks, each by its full dotted name."""
         values = {}

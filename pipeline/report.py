@@ -1,31 +1,37 @@
-"""Stage report: put a track's results and costs into one report, as Markdown and as an HTML page that needs no other file."""
+"""Stage report: turn a track's results and costs into a table, figures and a report, as Markdown and as one HTML page."""
 
 from pathlib import Path
 
 from pipeline.core.cli import run
-from pipeline.reporting.report import QUESTIONS, Results, plot_size, to_html, write_report
-from pipeline.core.files import read_json, write_atomic
+from pipeline.core.files import atomic_folder, read_json, write_atomic
+from pipeline.evaluation.comparisons import read_evaluation
+from pipeline.params import TRACKS
+from pipeline.reporting.figures import draw_figures
+from pipeline.reporting.report import data_uri, render, sentence
+from pipeline.reporting.tables import results_table
 
 METRICS = Path("metrics")
-NAMES = {"baselines": "baselines_report", "distillation": "report"}  # the project's question has the plain name
 
 
 def main(track: str) -> None:
-    results = Results(
-        metrics=read_json(METRICS / f"{track}.json"),
-        comparisons=read_json(METRICS / f"{track}_comparisons.json"),
-        by_class=read_json(METRICS / f"{track}_by_class.json"),
-        run=read_json(METRICS / f"{track}_run.json"),
-        costs=read_json(METRICS / f"{track}_costs.json"),
-        exported=read_json(METRICS / "export.json") if track == "distillation" else {},
-    )
-    name = NAMES[track]
-    plot_size(results).savefig(METRICS / f"{name}_size.png", dpi=100)
-    text = write_report(track, results, f"{name}_size.png")
-    write_atomic(METRICS / f"{name}.md", text)
-    write_atomic(METRICS / f"{name}.html", to_html(text, METRICS, QUESTIONS[track]))
-    print(text.split("\n## ")[0])
+    evaluation = read_evaluation(track, lambda path: Path(path).read_bytes())
+    costs = read_json(METRICS / f"{track}_costs.json")
+    exported = read_json(METRICS / "export.json") if track == "distillation" else {}
+    figures = draw_figures(evaluation, costs, exported)
+    with atomic_folder(METRICS / "figures" / track) as folder:
+        for name, png in figures.items():
+            (folder / name).write_bytes(png)
+    plan = TRACKS[track]
+    table = results_table(evaluation, plan.original_dataset)
+    content = (plan.question, evaluation, costs, exported)
+    files = {name: f"figures/{track}/{name}" for name in figures}
+    write_atomic(METRICS / f"{track}.md", table)
+    write_atomic(METRICS / f"{plan.report}.md", render("markdown", *content, files))
+    inlined = {name: data_uri(png) for name, png in figures.items()}
+    write_atomic(METRICS / f"{plan.report}.html", render("html", *content, inlined))
+    sentences = [sentence(name, comparison) for name, comparison in evaluation.comparisons.items()]
+    print("\n".join(["", table, plan.question, *sentences]))
 
 
 if __name__ == "__main__":
-    run(main, track=tuple(QUESTIONS))
+    run(main, track=tuple(TRACKS))

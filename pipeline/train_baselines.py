@@ -1,38 +1,42 @@
-"""Stage train_baselines: train SimpleCNN or ResNet18, once per seed."""
+"""Stage train_baselines: train SimpleCNN or ResNet18 on the labels, once per seed."""
 
 from pathlib import Path
 
-from pipeline.data.prepared import load_initial_weights, load_training_data
 from pipeline.core.cli import run
-from pipeline.params import load_params
-from pipeline.processes import join
-from pipeline.training.recipe import Recipe, records, train
+from pipeline.params import TRACKS, Params, load_params
+from pipeline.tracking.mirror import Mirror
+from pipeline.training.cache import trainings_folder
+from pipeline.training.recipe import Recipe
+from pipeline.training.seeds import train_seeds
 
-DATA = Path("data/baselines")
+OPTIONS = {"simple_cnn": (), "resnet18": ("baselines.resnet18", "baselines.pretrained")}  # of one network alone
+
+
+def recipe(params: Params, model: str, seed: int, data: Path) -> Recipe:
+    """A baseline of a seed on the prepared set in `data`."""
+    names = ("baselines.epochs", "baselines.batch_size", "baselines.lr", *OPTIONS[model])
+    return Recipe(
+        model=model,
+        architecture=model,
+        arguments={"stem": params.baselines.resnet18.stem} if model == "resnet18" else {},
+        settings=params.settings(params.baselines),
+        seed=seed,
+        data=data,
+        device=params.device,
+        threads=params.threads,
+        initial=data / "initial" / f"{model}.safetensors",
+        parameters=params.flat(*names),
+    )
 
 
 def main(model: str) -> None:
     params = load_params()
-    block = params.baselines
-    data = load_training_data(DATA, join(params.processes, params.device))
-    initial = load_initial_weights(DATA, model)
-    options = {"resnet18": ["baselines.resnet18"], "simple_cnn": []}[model]
-    recipe = Recipe(
-        folder=Path("models/baselines") / model,
-        architecture=model,
-        arguments={"stem": block.resnet18.stem} if model == "resnet18" else {},
-        epochs=block.epochs,
-        batch_size=block.batch_size,
-        lr=block.lr,
-        precision=params.precision,
-        micro_batches=params.micro_batches,
-        parameters=params.flat("baselines.epochs", "baselines.batch_size", "baselines.lr", *options)
-        | {"baselines.pretrained": bool(initial)},
-    )
-    with records(params.tracking.experiment) as kept:
-        for seed in params.seeds:
-            train(recipe, data, seed, kept, initial=initial)
+    recipes = [recipe(params, model, seed, Path("data/baselines")) for seed in params.seeds]
+    records = train_seeds(recipes, trainings_folder(), params.jobs, Path("models/baselines") / model)
+    mirror = Mirror(params.tracking.experiment)
+    for record in records:
+        mirror.training(record)
 
 
 if __name__ == "__main__":
-    run(main, model=("simple_cnn", "resnet18"))
+    run(main, model=TRACKS["baselines"].models)

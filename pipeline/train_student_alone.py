@@ -1,23 +1,38 @@
-"""Stage train_student_alone: train the student on the labels, without a teacher, once per seed."""
+"""Stage train_student_alone: train the same student on the labels, without a teacher, once per seed."""
 
 from pathlib import Path
 
-from pipeline.data.labels import only_known
-from pipeline.data.prepared import load_training_data
 from pipeline.core.cli import run
-from pipeline.params import load_params
-from pipeline.processes import join
-from pipeline.training.recipe import distillation_recipe, records, train
+from pipeline.params import Params, load_params
+from pipeline.tracking.mirror import Mirror
+from pipeline.training.cache import trainings_folder
+from pipeline.training.recipe import Recipe
+from pipeline.training.seeds import train_seeds
+
+
+def recipe(params: Params, seed: int, data: Path) -> Recipe:
+    """The lone student of a seed on the prepared set in `data`."""
+    return Recipe(
+        model="student_alone",
+        architecture="compact_cnn",
+        arguments=params.student.model_dump(),
+        settings=params.settings(params.distillation),
+        seed=seed,
+        data=data,
+        device=params.device,
+        threads=params.threads,
+        label_fraction=params.distillation.label_fraction,
+        parameters=params.flat("distillation", "student"),
+    )
 
 
 def main() -> None:
     params = load_params()
-    data = load_training_data(Path("data/distillation"), join(params.processes, params.device))
-    recipe = distillation_recipe(params, "student_alone", "student")
-    with records(params.tracking.experiment) as kept:
-        for seed in params.seeds:
-            rows = only_known(data.train.labels, params.distillation.label_fraction, seed)
-            train(recipe, data, seed, kept, rows=rows)
+    recipes = [recipe(params, seed, Path("data/distillation")) for seed in params.seeds]
+    records = train_seeds(recipes, trainings_folder(), params.jobs, Path("models/distillation/student_alone"))
+    mirror = Mirror(params.tracking.experiment)
+    for record in records:
+        mirror.training(record)
 
 
 if __name__ == "__main__":

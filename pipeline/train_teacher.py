@@ -2,22 +2,37 @@
 
 from pathlib import Path
 
-from pipeline.data.labels import only_known
-from pipeline.data.prepared import load_training_data
 from pipeline.core.cli import run
-from pipeline.params import load_params
-from pipeline.processes import join
-from pipeline.training.recipe import distillation_recipe, records, train
+from pipeline.params import Params, load_params
+from pipeline.tracking.mirror import Mirror
+from pipeline.training.cache import trainings_folder
+from pipeline.training.recipe import Recipe
+from pipeline.training.seeds import train_seeds
+
+
+def recipe(params: Params, seed: int, data: Path) -> Recipe:
+    """The teacher of a seed on the prepared set in `data`."""
+    return Recipe(
+        model="teacher",
+        architecture="compact_cnn",
+        arguments=params.teacher.model_dump(),
+        settings=params.settings(params.distillation),
+        seed=seed,
+        data=data,
+        device=params.device,
+        threads=params.threads,
+        label_fraction=params.distillation.label_fraction,
+        parameters=params.flat("distillation", "teacher"),
+    )
 
 
 def main() -> None:
     params = load_params()
-    data = load_training_data(Path("data/distillation"), join(params.processes, params.device))
-    recipe = distillation_recipe(params, "teacher", "teacher")
-    with records(params.tracking.experiment) as kept:
-        for seed in params.seeds:
-            rows = only_known(data.train.labels, params.distillation.label_fraction, seed)
-            train(recipe, data, seed, kept, rows=rows)
+    recipes = [recipe(params, seed, Path("data/distillation")) for seed in params.seeds]
+    records = train_seeds(recipes, trainings_folder(), params.jobs, Path("models/distillation/teacher"))
+    mirror = Mirror(params.tracking.experiment)
+    for record in records:
+        mirror.training(record)
 
 
 if __name__ == "__main__":

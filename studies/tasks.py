@@ -1,267 +1,241 @@
-"""A study's points as tasks, each of which is done once in a workspace of its own.
+"""A study's points as tasks, and the two engines that do them: one by one in this process, or on Ray.
 
-A task is a stage of dvc.yaml, for one seed where the stage trains. Its digest is taken over everything that decides its
-result, so that points share the trainings that they have in common, an interrupted study goes on, and a larger one reuses what
-is there. The workspace, `.studies/<digest>/` of the main checkout, is laid out as a checkout: there the stage's own code runs,
-as under DVC, on links to what other tasks made.
+A task prepares a data set, trains a network with one seed, or evaluates a point, by the functions that the stages call. Trainings
+lie in `.trainings/` as those of the stages do, data sets and the points' results in `.studies/`: equal tasks are done once,
+whichever points need them, and what was interrupted resumes.
 """
 
 import contextlib
 import functools
 import hashlib
-import importlib
-import json
+import logging
 import os
-import shlex
-import shutil
+import pickle
+import socket
 import sys
-import time
+import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
-import torch
-import yaml
 from filelock import FileLock
 
+from pipeline import distill_student, train_student_alone, train_teacher
+from pipeline.core.errors import UserError, is_disk_full, no_space, one_line
+from pipeline.core.files import atomic_folder, md5, write_atomic, write_json
+from pipeline.core.provenance import code_digest
+from pipeline.data.dataset import load_dataset
 from pipeline.fetching.sources import own_file
-from pipeline.core.errors import UserError, one_line
-from pipeline.core.files import md5, write_json, write_atomic
-from pipeline.params import Params
+from pipeline.networks.description import checkpoint_path
+from pipeline.params import TRACKS, Params
+from pipeline.training.recipe import CODE, Recipe, train
+from pipeline.training.seeds import MEMORY
 
-DONE = "done"  # the file that a workspace has once its task is done
-
-
-class Stage(NamedTuple):
-    """A stage of dvc.yaml; `module` and `arguments` are those of its command, `params` dotted names or blocks."""
-
-    name: str
-    module: str
-    arguments: tuple[str, ...]
-    deps: tuple[str, ...]
-    params: tuple[str, ...]
-    outs: tuple[str, ...]
-
-    def code(self) -> list[str]:
-        """The modules among its dependencies."""
-        return [dep for dep in self.deps if dep.endswith(".py")]
+MODELS = TRACKS["distillation"].models
+PAIR = TRACKS["distillation"].comparisons[0]  # the distilled student against the one trained alone
+RETRIES = 5  # of a task whose worker was lost
+Outcome = tuple[Any, str | None]  # what a task returned; why it failed, in one line
 
 
 @dataclass(frozen=True)
 class Task:
-    """A stage to run.
+    """Something to do once: `work(root, digest, *arguments, *results)` with the results of the tasks in `needs`."""
 
-    Attributes
-    ----------
-    digest : str
-        Of everything that decides the result; the workspace's name.
-    stage : Stage
-    seed : int or None
-        The one to train; None for a stage that does not train.
-    params : dict
-        The content of its params.yaml.
-    threads : int
-        That PyTorch computes with.
-    point : str
-        The first point that needs the task.
-    needs : tuple of Task
-        Whose outputs it reads.
-    """
-
-    digest: str
-    stage: Stage
-    seed: int | None
-    params: Mapping[str, Any]
-    threads: int
-    point: str
+    title: str
+    work: Callable[..., Any]
+    arguments: tuple[Any, ...]
     needs: tuple["Task", ...]
-
-    def __str__(self) -> str:
-        return self.stage.name if self.seed is None else f"{self.stage.name}, seed {self.seed}"
-
-    def uses_gpu(self) -> bool:
-        """Whether it takes a GPU where there is one."""
-        return "device" in self.stage.params and self.params["device"] in ("auto", "cuda")
+    digest: str  # of everything that decides the result
+    threads: int
+    gpu: bool  # whether it takes one where there is one
 
 
-def load_stages(root: Path) -> dict[str, Stage]:
-    """The stages of a checkout's dvc.yaml by name."""
-    from dvc.repo import Repo
+def plan(points: Mapping[str, Params]) -> dict[str, Task]:
+    """By point, the task that evaluates it."""
+    code, own_md5 = functools.cache(code_digest), functools.cache(md5)
 
-    found = {}
-    with Repo(str(root)) as repo:
-        for stage in repo.index.stages:
-            _, _, module, *arguments = shlex.split(stage.cmd)  # python -m module
-            deps = tuple(dep.def_path for dep in stage.deps if not hasattr(dep, "params"))
-            params = tuple(name for dep in stage.deps if hasattr(dep, "params") for name in dep.params)
-            outs = tuple(out.def_path for out in stage.outs)
-            found[stage.name] = Stage(stage.name, module, tuple(arguments), deps, params, outs)
-    return found
+    def task(work: Callable, packages: tuple[str, ...], *arguments: Any, title: str, params: Params, needs: tuple = ()) -> Task:
+        facts = (work.__name__, code(packages), version("torch"), arguments, [needed.digest for needed in needs])
+        digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+        gpu = work is not prepare_data and params.device in ("auto", "cuda")
+        return Task(title, work, arguments, needs, digest, params.threads, gpu)
 
+    def evaluation(params: Params) -> Task:
+        track, folder = params.distillation, Path()
+        own = own_file(track.dataset)
+        source = (track.dataset, track.size, track.validation, own_md5(own) if own and own.is_file() else None)
+        data = task(prepare_data, ("data", "fetching"), *source, title=f"data set {track.dataset}", params=params)
 
-def plan(root: Path, points: Mapping[str, Mapping[str, Any]], target: str, threads: int) -> dict[str, list[Task]]:
-    """By point, the tasks of the stage `target`; tasks that are equal are one and the same, whichever points need them.
+        def training(recipe: Recipe, *needs: Task) -> Task:
+            return task(train_network, CODE, recipe, title=recipe.title, params=params, needs=(data, *needs))
 
-    `points` has by name what each would have in params.yaml. Raises UserError if dvc.yaml has no such stage.
-    """
-    stages = load_stages(root)
-    if target not in stages:
-        raise UserError(f"target = {target!r} is no stage of dvc.yaml; those are: {', '.join(sorted(stages))}")
-    code = {name: _code(root, stage) for name, stage in stages.items()}
-    upstream = {
-        name: [other.name for other in stages.values() if _meet(stage.deps, other.outs)]
-        for name, stage in stages.items()
-    }
-    own_md5 = functools.cache(md5)
-    known: dict[str, Task] = {}
+        teachers = [training(train_teacher.recipe(params, seed, folder)) for seed in params.seeds]
+        alone = [training(train_student_alone.recipe(params, seed, folder)) for seed in params.seeds]
+        distilled = [
+            training(distill_student.recipe(params, seed, folder, folder), teacher)
+            for seed, teacher in zip(params.seeds, teachers, strict=True)
+        ]
+        packages, arguments = ("data", "evaluation", "networks"), (params.device, params.threads)
+        needs = (data, *teachers, *distilled, *alone)
+        return task(evaluate, packages, *arguments, title="evaluation", params=params, needs=needs)
 
-    def tasks(name: str, point: str, params: Params, found: dict[str, list[Task]]) -> list[Task]:
-        if name not in found:
-            stage = stages[name]
-            needed = [task for other in upstream[name] for task in tasks(other, point, params, found)]
-            own = [
-                own_file(getattr(params, Path(dep).name).dataset) for dep in stage.deps if dep.startswith("data/own/")
-            ]
-            values = params.flat(*stage.params)
-            found[name] = []
-            for seed in params.seeds if "seeds" in values else [None]:
-                needs = tuple(task for task in needed if seed is None or task.seed in (None, seed))
-                facts = {
-                    "stage": name,
-                    "params": values if seed is None else values | {"seeds": [seed]},
-                    "code": code[name],
-                    "own": [own_md5(path) for path in own if path and path.is_file()],
-                    "needs": [task.digest for task in needs],
-                    "torch": torch.__version__,
-                    "threads": threads,
-                }
-                digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-                if digest not in known:
-                    content = dict(points[point]) if seed is None else {**points[point], "seeds": [seed]}
-                    known[digest] = Task(digest, stage, seed, content, threads, point, needs)
-                found[name].append(known[digest])
-        return found[name]
-
-    return {point: tasks(target, point, Params.model_validate(content), {}) for point, content in points.items()}
-
-
-def _code(root: Path, stage: Stage) -> dict[str, str]:
-    return {path: hashlib.sha256((root / path).read_bytes()).hexdigest() for path in stage.code()}
-
-
-def _meet(deps: Sequence[str], outs: Sequence[str]) -> bool:
-    """Whether a dependency is an output, or below or above one."""
-    return any(f"{dep}/".startswith(f"{out}/") or f"{out}/".startswith(f"{dep}/") for dep in deps for out in outs)
+    return {point: evaluation(params) for point, params in points.items()}
 
 
 def in_order(tasks: Sequence[Task]) -> list[Task]:
     """These tasks and all that they need, each once and after those that it needs."""
-    found: dict[str, Task] = {}
+    ordered: dict[str, Task] = {}
     for task in tasks:
-        if task.digest not in found:
-            found |= {needed.digest: needed for needed in in_order(task.needs)}
-            found[task.digest] = task
-    return list(found.values())
+        ordered |= {needed.digest: needed for needed in in_order(task.needs)} | {task.digest: task}
+    return list(ordered.values())
 
 
-def workspace(root: Path, task: Task) -> Path:
-    """Where a task is done."""
-    return root / ".studies" / task.digest
+def prepare_data(root: Path, digest: str, dataset: str, size: int, validation: float, _own_md5: str | None) -> Path:
+    """The folder with the prepared set, as the stage fetch_data makes it."""
+    from pipeline.fetching.preparation import prepare
+    from pipeline.fetching.sources import read_source
+
+    folder = root / ".studies" / "data" / digest
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            with atomic_folder(folder) as partial:
+                prepare(read_source(dataset, size), validation, partial)
+    return folder
 
 
-def is_done(root: Path, task: Task) -> bool:
-    """Whether a task has been done."""
-    return (workspace(root, task) / DONE).exists()
+def train_network(root: Path, _digest: str, recipe: Recipe, data: Path, teacher: Path | None = None) -> Path:
+    """The checkpoint in `.trainings/`, as a stage trains it."""
+    return train(replace(recipe, data=data, teacher=teacher), root / ".trainings", lambda record: None)
 
 
-def begun(root: Path, task: Task) -> float:
-    """When a task was last begun, as a Unix time; 0 if never."""
+def evaluate(root: Path, digest: str, device: str, threads: int, data: Path, *checkpoints: Path) -> None:
+    """Write a point's result; `checkpoints` are, for each of MODELS, those of every seed."""
+    import torch
+
+    from pipeline.data.prepared import load_split
+    from pipeline.evaluation.comparisons import evaluate_track
+    from pipeline.networks.inference import choose_device
+
+    torch.set_num_threads(threads)
+    seeds = len(checkpoints) // len(MODELS)
+    options = {"models": MODELS, "comparisons": [PAIR], "teachers": {}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number, checkpoint in enumerate(checkpoints):
+            link = checkpoint_path(folder / MODELS[number // seeds], number % seeds)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(checkpoint)
+        test = load_split(data, "test", choose_device(device))
+        evaluation = evaluate_track("distillation", folder, load_dataset(data), test, **options)
+    accuracy = {f"accuracy_{model}": evaluation.metrics[model]["accuracy"] for model in MODELS}
+    comparison = evaluation.comparisons["{}_vs_{}".format(*PAIR)]
+    names = ("gain", "low", "high", "detectable", "verdict")
+    write_json(result_path(root, digest), accuracy | {name: comparison.get(name) for name in names})
+
+
+def result_path(root: Path, digest: str) -> Path:
+    """Where the result of an evaluation lies: accuracies (shares of 1), and the gain with its interval and verdict."""
+    return root / ".studies" / f"{digest}.json"
+
+
+def attempt(root: Path, task: Task, *needed: Outcome) -> Outcome:
+    """Do a task, given the outcomes of those that it needs; where one of them failed, it fails for the same reason."""
+    if reasons := [reason for _, reason in needed if reason]:
+        return None, reasons[0]
     try:
-        return (workspace(root, task) / "params.yaml").stat().st_mtime
-    except OSError:
-        return 0
-
-
-def environment(root: Path, commit: str) -> dict[str, str]:
-    """The variables that a task is done with wherever it is done: what DVC would set, and the driver's own for store and data."""
-    own = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
-    own |= {key: os.environ[key] for key in ("DATA_MIRROR", "TRACK_LATER") if key in os.environ}
-    return own | {"DVC_ROOT": str(root), "DVC_EXP_BASELINE_REV": commit}
-
-
-def attempt(root: Path, task: Task, variables: Mapping[str, str]) -> str | None:
-    """Do a task unless it is done. Why it failed, in one line; None if it is done.
-
-    Another process at the same task is waited for. What a killed one has left is removed, but for unfinished trainings
-    (pipeline.training.cache), which go on.
-    """
-    folder = workspace(root, task)
-    try:
-        folder.parent.mkdir(exist_ok=True)
-        lock = FileLock(folder.with_suffix(".lock"))
-        with lock:
-            if not is_done(root, task):
-                _do(root, task, variables)
-            Path(lock.lock_file).unlink(missing_ok=True)
+        return task.work(root, task.digest, *task.arguments, *(result for result, _ in needed)), None
     except UserError as error:
-        return f"{task}: {one_line(error)}"
+        reason = str(error)
     except Exception as error:  # a defect of ours, or of the machine
+        path = root / ".studies" / f"{task.digest}.traceback"
         with contextlib.suppress(OSError):
-            write_atomic(folder / "traceback", traceback.format_exc())
-        return f"{task}: {one_line(f'{type(error).__name__}: {error}')} (see {folder / 'traceback'})"
-    return None
+            write_atomic(path, traceback.format_exc())
+        full = isinstance(error, OSError) and is_disk_full(error)
+        reason = no_space(error) if full else f"{type(error).__name__}: {error} (see {path})"
+    return None, f"{task.title}: {one_line(reason)}"
 
 
-def _do(root: Path, task: Task, variables: Mapping[str, str]) -> None:
-    folder = workspace(root, task)
-    again = folder.exists()
-    shutil.rmtree(folder, ignore_errors=True)
-    started = time.time()
-    _lay_out(root, task)
-    with _as_a_stage(folder, task, variables):
-        importlib.import_module(task.stage.module).main(*task.stage.arguments)
-    times = {"started": started, "ended": time.time(), "again": again}
-    write_json(folder / DONE, {"stage": task.stage.name, "seed": task.seed, **times})
+def one_by_one(root: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
+    """Do the tasks, which are in order, in this process; yield each with its outcome."""
+    outcomes: dict[str, Outcome] = {}
+    for task in tasks:
+        outcomes[task.digest] = attempt(root, task, *(outcomes[needed.digest] for needed in task.needs))
+        yield task, outcomes[task.digest]
 
 
-def _lay_out(root: Path, task: Task) -> None:
-    """Fill a workspace with what its stage reads: parameters, and links to the outputs of the tasks that it needs."""
-    folder = workspace(root, task)
-    write_atomic(folder / "params.yaml", yaml.safe_dump(dict(task.params), sort_keys=False))
-    for dep in task.stage.deps:
-        if dep.startswith("data/own/"):
-            (folder / dep).mkdir(parents=True)
-    for needed in task.needs:
-        made = workspace(root, needed)
-        for out in needed.stage.outs:
-            for path in [made / out] if (made / out).is_file() else (made / out).rglob("*"):
-                if path.is_file():
-                    link = folder / path.relative_to(made)
-                    link.parent.mkdir(parents=True, exist_ok=True)
-                    link.symlink_to(os.path.relpath(path, link.parent))
+def on_ray(root: Path, tasks: Sequence[Task], workers: int | None, per_gpu: int) -> Iterator[tuple[Task, Outcome]]:
+    """Do the tasks, which are in order, on the cluster that RAY_ADDRESS names, else on `workers` processes of this machine.
+
+    A task takes as many cores as it has threads and, where there are GPUs, a share of 1 / `per_gpu`. Yields each with its
+    outcome when it has ended. Raises UserError if Ray is missing or its cluster does not answer.
+    """
+    ray = _start_ray(workers, max(task.threads for task in tasks))
+    try:
+        share = 1 / per_gpu if ray.cluster_resources().get("GPU", 0) else 0
+        work = ray.remote(max_retries=RETRIES)(_work(str(root), os.environ.get("DATA_MIRROR", "")))
+        refs: dict[str, Any] = {}
+        for task in tasks:
+            options = {"name": task.title, "num_cpus": task.threads, "num_gpus": share * task.gpu}
+            needed = [refs[other.digest] for other in task.needs]
+            refs[task.digest] = work.options(**options).remote(pickle.dumps(replace(task, needs=())), *needed)
+        waiting = {refs[task.digest]: task for task in tasks}
+        while waiting:
+            for ref in ray.wait(list(waiting))[0]:
+                task = waiting.pop(ref)
+                try:
+                    outcome = ray.get(ref)
+                except ray.exceptions.RayError as error:
+                    outcome = None, f"{task.title}: {type(error).__name__}: {one_line(error)}"
+                yield task, outcome
+    finally:
+        ray.shutdown()
 
 
-@contextlib.contextmanager
-def _as_a_stage(folder: Path, task: Task, variables: Mapping[str, str]) -> Iterator[None]:
-    """Have this process be one that DVC has started for a stage; what the stage prints goes into the workspace's `log`."""
-    variables = {
-        **variables,
-        "DVC_STAGE": task.stage.name,
-        "DVC_EXP_NAME": task.point,
-        "OMP_NUM_THREADS": str(task.threads),
-    }
-    before = {key: os.environ.get(key) for key in variables}
-    arguments, threads = sys.argv, torch.get_num_threads()
-    with (folder / "log").open("w") as log, contextlib.redirect_stdout(log), contextlib.chdir(folder):
-        os.environ.update(variables)
-        sys.argv = [f"{task.stage.module.replace('.', '/')}.py", *task.stage.arguments]
-        torch.set_num_threads(task.threads)
-        try:
-            yield
-        finally:
-            for key, value in before.items():
-                os.environ.pop(key) if value is None else os.environ.update({key: value})
-            sys.argv = arguments
-            torch.set_num_threads(threads)
+def _start_ray(workers: int | None, threads: int) -> ModuleType:
+    """Ray, connected to the cluster that RAY_ADDRESS names, else to one of its own that listens on 127.0.0.1 alone."""
+    address, machine = os.environ.get("RAY_ADDRESS"), {}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # no telemetry
+    if address:
+        token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+        if "RAY_AUTH_TOKEN" in os.environ or token.is_file():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # as the cluster's own machines do by themselves
+    else:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # 127.0.0.1 alone, as Ray does by itself on those systems
+        os.environ.update(MEMORY | os.environ)
+        workers = workers or max(1, (os.cpu_count() or 1) // threads)
+        machine = {"num_cpus": workers * threads, "include_dashboard": False}
+    try:
+        import ray
+
+        host, _, port = (address or "").rpartition(":")
+        if port.isdecimal():  # Ray itself tries for many minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **machine)
+    except ImportError as error:
+        advice = "pip install -r requirements-ray.txt, or run <name> --one-by-one"
+        raise UserError(f"a study runs on Ray, which is not installed: {advice}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        advice = "name a running cluster as host:port, or unset it to run on this machine"
+        raise UserError(f"RAY_ADDRESS={address or ''}: no answer ({error}): {advice}") from error
+    return ray
+
+
+def _work(root: str, data_mirror: str) -> Callable[..., Outcome]:
+    """What a Ray worker does. Made in a function, so that Ray sends its code: a machine without the checkout can then say so."""
+
+    def work(pickled: bytes, *needed: Outcome) -> Outcome:
+        if not Path(root, "dvc.yaml").is_file():
+            return None, f"{socket.gethostname()} does not see {root}: the machines of a cluster share the checkout's folder"
+        os.environ["DATA_MIRROR"] = data_mirror
+        if root not in sys.path:
+            sys.path.insert(0, root)
+        from studies.tasks import attempt
+
+        return attempt(Path(root), pickle.loads(pickled), *needed)  # noqa: S301 (our own)
+
+    return work

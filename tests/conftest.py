@@ -13,7 +13,7 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.prepared import Split, TrainingData
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # as a training, whatever the machine has
 
 
 def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -35,6 +35,15 @@ def write_npz(path: Path, **replaced: np.ndarray | None) -> Path:
     } | replaced
     np.savez(path, **{key: array for key, array in arrays.items() if array is not None})
     return path
+
+
+def is_mapped(address: int) -> bool:
+    """Whether memory of this process is that of a file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            return line.split()[4] != "0"  # the inode
+    raise AssertionError(hex(address))
 
 
 def small_checkout(folder: Path) -> Checkout:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from faults.checkout import Checkout, free_port, wait_for
+from tests.faults.checkout import Checkout, free_port, wait_for
 from tests.conftest import ROOT, small_checkout
 from tests.test_end_to_end import stages_run
 

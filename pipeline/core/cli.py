@@ -1,7 +1,6 @@
 """How a command starts and ends: its arguments, its exit status, and what it says when it fails."""
 
 import argparse
-import errno
 import os
 import signal
 import sys
@@ -9,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from pipeline.core.errors import UserError, one_line
+from pipeline.core.errors import UserError, is_disk_full, no_space, one_line
 from pipeline.core.provenance import code_digest
 
 
@@ -37,10 +36,9 @@ def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
     except UserError as error:
         sys.exit(f"error: {one_line(error)}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
-        where = one_line(error.filename or "a file")
-        sys.exit(f"error: no space left on the disk while writing {where}: free some and run again")
+        sys.exit(f"error: {one_line(no_space(error))}")
     except KeyboardInterrupt:
         print("interrupted: the same command resumes", file=sys.stderr)
         sys.exit(130)

@@ -1,5 +1,7 @@
 """Errors that a user can do something about."""
 
+import errno
+
 LONGEST = 1000  # characters of a message
 
 
@@ -12,3 +14,13 @@ def one_line(message: object) -> str:
     text = " ".join(str(message).split())
     text = "".join(char if char.isprintable() else "?" for char in text)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether there is no space left, or none of the user's quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def no_space(error: OSError) -> str:
+    """The message for a full disk."""
+    return f"no space left on the disk while writing {error.filename or 'a file'}: free some and run again"

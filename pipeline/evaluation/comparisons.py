@@ -1,155 +1,211 @@
-"""A track's models on its test images: every checkpoint measured, seeds summed up, models compared."""
+"""A track's models on its test images: every checkpoint's predictions, figures over the seeds, comparisons; and their files.
 
-from collections.abc import Mapping, Sequence
+Reading the files needs no PyTorch.
+"""
+
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
-import torch
 
-from pipeline.networks.description import Description, checkpoints_in
-from pipeline.networks.checkpoints import load_checkpoint
-from pipeline.data.dataset import Dataset
-from pipeline.data.prepared import Split
 from pipeline.core.errors import UserError
-from pipeline.evaluation.metrics import agreement, by_class, confusion, divergence, over_seeds, reliability, score
-from pipeline.evaluation.statistics import Comparison, above_chance, compare
-from pipeline.evaluation.tracks import COMPARISONS, MODELS
-from pipeline.core.files import md5
-from pipeline.networks.inference import predict
+from pipeline.core.files import md5, write_atomic, write_json
+from pipeline.data.dataset import Dataset
+from pipeline.networks.description import Description, checkpoints_in
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from pipeline.data.prepared import Split
 
 
-class Measured(NamedTuple):
+class Evaluation(NamedTuple):
+    """A track's results, as the stage evaluate writes them.
+
+    Attributes
+    ----------
+    metrics : dict
+        By model: means over the seeds, `_sd` and `_ci95` beside what varies, and `parameters` (their number).
+    comparisons : dict
+        By "<model>_vs_<other>": the figures of `statistics.Comparison` and its verdict.
+    detail : dict
+        `track`, `dataset` (a Dataset) and by model, under `models`: the training's `architecture`, `arguments`, `parameters` and
+        `setting`; by seed, `seeds`, `digests`, `checkpoints` (MD5), `best_epochs`, `figures` and `histories` (a dict per epoch);
+        `at_chance` (the seeds that learned nothing); `by_class` (means over the seeds).
+    labels : int64 array of shape (N,)
+    probabilities : dict of float32 arrays of shape (S, N, K)
+        By model; in the order of the seeds, the test images and the classes.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    comparisons: dict[str, dict[str, Any]]
+    detail: dict[str, Any]
+    labels: np.ndarray
+    probabilities: dict[str, np.ndarray]
+
+    def pooled(self, model: str) -> tuple[np.ndarray, np.ndarray]:
+        """Labels (S * N,) and probabilities (S * N, K) of one model, all seeds."""
+        probabilities = self.probabilities[model]
+        return np.tile(self.labels, len(probabilities)), probabilities.reshape(-1, probabilities.shape[2])
+
+
+class _Predictions(NamedTuple):
     """One checkpoint on the test images."""
 
     md5: str
     description: Description
-    labels: np.ndarray  # int, (N,)
+    parameters: int  # of the network
     probabilities: np.ndarray  # float64, (N, K)
-    figures: dict[str, float]
-    by_class: dict[str, dict[str, float]]
-    confusion: np.ndarray
-
-    @property
-    def right(self) -> np.ndarray:
-        """Which images are classified rightly: bool, (N,)."""
-        return self.probabilities.argmax(axis=1) == self.labels
 
 
-def measure_track(track: str, dataset: Dataset, test: Split) -> dict[str, list[Measured]]:
-    """Every checkpoint of a track's models, by model, in the order of their seeds.
+def evaluate_track(
+    track: str,
+    folder: Path,
+    dataset: Dataset,
+    test: "Split",
+    models: Sequence[str],
+    comparisons: Sequence[tuple[str, str]],
+    teachers: Mapping[str, str],
+) -> Evaluation:
+    """Evaluate every checkpoint in `folder`/<model>.
 
-    A student's figures hold its fidelity to the teacher of the same seed too. Raises UserError if a checkpoint is missing,
-    damaged or trained on other data than `dataset`, and if the models' seeds differ.
+    `comparisons` are pairs of models, `teachers` the model that a student's fidelity is measured by, seed by seed.
+
+    Raises UserError if a checkpoint is missing, damaged or trained on other data than `dataset`, and if the models' seeds differ.
     """
-    measured = {
-        model: [measure(path, dataset, test) for path in checkpoints_in(Path("models") / track / model)]
-        for model in MODELS[track]
+    from pipeline.evaluation.metrics import fidelity, over_seeds, score
+    from pipeline.evaluation.statistics import compare
+
+    labels = test.labels.cpu().numpy()
+    predictions = {
+        model: [_predict(path, dataset, test.images) for path in checkpoints_in(folder / model)] for model in models
     }
-    seeds = {model: [run.description.seed for run in runs] for model, runs in measured.items()}
+    seeds = {model: [run.description.seed for run in runs] for model, runs in predictions.items()}
     if len(set(map(tuple, seeds.values()))) > 1:
-        raise UserError(f"models/{track}: the models were trained with different seeds, {seeds}: run dvc repro")
-    if track == "distillation":
-        for student in ("student_distilled", "student_alone"):
-            for run, teacher in zip(measured[student], measured["teacher"], strict=True):
-                run.figures["agreement_with_teacher"] = agreement(run.probabilities, teacher.probabilities)
-                run.figures["kl_from_teacher"] = divergence(run.probabilities, teacher.probabilities)
-    return measured
+        raise UserError(f"{folder}: the models were trained with different seeds, {seeds}: run dvc repro")
+    figures = {model: [score(labels, run.probabilities) for run in runs] for model, runs in predictions.items()}
+    for student, teacher in teachers.items():
+        for values, ours, theirs in zip(figures[student], predictions[student], predictions[teacher], strict=True):
+            values.update(fidelity(ours.probabilities, theirs.probabilities))
+    metrics, details, correct, probabilities = {}, {}, {}, {}
+    for model, runs in predictions.items():
+        losses = [{"final_train_loss": run.description.history[-1].train_loss} for run in runs]
+        varying = [values | loss for values, loss in zip(figures[model], losses, strict=True)]
+        metrics[model] = over_seeds(varying) | {"parameters": runs[0].parameters}
+        details[model] = _detail(runs, labels) | {"figures": figures[model]}
+        correct[model] = np.stack([run.probabilities.argmax(axis=1) == labels for run in runs])
+        probabilities[model] = np.stack([run.probabilities for run in runs]).astype(np.float32)
+    compared = {f"{one}_vs_{other}": compare(correct[one], correct[other]).as_json() for one, other in comparisons}
+    detail = {"track": track, "dataset": dataset.model_dump(mode="json"), "models": details}
+    return Evaluation(metrics, compared, detail, labels, probabilities)
 
 
-def measure(path: Path, dataset: Dataset, test: Split) -> Measured:
-    """One checkpoint's results. Raises UserError if it was trained on other data than `dataset`."""
-    classifier, description = load_checkpoint(path, test.labels.device)
+def _predict(path: Path, dataset: Dataset, images: "Tensor") -> _Predictions:
+    """One checkpoint's predictions. Raises UserError if it was trained on other data than `dataset`."""
+    import torch
+
+    from pipeline.networks.checkpoints import load_checkpoint
+    from pipeline.networks.inference import predict
+
+    classifier, description = load_checkpoint(path, images.device)
     if description.dataset != dataset:
         raise UserError(f"{path}: trained on other data ({description.dataset.name}) than is in data/: run dvc repro")
-    labels = test.labels.cpu().numpy()
-    probabilities = torch.softmax(predict(classifier, test.images).double(), dim=1).cpu().numpy()
-    figures = score(labels, probabilities) | {
-        "final_train_loss": description.history[-1].train_loss,
-        "parameters": sum(tensor.numel() for tensor in classifier.parameters()),
-    }
-    return Measured(
-        md5(path),
-        description,
-        labels,
-        probabilities,
-        figures,
-        by_class(labels, probabilities, dataset.classes),
-        confusion(labels, probabilities),
-    )
+    probabilities = torch.softmax(predict(classifier, images).double(), dim=1).cpu().numpy()
+    return _Predictions(md5(path), description, sum(p.numel() for p in classifier.parameters()), probabilities)
 
 
-def summarise(runs: Sequence[Measured]) -> dict[str, float]:
-    """One model's entry in metrics/<track>.json: means over the seeds, `_sd` and `_ci95` beside what varies."""
-    parameters = runs[0].figures["parameters"]
-    varying = [{key: value for key, value in run.figures.items() if key != "parameters"} for run in runs]
-    return over_seeds(varying) | {"parameters": parameters}
+def _detail(runs: Sequence[_Predictions], labels: np.ndarray) -> dict[str, Any]:
+    """One model's entry in `Evaluation.detail`, without its figures."""
+    from pipeline.evaluation.metrics import by_class, over_seeds
+    from pipeline.evaluation.statistics import above_chance
 
-
-def summarise_classes(runs: Sequence[Measured]) -> dict[str, dict[str, float]]:
-    """One model's precision, recall and F1 by class, means over the seeds as in `summarise`."""
-    return {name: over_seeds([run.by_class[name] for run in runs]) for name in runs[0].by_class}
-
-
-def compare_models(track: str, measured: Mapping[str, Sequence[Measured]]) -> dict[str, Comparison]:
-    """The track's comparisons, by "<model>_vs_<other>"."""
+    descriptions = [run.description for run in runs]
+    first, images = descriptions[0], descriptions[0].dataset.images["val"]
+    classes = [by_class(labels, run.probabilities, first.dataset.classes) for run in runs]
+    at_chance = [
+        description.seed
+        for description in descriptions
+        if not above_chance(round(description.best()[0] * images), images, description.chance)
+    ]
     return {
-        f"{model}_vs_{other}": compare(
-            np.stack([run.right for run in measured[model]]), np.stack([run.right for run in measured[other]])
-        )
-        for model, other in COMPARISONS[track]
+        **{key: getattr(first, key) for key in ("architecture", "arguments", "parameters", "setting")},
+        "seeds": [description.seed for description in descriptions],
+        "digests": [description.digest for description in descriptions],
+        "checkpoints": [run.md5 for run in runs],
+        "best_epochs": [description.best_epoch for description in descriptions],
+        "at_chance": at_chance,
+        "by_class": {name: over_seeds([figures[name] for figures in classes]) for name in first.dataset.classes},
+        "histories": [[epoch.model_dump() for epoch in description.history] for description in descriptions],
     }
 
 
-def gains(track: str, measured: Mapping[str, Sequence[Measured]]) -> pd.DataFrame:
-    """Each seed's difference in accuracy (share of 1): a row per seed, a column per comparison."""
-    seeds = [run.description.seed for run in measured[MODELS[track][0]]]
-    columns = {
-        f"{model}_vs_{other}": [
-            one.figures["accuracy"] - two.figures["accuracy"]
-            for one, two in zip(measured[model], measured[other], strict=True)
-        ]
-        for model, other in COMPARISONS[track]
-    }
-    return pd.DataFrame(columns, index=pd.Index(seeds, name="seed"))
+def loss_curves(evaluation: Evaluation) -> "pd.DataFrame":
+    """Columns model, epoch (from 1), split (train, val) and, over the seeds, mean `loss` with its range `low`, `high`, in nats."""
+    import pandas as pd
+
+    rows = [
+        {"model": model, "epoch": number, "split": split, "loss": epoch[f"{split}_loss"]}
+        for model, entry in evaluation.detail["models"].items()
+        for history in entry["histories"]
+        for number, epoch in enumerate(history, 1)
+        for split in ("train", "val")
+    ]
+    losses = pd.DataFrame(rows).groupby(["model", "epoch", "split"], sort=False)["loss"]
+    return losses.agg(loss="mean", low="min", high="max").reset_index()
 
 
-def pooled_reliability(runs: Sequence[Measured]) -> pd.DataFrame:
-    """The reliability of one model over the predictions of all its seeds; columns as in `metrics.reliability`."""
-    return reliability(
-        np.concatenate([run.labels for run in runs]), np.concatenate([run.probabilities for run in runs])
-    )
+def confusions(evaluation: Evaluation) -> dict[str, np.ndarray]:
+    """By model, the counts of all seeds, (K, K): rows are the true classes, columns the predicted ones."""
+    from pipeline.evaluation.metrics import confusion
+
+    return {model: confusion(*evaluation.pooled(model)) for model in evaluation.probabilities}
 
 
-def predictions(measured: Mapping[str, Sequence[Measured]]) -> dict[str, np.ndarray]:
-    """What every checkpoint said: `labels` int64 (N,), `seeds` int64 (S,), and by model the predicted class, int16 (S, N)."""
-    first = next(iter(measured.values()))
-    found = {"labels": first[0].labels, "seeds": np.array([run.description.seed for run in first])}
-    for model, runs in measured.items():
-        found[model] = np.stack([run.probabilities.argmax(axis=1) for run in runs]).astype(np.int16)
-    return found
+def write_evaluation(evaluation: Evaluation, root: Path) -> None:
+    """Write the files that `read_evaluation` reads, and the values of DVC's plots, below `root`. Equal input, equal bytes."""
+    import pandas as pd
+
+    metrics, comparisons, detail, labels, probabilities = evaluation
+    track, classes = detail["track"], detail["dataset"]["classes"]
+    counts = confusions(evaluation)
+    cells = pd.MultiIndex.from_product([counts, classes, classes], names=["model", "actual", "predicted"])
+    confusion = pd.Series(np.stack(list(counts.values())).ravel(), cells, name="count").reset_index()
+    for name, frame in (("losses", loss_curves(evaluation)), ("confusion", confusion)):
+        write_atomic(root / f"metrics/plots/{track}/{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
+    *tables, predictions = _paths(track)
+    for path, content in zip(tables, (metrics, comparisons, detail), strict=True):
+        write_json(root / path, content)
+    arrays, seeds = io.BytesIO(), next(iter(detail["models"].values()))["seeds"]
+    np.savez_compressed(arrays, labels=labels, seeds=np.array(seeds), **probabilities)
+    write_atomic(root / predictions, arrays.getvalue())
 
 
-def how_it_was_run(dataset: Dataset, measured: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
-    """Data set, seeds and parameters of the checkpoints that were measured, and which seeds learned nothing."""
-    models = {}
-    for model, runs in measured.items():
-        first = runs[0].description
-        parameters = {key: value for key, value in first.parameters.items() if key != "teacher_md5"}
-        models[model] = {
-            "architecture": first.architecture,
-            "arguments": first.arguments,
-            "parameters": parameters,
-            "seeds": [run.description.seed for run in runs],
-            "best_epochs": [run.description.best_epoch for run in runs],
-            "at_chance": [run.description.seed for run in runs if not _learned(run.description)],
-        }
-    return {"dataset": dataset.model_dump(), "models": models}
+def read_evaluation(track: str, read: Callable[[str], bytes]) -> Evaluation:
+    """A track's results from the files that `read` gives by their path in the checkout.
+
+    Raises UserError if one is missing, damaged or does not fit the others.
+    """
+    *tables, predictions = _paths(track)
+    try:
+        metrics, comparisons, detail = (dict(json.loads(read(path := table))) for table in tables)
+        models, classes = detail["models"], detail["dataset"]["classes"]
+        with np.load(io.BytesIO(read(path := predictions)), allow_pickle=False) as arrays:
+            labels, probabilities = arrays["labels"], {model: arrays[model] for model in models}
+        for model, entry in models.items():
+            if probabilities[model].shape != (len(entry["seeds"]), len(labels), len(classes)):
+                raise ValueError(f"{model}: probabilities of shape {probabilities[model].shape}")
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: missing or damaged: {error}: run dvc repro evaluate@{track}") from error
+    return Evaluation(metrics, comparisons, detail, labels, probabilities)
 
 
-def _learned(description: Description) -> bool:
-    """Whether the checkpoint does better on the validation images than naming the commonest class always would."""
-    images = description.dataset.images["val"]
-    accuracy, _ = description.best()
-    return above_chance(round(accuracy * images), images, description.chance)
+def _paths(track: str) -> list[str]:
+    """Of metrics, comparisons, detail and predictions."""
+    files = (f"{track}.json", f"{track}_comparisons.json", f"detail/{track}.json", f"predictions/{track}.npz")
+    return [f"metrics/{file}" for file in files]

@@ -9,14 +9,7 @@ from statistics import fmean, stdev
 import numpy as np
 import pandas as pd
 from scipy.special import rel_entr
-from sklearn.metrics import (
-    accuracy_score,
-    classification_report,
-    confusion_matrix,
-    f1_score,
-    precision_recall_fscore_support,
-    roc_auc_score,
-)
+from sklearn import metrics as sk
 
 from pipeline.evaluation.statistics import half_width
 
@@ -30,17 +23,17 @@ def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
     over the classes that the labels hold (MedMNIST's own sets hold them all). At least two classes must be among the labels.
     """
     if probabilities.shape[1] == 2:
-        return float(roc_auc_score(labels == 1, probabilities[:, 1]))
-    return fmean(roc_auc_score(labels == label, probabilities[:, label]) for label in np.unique(labels))
+        return float(sk.roc_auc_score(labels == 1, probabilities[:, 1]))
+    return fmean(sk.roc_auc_score(labels == label, probabilities[:, label]) for label in np.unique(labels))
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
     """Accuracy, AUC, weighted F1 (0-1), negative log-likelihood (nats per image) and expected calibration error (0-1)."""
     predicted = probabilities.argmax(axis=1)
     return {
-        "accuracy": float(accuracy_score(labels, predicted)),
+        "accuracy": float(sk.accuracy_score(labels, predicted)),
         "auc": auc(labels, probabilities),
-        "f1_weighted": float(f1_score(labels, predicted, average="weighted", zero_division=0)),
+        "f1_weighted": float(sk.f1_score(labels, predicted, average="weighted", zero_division=0)),
         "nll": negative_log_likelihood(labels, probabilities),
         "ece": calibration_error(reliability(labels, probabilities)),
     }
@@ -48,27 +41,27 @@ def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
 
 def negative_log_likelihood(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Mean of -log of the true class's probability, nats. A probability of 0 counts as the smallest number above it."""
-    of_label = probabilities[np.arange(len(labels)), labels]
-    return float(-np.log(np.maximum(of_label, np.finfo(float).tiny)).mean())
+    of_true_class = probabilities[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(of_true_class, np.finfo(float).tiny)).mean())
 
 
 def reliability(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
-    """How often the prediction is right, by its confidence (the largest probability): the points of a reliability diagram.
+    """Accuracy by confidence (the largest probability): the points of a reliability diagram.
 
     A row per bin of (0, 1], 15 of equal width: `bin` (its upper end), `images`, and their mean `confidence` and `accuracy`,
     0 where a bin is empty.
     """
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
-    number = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
-    images = np.bincount(number, minlength=CALIBRATION_BINS)
-    of_images = np.maximum(images, 1)
+    confidence = probabilities.max(axis=1).astype(float)
+    correct = probabilities.argmax(axis=1) == labels
+    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    images = np.bincount(bins, minlength=CALIBRATION_BINS)
+    divisor = np.maximum(images, 1)
     return pd.DataFrame(
         {
             "bin": np.arange(1, CALIBRATION_BINS + 1) / CALIBRATION_BINS,
             "images": images,
-            "confidence": np.bincount(number, confidence, CALIBRATION_BINS) / of_images,
-            "accuracy": np.bincount(number, right, CALIBRATION_BINS) / of_images,
+            "confidence": np.bincount(bins, confidence, CALIBRATION_BINS) / divisor,
+            "accuracy": np.bincount(bins, correct, CALIBRATION_BINS) / divisor,
         }
     )
 
@@ -79,22 +72,22 @@ def calibration_error(bins: pd.DataFrame) -> float:
     return float((gap * bins["images"]).sum() / bins["images"].sum())
 
 
-def agreement(probabilities: np.ndarray, teacher: np.ndarray) -> float:
-    """Share of the images, 0-1, for which two models name the same class (Stanton et al. 2021, arXiv:2106.05945)."""
-    return float((probabilities.argmax(axis=1) == teacher.argmax(axis=1)).mean())
+def fidelity(probabilities: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
+    """How close a student is to its teacher on the images (Stanton et al. 2021, arXiv:2106.05945).
 
-
-def divergence(probabilities: np.ndarray, teacher: np.ndarray) -> float:
-    """KL(teacher || student) at temperature 1, mean over the images, nats."""
-    return float(rel_entr(teacher, np.maximum(probabilities, np.finfo(float).tiny)).sum(axis=1).mean())
+    The share for which both name the same class, 0-1, and the mean of KL(teacher || student) at temperature 1, nats.
+    """
+    agreement = probabilities.argmax(axis=1) == teacher.argmax(axis=1)
+    divergence = rel_entr(teacher, np.maximum(probabilities, np.finfo(float).tiny)).sum(axis=1)
+    return {"agreement_with_teacher": float(agreement.mean()), "kl_from_teacher": float(divergence.mean())}
 
 
 def by_class(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, float]]:
     """Precision, recall and F1 (0-1) of each class by its name."""
-    columns = precision_recall_fscore_support(
+    columns = sk.precision_recall_fscore_support(
         labels, probabilities.argmax(axis=1), labels=range(len(classes)), average=None, zero_division=0
-    )[:3]
-    rows = zip(*(column.tolist() for column in columns), strict=True)
+    )
+    rows = np.transpose(columns[:3]).tolist()
     return {
         name: dict(zip(("precision", "recall", "f1"), row, strict=True))
         for name, row in zip(classes, rows, strict=True)
@@ -103,14 +96,13 @@ def by_class(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[st
 
 def report(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> str:
     """scikit-learn's classification report as text."""
-    predicted = probabilities.argmax(axis=1)
-    every = range(len(classes))
-    return classification_report(labels, predicted, labels=every, target_names=classes, digits=4, zero_division=0)
+    options = {"labels": range(len(classes)), "target_names": classes, "digits": 4, "zero_division": 0}
+    return sk.classification_report(labels, probabilities.argmax(axis=1), **options)
 
 
 def confusion(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Counts of shape (K, K): rows are the true classes, columns the predicted ones."""
-    return confusion_matrix(labels, probabilities.argmax(axis=1), labels=range(probabilities.shape[1]))
+    return sk.confusion_matrix(labels, probabilities.argmax(axis=1), labels=range(probabilities.shape[1]))
 
 
 def over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:

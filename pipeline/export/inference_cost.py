@@ -1,7 +1,7 @@
-"""What one model costs to run on the CPU, measured in a process of its own so that its memory can be told apart.
+"""What one model costs to run on the CPU, measured in a process of its own so that the peak memory is the model's alone.
 
-`python -m pipeline.export.inference_cost FILE HEIGHT WIDTH CHANNELS` prints the figures of a checkpoint or an ONNX file as JSON. An ONNX
-file is run without importing PyTorch.
+`python -m pipeline.export.inference_cost FILE` prints the figures of a checkpoint or an ONNX file as JSON. An ONNX file is
+run without importing PyTorch.
 """
 
 import json
@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,23 +19,25 @@ LATENCY_PASSES = 200
 THROUGHPUT_PASSES = 30
 THROUGHPUT_BATCH = 256
 
+Run = Callable[[np.ndarray], Any]
 
-def inference_cost(path: Path, image_shape: tuple[int, int, int]) -> dict[str, float]:
+
+def inference_cost(path: Path) -> dict[str, float]:
     """The figures of `measure`, from a fresh process."""
-    command = [sys.executable, "-m", "pipeline.export.inference_cost", str(path), *map(str, image_shape)]
+    command = [sys.executable, "-m", "pipeline.export.inference_cost", str(path)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 (ourselves)
     return json.loads(done.stdout)
 
 
-def measure(path: Path, image_shape: tuple[int, int, int]) -> dict[str, float]:
+def measure(path: Path) -> dict[str, float]:
     """Latency of one image (ms, median and 95th percentile), images per second in batches of 256, peak memory (MiB).
 
-    The memory is the whole process's, libraries included; it is left out where the system does not tell.
+    All cores are used. The memory is the whole process's, libraries included; left out on systems without /proc.
     """
-    run = _onnx(path) if path.suffix == ".onnx" else _torch(path)
+    run, image_shape = (_open_onnx if path.suffix == ".onnx" else _open_checkpoint)(path)
     images = np.random.default_rng(0).integers(0, 256, (THROUGHPUT_BATCH, *image_shape), dtype=np.uint8)
-    single = _times(run, images[:1], LATENCY_PASSES)
-    batch = _times(run, images, THROUGHPUT_PASSES)
+    single = _seconds(run, images[:1], LATENCY_PASSES)
+    batch = _seconds(run, images, THROUGHPUT_PASSES)
     figures = {
         "latency_ms": 1000 * float(np.median(single)),
         "latency_p95_ms": 1000 * float(np.quantile(single, 0.95)),
@@ -47,8 +50,8 @@ def measure(path: Path, image_shape: tuple[int, int, int]) -> dict[str, float]:
     return figures
 
 
-def _times(run: Callable[[np.ndarray], None], images: np.ndarray, passes: int) -> list[float]:
-    """Seconds of each pass, after some that do not count."""
+def _seconds(run: Run, images: np.ndarray, passes: int) -> list[float]:
+    """Seconds of each pass, after a warm-up."""
     seconds = []
     for number in range(-(passes // 10) - 3, passes):
         start = time.perf_counter()
@@ -58,23 +61,22 @@ def _times(run: Callable[[np.ndarray], None], images: np.ndarray, passes: int) -
     return seconds
 
 
-def _onnx(path: Path) -> Callable[[np.ndarray], None]:
+def _open_onnx(path: Path) -> tuple[Run, tuple[int, int, int]]:
     from pipeline.export.onnx_model import Student
 
-    session = Student(path).session
-    return lambda images: session.run(None, {"images": images})
+    student = Student(path)
+    return lambda images: student.session.run(None, {"images": images}), student.shape
 
 
-def _torch(path: Path) -> Callable[[np.ndarray], None]:
+def _open_checkpoint(path: Path) -> tuple[Run, tuple[int, int, int]]:
     import torch
 
     from pipeline.networks.checkpoints import load_checkpoint
-    from pipeline.networks.inference import choose_device, predict
+    from pipeline.networks.inference import predict
 
-    classifier, _ = load_checkpoint(path, choose_device("cpu"))
-    return lambda images: torch.softmax(predict(classifier, torch.from_numpy(images)), dim=1)
+    classifier, description = load_checkpoint(path, torch.device("cpu"))
+    return lambda images: predict(classifier, torch.from_numpy(images)).softmax(dim=1), description.dataset.image_shape
 
 
 if __name__ == "__main__":
-    file, *shape = sys.argv[1:]
-    print(json.dumps(measure(Path(file), tuple(map(int, shape)))))
+    print(json.dumps(measure(Path(sys.argv[1]))))

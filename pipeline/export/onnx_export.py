@@ -1,10 +1,9 @@
-"""Write the student as an ONNX file, which exported.py describes and opens."""
+"""Write the student as an ONNX file, which onnx_model describes and opens."""
 
 import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,47 +11,31 @@ import onnx
 import torch
 from google.protobuf.message import DecodeError
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.core.errors import UserError
-from pipeline.export.onnx_model import BATCH, Student
 from pipeline.core.files import write_atomic
+from pipeline.export.onnx_model import BATCH
 from pipeline.networks.architectures import Classifier
 
 OPSET = 18
 
 
-class _Probabilities(nn.Module):
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.softmax(self.classifier(images), dim=1)
-
-
 def export_onnx(classifier: Classifier, image_shape: tuple[int, int, int], classes: list[str], path: Path) -> None:
     """Write a float32 model for images of `image_shape` (H, W, C). Equal weights, equal bytes."""
-    module = _Probabilities(classifier).eval()
-    images = torch.zeros((2, *image_shape), dtype=torch.uint8)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # advice to the exporter's authors
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-        warnings.simplefilter("ignore")
-        raw = Path(folder) / "raw.onnx"
-        torch.onnx.export(
-            module,
-            (images,),
-            raw,
+    with warnings.catch_warnings(action="ignore"):
+        program = torch.onnx.export(
+            nn.Sequential(classifier, nn.Softmax(dim=1)).eval(),
+            (torch.zeros((2, *image_shape), dtype=torch.uint8),),
             input_names=["images"],
             output_names=["probabilities"],
-            dynamic_shapes={"images": {0: torch.export.Dim("N")}},
+            dynamic_shapes=({0: torch.export.Dim("N")},),
             opset_version=OPSET,
-            external_data=False,
             verbose=False,
             dynamo=True,
         )
-        model = onnx.load(raw)
-    _save(model, classes, path)
+    _save(program.model_proto, classes, path)
 
 
 def quantize(source: Path, calibration: np.ndarray, classes: list[str], path: Path) -> None:
@@ -84,7 +67,7 @@ def quantize(source: Path, calibration: np.ndarray, classes: list[str], path: Pa
 
 class _Calibration(CalibrationDataReader):
     def __init__(self, images: np.ndarray) -> None:
-        self.batches: Iterator[np.ndarray] = iter(np.array_split(images, -(-len(images) // BATCH)))
+        self.batches = iter(np.array_split(images, -(-len(images) // BATCH)))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self.batches, None)
@@ -101,8 +84,3 @@ def _save(model: onnx.ModelProto, classes: list[str], path: Path) -> None:
     onnx.helper.set_model_props(model, {"classes": json.dumps(classes)})
     onnx.checker.check_model(model)
     write_atomic(path, model.SerializeToString(deterministic=True))
-
-
-def predict_onnx(path: Path, images: np.ndarray) -> np.ndarray:
-    """Probabilities, float32 of shape (N, K), of uint8 images of shape (N, H, W, C), by ONNX Runtime on the CPU."""
-    return Student(path).probabilities(images)

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from onnxruntime import InferenceSession
+from onnxruntime import InferenceSession, SessionOptions
 
 from pipeline.core.errors import UserError
 
@@ -24,11 +24,16 @@ class Student:
     shape : (H, W, C) of an image
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises UserError for a file that is missing, damaged, or another model."""
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        """Open `path` to compute with so many threads, 0: one per core.
+
+        Raises UserError for a file that is missing, damaged, or another model.
+        """
         self.path = path
+        options = SessionOptions()
+        options.intra_op_num_threads = threads
         try:
-            self.session = InferenceSession(path, providers=["CPUExecutionProvider"])
+            self.session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
             self.classes = json.loads(self.session.get_modelmeta().custom_metadata_map["classes"])
             (images,), (output,) = self.session.get_inputs(), self.session.get_outputs()
             if (images.name, images.type, len(images.shape)) != ("images", "tensor(uint8)", 4):

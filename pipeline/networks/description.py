@@ -38,6 +38,7 @@ class Description(BaseModel):
     dataset: Dataset  # classes, input scaling and fingerprint among it
     seed: int
     parameters: dict[str, Any]  # of the training and of its teacher's, by their key in params.yaml
+    teacher_md5: str | None = None  # of the checkpoint that it learned from
     device: str  # the type: cpu, cuda, mps
     history: list[Epoch]
     best_epoch: Annotated[int, Field(ge=1)]  # 1-based; the weights are those after this epoch

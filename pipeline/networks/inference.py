@@ -1,7 +1,5 @@
 """Run a model forward, and on which device."""
 
-import contextlib
-import ctypes
 import os
 
 import torch
@@ -12,32 +10,20 @@ from pipeline.core.errors import UserError
 PREDICT_PIXELS = 250 * 28 * 28  # per forward pass: 250 images of 28x28
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `name` (auto, cpu, cuda, mps) stands for, with the process set up to train on it reproducibly.
+def choose_device(name: str, number: int = 0) -> torch.device:
+    """The device that `name` (auto, cpu, cuda, mps) stands for, with the process set up to compute on it reproducibly.
 
-    Raises UserError if this machine has no such device.
+    `number` says which GPU, modulo how many there are. Raises UserError if this machine has no such device.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
+        name = next(kind for kind, usable in available.items() if usable)
     if not available[name]:
         raise UserError(f"device = {name!r}: this machine or this build of torch has none; use auto or cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs to be reproducible
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms(True) without importing the compiler
     torch.utils.deterministic.fill_uninitialized_memory = False
-    _keep_freed_memory()
-    return torch.device(name)
-
-
-def _keep_freed_memory() -> None:
-    """Make glibc reuse the memory of one step in the next instead of giving it back to the system and faulting it in again.
-
-    Elsewhere this does nothing.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at its upper limit: from which size on memory is mapped by itself
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much free memory is kept
+    return torch.device("cuda", number % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
 
 
 def choose_precision(name: str, device: torch.device) -> str:

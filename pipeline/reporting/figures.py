@@ -1,36 +1,62 @@
 """Figures. They can be read in greyscale: what differs, differs in shape or line as well as in colour."""
 
+import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipeline.networks.description import Epoch
-from pipeline.evaluation.statistics import Comparison
+from pipeline.evaluation.comparisons import Evaluation, confusions, loss_curves
+from pipeline.evaluation.metrics import reliability
+
+MARKERS = "osD^vPX"
+MOST_COUNTS = 30  # classes up to which the counts are written into a confusion matrix
+MOST_NAMES = 100  # classes up to which an axis names every one
+LONGEST_NAME = 32  # characters
 
 
-def curves(histories: Sequence[Sequence[Epoch]]) -> pd.DataFrame:
-    """Learning curves of one model: a row per epoch (from 1), columns the means over the seeds, and `_min` and `_max` of each."""
-    frames = [
-        pd.DataFrame([dict(epoch) for epoch in history], index=pd.RangeIndex(1, len(history) + 1, name="epoch"))
-        for history in histories
-    ]
-    grouped = pd.concat(frames).groupby("epoch")
-    mean, low, high = grouped.mean(), grouped.min().add_suffix("_min"), grouped.max().add_suffix("_max")
-    return pd.concat([mean, low, high], axis=1)
+def draw_figures(
+    evaluation: Evaluation, costs: Mapping[str, Any], exported: Mapping[str, Mapping[str, float]]
+) -> dict[str, bytes]:
+    """Every figure of a track's report, as PNG by file name.
+
+    `costs` and `exported` are the contents of metrics/<track>_costs.json and metrics/export.json.
+    """
+    bins = {model: reliability(*evaluation.pooled(model)) for model in evaluation.metrics}
+    classes = evaluation.detail["dataset"]["classes"]
+    figures = {
+        "loss_curves": plot_loss_curves(loss_curves(evaluation)),
+        "reliability": plot_reliability(bins),
+        "gains": plot_gains(evaluation),
+        "size": plot_size(evaluation.metrics, costs["models"], exported),
+    } | {
+        f"confusion_{model}": plot_confusion(counts, classes, f"{model}, all seeds")
+        for model, counts in confusions(evaluation).items()
+    }
+    return {f"{name}.png": _png(figure) for name, figure in figures.items()}
 
 
-def plot_loss_curves(curves_by_model: Mapping[str, pd.DataFrame]) -> Figure:
-    """A panel per model: training and validation loss by epoch, the mean over the seeds with their range."""
-    figure = Figure(figsize=(4 * len(curves_by_model), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(curves_by_model), squeeze=False)[0]
-    for axes, (model, frame) in zip(panels, curves_by_model.items(), strict=True):
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    return content.getvalue()
+
+
+def plot_loss_curves(losses: pd.DataFrame) -> Figure:
+    """A panel per model: training and validation loss by epoch, the mean over the seeds with their range.
+
+    `losses` is that of `comparisons.loss_curves`.
+    """
+    models = losses["model"].unique()
+    figure = Figure(figsize=(4 * len(models), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    for axes, model in zip(panels, models, strict=True):
         for split, style in (("train", "-"), ("val", "--")):
-            name = f"{split}_loss"
-            axes.plot(frame.index, frame[name], style, marker="o", markersize=3, label=name)
-            axes.fill_between(frame.index, frame[f"{name}_min"], frame[f"{name}_max"], alpha=0.2)
+            curve = losses[(losses["model"] == model) & (losses["split"] == split)]
+            axes.plot(curve["epoch"], curve["loss"], style, marker="o", markersize=3, label=f"{split}_loss")
+            axes.fill_between(curve["epoch"], curve["low"], curve["high"], alpha=0.2)
         axes.set(title=model, xlabel="epoch", ylabel="loss (nats per image)")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
@@ -38,27 +64,30 @@ def plot_loss_curves(curves_by_model: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def plot_confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """A heat map of a confusion matrix: colour is the share of the true class, the number in a cell the count of images."""
-    size = 2.5 + 0.55 * len(classes)
+    """A heat map of a confusion matrix (K, K): colour is the share of the true class, the number in a cell the count."""
+    size = 2.5 + 0.55 * len(classes) if len(classes) <= MOST_COUNTS else 12
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    sns.heatmap(
-        shares,
-        annot=counts,
-        fmt="d",
-        annot_kws={"size": 8},
-        cmap="Blues",
-        vmin=0,
-        vmax=1,
-        square=True,
-        xticklabels=classes,
-        yticklabels=classes,
-        cbar_kws={"label": "share of the true class"},
-        ax=axes,
-    )
-    axes.set(title=title, xlabel="predicted", ylabel="true")
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    if len(classes) <= MOST_COUNTS:
+        for (row, column), count in np.ndenumerate(counts):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, count, ha="center", va="center", size=8, color=color)
+    ticks = range(0, len(classes), -(-len(classes) // MOST_NAMES))
+    names = [_literal(classes[tick]) for tick in ticks]
+    font = 10 if len(classes) <= MOST_COUNTS else 6
+    axes.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=font)
+    axes.set_yticks(ticks, names, fontsize=font)
+    axes.set(title=_literal(title), xlabel="predicted", ylabel="true")
     return figure
+
+
+def _literal(name: str) -> str:
+    """A name from the user's data as a short text in which Matplotlib finds no mathematics."""
+    text = " ".join(name.split())
+    return (text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…").replace("$", r"\$")
 
 
 def plot_reliability(bins_by_model: Mapping[str, pd.DataFrame]) -> Figure:
@@ -75,23 +104,48 @@ def plot_reliability(bins_by_model: Mapping[str, pd.DataFrame]) -> Figure:
         upper.set(title=model, ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
         upper.legend(loc="upper left", fontsize=8)
         width = frame["bin"].iloc[0]
-        lower.bar(
-            frame["bin"] - width / 2, np.maximum(frame["images"], 0.5), width=width, color="0.5", edgecolor="white"
-        )
+        height = np.maximum(frame["images"], 0.5)
+        lower.bar(frame["bin"] - width / 2, height, width=width, color="0.5", edgecolor="white")
         lower.set(yscale="log", ylim=(0.5, None), xlabel="confidence", ylabel="predictions")
     return figure
 
 
-def plot_gains(comparisons: Mapping[str, Comparison], gains: pd.DataFrame) -> Figure:
+def plot_gains(evaluation: Evaluation) -> Figure:
     """Each comparison's gain in accuracy with its 95 % interval, and every seed's: percentage points."""
+    comparisons = evaluation.comparisons
     figure = Figure(figsize=(7, 1.1 + 0.7 * len(comparisons)), layout="constrained")
     axes = figure.subplots()
-    for row, (name, one) in enumerate(comparisons.items()):
-        ends = [[100 * (one.gain - one.low)], [100 * (one.high - one.gain)]]
-        mean = axes.errorbar(100 * one.gain, row, xerr=ends, fmt="D", color="black", capsize=5)
-        seeds = axes.scatter(100 * gains[name], [row + 0.22] * len(gains), marker="|", s=80, color="0.4")
+    accuracy = {
+        model: np.array([figures["accuracy"] for figures in entry["figures"]])
+        for model, entry in evaluation.detail["models"].items()
+    }
+    for row, (name, comparison) in enumerate(comparisons.items()):
+        gain, low, high = (100 * comparison[key] for key in ("gain", "low", "high"))
+        mean = axes.errorbar(gain, row, xerr=[[gain - low], [high - gain]], fmt="D", color="black", capsize=5)
+        model, other = name.split("_vs_")
+        gains = 100 * (accuracy[model] - accuracy[other])
+        seeds = axes.scatter(gains, [row + 0.22] * len(gains), marker="|", s=80, color="0.4")
     axes.axvline(0, linestyle=":", color="black", linewidth=1)
     axes.set_yticks(range(len(comparisons)), [name.replace("_vs_", "\nagainst ") for name in comparisons])
     axes.set(ylim=(len(comparisons) - 0.5, -0.5), xlabel="difference in test accuracy (percentage points)")
     axes.legend([mean, seeds], ["mean and 95 % interval", "one seed"], fontsize=8)
+    return figure
+
+
+def plot_size(
+    metrics: Mapping[str, Mapping[str, float]],
+    costs: Mapping[str, Mapping[str, float]],
+    exported: Mapping[str, Mapping[str, float]],
+) -> Figure:
+    """Accuracy (%) with its 95 % interval over the size of the file (kB, logarithmic), a marker per model."""
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for marker, (model, cost) in zip(MARKERS, costs.items(), strict=False):
+        figures = metrics.get(model) or exported[model]
+        accuracy, spread = 100 * figures["accuracy"], 100 * figures.get("accuracy_ci95", 0)
+        label = model if model in metrics else f"{model} (the exported seed)"
+        size = cost["file_bytes"] / 1000
+        axes.errorbar(size, accuracy, yerr=spread or None, fmt=marker, capsize=4, markersize=7, label=label)
+    axes.set(xscale="log", xlabel="size of the file (kB)", ylabel="test accuracy (%)")
+    axes.legend(fontsize=8)
     return figure

@@ -1,7 +1,7 @@
 """Classify a folder of images with the exported student: `python -m pipeline.serving.predict FOLDER > scores.csv`.
 
-Every PNG in the folder, of the size and the colours that the student was trained on, becomes a row: file, class, and the
-probability of each class. Images of another size are refused, since how to scale them is not the student's to decide.
+Every PNG in the folder becomes a row: file, class, and the probability of each class. Images must have the size that the
+student was trained on: others are refused, since how to scale them is not the student's to decide.
 """
 
 import sys
@@ -14,15 +14,13 @@ from PIL import Image
 
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError
+from pipeline.export.onnx_model import Student
 
 MODEL = Path("models/student/student.onnx")
 
 
 def main(folder: str) -> None:
-    if not MODEL.is_file():
-        raise UserError(f"{MODEL}: missing: dvc repro export_student, or dvc pull")
-    from pipeline.export.onnx_model import Student
-
+    """Print the table for the images in `folder`."""
     student = Student(MODEL)
     paths = sorted(Path(folder).glob("*.png"))
     if not paths:
@@ -39,7 +37,9 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     try:
         if not path.is_file():  # a folder, or a pipe that nothing comes out of
             raise ValueError("not a file")
-        with _bombs_refused(), Image.open(path, formats=["PNG"]) as image:
+        # Pillow refuses images of over 179 million pixels by itself, and warns of half as many.
+        refused = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
+        with refused, Image.open(path, formats=["PNG"]) as image:
             if image.size != (width, height):  # known before the pixels are unpacked
                 raise UserError(f"{path}: {image.size[0]}x{image.size[1]} pixels; the student takes {width}x{height}")
             return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(shape)
@@ -47,11 +47,6 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
         raise
     except Exception as error:  # Pillow raises a dozen types on hostile bytes
         raise UserError(f"{path}: cannot be read as an image: {error}") from error
-
-
-def _bombs_refused() -> warnings.catch_warnings:
-    """Pillow refuses images of over 179 million pixels by itself, and warns of half as many."""
-    return warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
 BATCH = 250  # images per pass
@@ -30,22 +29,18 @@ class Student(PythonModel):
         """Class and probabilities of each image; whole numbers from 0 to 255, shape (N, H, W, C). MlflowException for others."""
         images = np.asarray(model_input)
         if images.ndim != 4 or images.shape[1:] != self.shape or not len(images):
-            self._refuse(f"images must have shape (N, {', '.join(map(str, self.shape))}), not {images.shape}")
+            shape = f"(N, {', '.join(map(str, self.shape))})"
+            raise MlflowException.invalid_parameter_value(f"images must have shape {shape}, not {images.shape}")
         # Scaled images (0-1) would otherwise all be black.
         if not ((images >= 0) & (images <= 255) & (images == np.floor(images))).all():
-            self._refuse(f"pixels must be whole numbers from 0 to 255; these are from {images.min()} to {images.max()}")
+            extent = f"these are from {images.min()} to {images.max()}"
+            raise MlflowException.invalid_parameter_value(f"pixels must be whole numbers from 0 to 255; {extent}")
         batches = np.array_split(images.astype(np.uint8), -(-len(images) // BATCH))
         rows = np.concatenate([self.session.run(None, {"images": batch})[0] for batch in batches])
         return [
-            {
-                "class": self.classes[int(row.argmax())],
-                "probabilities": {name: float(value) for name, value in zip(self.classes, row, strict=True)},
-            }
+            {"class": self.classes[row.argmax()], "probabilities": dict(zip(self.classes, row.tolist(), strict=True))}
             for row in rows
         ]
-
-    def _refuse(self, why: str) -> None:
-        raise MlflowException(why, error_code=INVALID_PARAMETER_VALUE)
 
 
 set_model(Student())

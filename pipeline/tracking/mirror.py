@@ -1,298 +1,312 @@
-"""Tracking: one MLflow run per training, test results added to it, one summary run per track.
+"""MLflow as a mirror of the disk: every call may be repeated, and completes what the store lacks.
 
-A store that does not answer costs no training and no figure: what it does not take is kept and sent later (unsent.py).
+A training that runs, resumes, has finished while the store was away, or comes as a checkpoint alone is mirrored by the same call.
+Nothing is read back from MLflow for a result.
 """
 
-import base64
 import contextlib
 import getpass
 import hashlib
-import io
 import json
 import os
+import re
+import shlex
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.networks.description import Description, Epoch
-from pipeline.data.dataset import Dataset
 from pipeline.core.errors import UserError, one_line
-from pipeline.core.provenance import changed_settings, code_is_committed, commit
-from pipeline.tracking.store import CHECKPOINT, EVALUATED, SUMMARY, NoAnswerError, RefusedError, Store, tracking_uri
-from pipeline.unsent import Kept, folder, set_aside
+from pipeline.core.files import main_checkout
+from pipeline.core.provenance import code_is_committed, commit, committed_parameters
+from pipeline.tracking.store import NoAnswerError, is_no_answer, masked, open_store, store_lock
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+    from pipeline.evaluation.comparisons import Evaluation
+    from pipeline.training.cache import Record
 
 PAUSE = 60  # seconds until a store that did not answer is asked again
+TRAINING, PARENT = "training", "parent"  # tags that runs are found by: a training's key, its setting (all but the seed)
+CHECKPOINT = "checkpoint_md5"  # tag: the checksum that dvc.lock has too
+MIRRORED, EVALUATED = "mirrored", "evaluated"  # tags: digest of the record, of the test results that the run holds
+PARENT_ID, NOTE, STAGE = "mlflow.parentRunId", "mlflow.note.content", "dvc.stage"
+COMMIT, DIRTY = "mlflow.source.git.commit", "mlflow.source.git.dirty"
+LAST_OF_EPOCH = "val_loss"  # logged last: an epoch that has it is complete
+SHORT = {"kd.temperature": "T"}  # in a run's name, where others have the last part of their key
 
 
-class Tracker:
-    """One experiment of the tracking store, which may come and go."""
+class Mirror:
+    """One experiment of the store, which may come and go.
+
+    What the store does not take is said once and pending: the next call that gets through completes it, here or in `make sync`.
+    """
 
     def __init__(self, experiment: str) -> None:
-        """Open the experiment and send what earlier processes could not.
-
-        Raises UserError if the store does not answer, unless the variable TRACK_LATER is set.
-        """
+        """Open the experiment. Raises UserError if the store does not answer, unless the variable TRACK_LATER is set."""
         self.experiment = experiment
-        self.store: Store | None = None
-        self.kept = Kept(tracking_uri(), experiment)
-        self.silent_since: float | None = None  # the store did not answer then, and has not been asked again
+        self.client: MlflowClient | None = None
+        self.away_since: float | None = None  # monotonic
+        self.pending: dict[str, Callable[[], object]] = {}
+        self.refusals: set[str] = set()
+        self.lock = store_lock()
         try:
-            self.store = Store(experiment)
-            if count := self.kept.send_left(self._deliver):
-                print(f"tracking: sent {count} entries that were kept in {folder()}", flush=True)
+            self.client, self.experiment_id = open_store(experiment)
         except NoAnswerError as error:
             if not os.environ.get("TRACK_LATER"):
-                raise UserError(
-                    f"{error}, or TRACK_LATER=1 to go on: what is to be tracked is then sent later"
-                ) from error
+                raise UserError(f"{error}, or TRACK_LATER=1 to go on and run make sync later") from error
             self._wait(error)
 
-    def _do(self, operation: str, **arguments: Any) -> None:
-        """Have the store do something; if it does not answer, keep that and all that follows, and ask again after a while."""
-        if self.silent_since is not None and time.monotonic() < self.silent_since + PAUSE:
-            self.kept.add(operation, arguments)
+    def training(self, record: "Record", origin: Mapping[str, str] | None = None) -> None:
+        """One run holds the record: parameters, every epoch's points once and, if it is finished, its checkpoint's MD5.
+
+        `origin`: tags of a new run that say where the training comes from, if not from this process.
+        """
+        self._complete(record.key, partial(self._training, record, origin or {}))
+
+    def evaluation(self, evaluation: "Evaluation", origin: Mapping[str, str] | None = None) -> None:
+        """The runs of the evaluated checkpoints hold their test results, the parent runs their means and the verdicts."""
+        name = _digest(json.dumps(evaluation.detail["models"]))
+        self._complete(name, partial(self._evaluation, evaluation, {STAGE: ""} | (origin or {})))
+
+    def _complete(self, name: str, action: Callable[[], object]) -> None:
+        """Do this and all that is pending, unless the store was away just now."""
+        self.pending[name] = action
+        if self.away_since is not None and time.monotonic() < self.away_since + PAUSE:
             return
         try:
-            self.kept.send(self._deliver)
-            self._deliver(operation, arguments)
-            self.silent_since = None
-        except NoAnswerError as error:
-            self.kept.add(operation, arguments)
+            if self.client is None:
+                self.client, self.experiment_id = open_store(self.experiment)
+            for key, waiting in list(self.pending.items()):
+                with self._unless_refused():
+                    waiting()
+                del self.pending[key]
+            self.away_since = None
+        except Exception as error:
             self._wait(error)
-
-    def _deliver(self, operation: str, arguments: Mapping[str, Any]) -> None:
-        if self.store is None:
-            self.store = Store(self.experiment)
-        try:
-            self.store.do(operation, arguments)
-        except RefusedError as error:
-            path = set_aside(operation, arguments, str(error))
-            print(
-                f"tracking: {operation} was refused and put into {path}: {one_line(error)}", file=sys.stderr, flush=True
-            )
-
-    def _wait(self, error: NoAnswerError) -> None:
-        if self.silent_since is None:
-            print(
-                f"tracking: no answer ({one_line(error)}). The work goes on; what is to be tracked is kept in {folder()} and sent"
-                " by the next stage that reaches the store, or by python -m pipeline.send_unsent",
-                file=sys.stderr,
-                flush=True,
-            )
-        self.silent_since = time.monotonic()
 
     @contextlib.contextmanager
-    def training(
-        self,
-        model: str,
-        seed: int,
-        dataset: Dataset,
-        parameters: Mapping[str, Any],
-        tags: Mapping[str, str],
-        key: str | None = None,
-        done: Sequence[Epoch] = (),
-    ) -> Iterator["TrainingRun"]:
-        """A run of one training. It ends as FINISHED, FAILED, or KILLED when interrupted.
-
-        A run of that `key` goes on, if there is one; of the epochs that are `done`, those that it does not have are logged.
-        """
-        key = key or uuid.uuid4().hex
-        self._do("start", key=key, time_ms=_now(), **_training_run(model, seed, dataset, parameters, tags))
-        if done:
-            self._do("catch_up", key=key, time_ms=_now(), epochs=[dict(epoch) for epoch in done])
-        status = "FAILED"
+    def _unless_refused(self) -> Iterator[None]:
+        """Say what the store refuses for good, once, and go on without it."""
         try:
-            yield TrainingRun(self, key)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            self._do("finish", key=key, time_ms=_now(), status=status)
+            yield
+        except Exception as error:
+            if is_no_answer(error):
+                raise
+            line = f"tracking: not in the store: {one_line(masked(f'{type(error).__name__}: {error}'))}"
+            if line not in self.refusals:
+                print(line, file=sys.stderr, flush=True)
+            self.refusals.add(line)
 
-    def log_test(
-        self,
-        checkpoint_md5: str,
-        description: Description,
-        metrics: Mapping[str, float],
-        texts: Mapping[str, str],
-        figures: Mapping[str, Callable[[], "Figure"]],
-    ) -> None:
-        """Add test results to the run that made a checkpoint, once.
+    def _wait(self, error: Exception) -> None:
+        if self.away_since is None:
+            line = f"tracking: no answer ({one_line(masked(error))}). The work goes on: make sync brings the store up to date"
+            print(line, file=sys.stderr, flush=True)
+        self.away_since = time.monotonic()
 
-        Where the store does not know the checkpoint (a new store, a checkpoint from elsewhere), its run is made again from
-        the description and tagged `recreated`. `texts` and `figures` go by their artifact path; a figure is drawn only if it is
-        logged.
-        """
-        digest = _digest(metrics, texts)
-        if self._holds(CHECKPOINT, checkpoint_md5, EVALUATED, digest):
+    def _training(self, record: "Record", origin: Mapping[str, str]) -> "Run":
+        run = self._run(TRAINING, record, origin)
+        digest = _digest(record.model_dump_json())
+        if run.data.tags.get(MIRRORED) == digest:
+            return run
+        run_id, start, metrics = run.info.run_id, run.info.start_time, run.data.metrics
+        history = self.client.get_metric_history(run_id, LAST_OF_EPOCH) if LAST_OF_EPOCH in metrics else []
+        missing = {*range(1, len(record.history) + 1)} - {point.step for point in history}
+        points = [(name, value, step) for step in sorted(missing) for name, value in _curves(record, step).items()]
+        if record.finished:
+            once = {"best_epoch": record.best_epoch, "training_seconds": record.seconds}
+            points += [(name, value, 0) for name, value in once.items() if name not in metrics and value is not None]
+        # Logged again, a point is still one point to MLflow if its time is the same.
+        self._log(run, [(name, value, start + step, step) for name, value, step in points])
+        status = "FINISHED" if record.finished else "FAILED" if record.failed else "RUNNING"
+        if status == "RUNNING":
+            if run.info.status != status:
+                self.client.update_run(run_id, status)
+            return run
+        end = start + int(1000 * (record.seconds or 0))
+        if run.info.status != status:
+            self.client.set_terminated(run_id, status, end)
+        parent = self._run(PARENT, record, origin)
+        if (parent.info.end_time or 0) < end:
+            self.client.set_terminated(parent.info.run_id, status, end)
+        self._log(run, tags={MIRRORED: digest} | ({CHECKPOINT: record.checkpoint_md5} if record.finished else {}))
+        return run
+
+    def _evaluation(self, evaluation: "Evaluation", origin: Mapping[str, str]) -> None:
+        for model, entry in evaluation.detail["models"].items():
+            records = [_record(evaluation.detail, model, row) for row in range(len(entry["seeds"]))]
+            parent = self._run(PARENT, records[0], origin)
+            for row, record in enumerate(records):
+                run = self._find(TRAINING, record.key) or self._training(record, origin)
+                if run.data.tags.get(PARENT_ID) != parent.info.run_id:
+                    self._log(run, tags={PARENT_ID: parent.info.run_id})
+                self._test(run, evaluation, record, row)
+            self._summary(parent, evaluation, model)
+
+    def _test(self, run: "Run", evaluation: "Evaluation", record: "Record", row: int) -> None:
+        """A checkpoint's run holds its test results."""
+        labels, probabilities = evaluation.labels, evaluation.probabilities[record.model][row]
+        figures = evaluation.detail["models"][record.model]["figures"][row]
+        digest = _digest(json.dumps(figures), labels.tobytes(), probabilities.tobytes())
+        if run.data.tags.get(EVALUATED) == digest:
             return
-        told = description
-        self._do(
-            "log_test",
-            key=uuid.uuid4().hex,
-            time_ms=_now(),
-            checkpoint_md5=checkpoint_md5,
-            digest=digest,
-            metrics=dict(metrics),
-            files=_texts(texts) | {path: _base64(_png(draw())) for path, draw in figures.items()},
-            recreated=_training_run(told.model, told.seed, told.dataset, told.parameters, {"recreated": "true"}),
-            epochs=[dict(epoch) for epoch in told.history],
-            best_epoch=told.best_epoch,
-        )
+        from pipeline.evaluation.metrics import by_class, confusion, report
+        from pipeline.evaluation.statistics import share_interval
+        from pipeline.reporting.figures import plot_confusion
 
-    def log_summary(
-        self,
-        track: str,
-        parameters: Mapping[str, Any],
-        metrics: Mapping[str, float],
-        sentences: str,
-        texts: Mapping[str, str],
-        plots: Sequence[Path],
-    ) -> None:
-        """A run that holds a track's table and figures, once for the same results; `sentences` is what they show in words."""
-        digest = _digest(metrics, texts)
-        if self._holds(SUMMARY, digest, SUMMARY, digest):
-            return
-        origin = _origin()
-        note = f"{sentences}\n\n{_how_to_repeat(origin)}"
-        varied = [one for one in changed_settings() if one.split("=")[0] in (*parameters, "seeds")]
-        name = " ".join([f"{track}/summary", *varied])[:120]  # what differs from the commit is seen at first sight
-        tags = {"model": f"all of {track}", "mlflow.note.content": note, **origin}
-        self._do(
-            "log_summary",
-            key=uuid.uuid4().hex,
-            time_ms=_now(),
-            digest=digest,
-            run={"name": name, "tags": tags, "params": dict(parameters)},
-            metrics=dict(metrics),
-            files=_texts(texts) | {path.name: _base64(path.read_bytes()) for path in plots},
-        )
+        classes, title = record.dataset.classes, f"{record.model}, seed {record.seed}"
+        matrix = confusion(labels, probabilities)
+        low, high = share_interval(int(matrix.trace()), len(labels))
+        f1 = {f"f1.{name.replace('/', '_')}": row["f1"] for name, row in by_class(labels, probabilities, classes).items()}
+        with self._unless_refused():
+            self.client.log_text(run.info.run_id, report(labels, probabilities, classes), "classification_report.txt")
+            self.client.log_figure(run.info.run_id, plot_confusion(matrix, classes, title), "confusion_matrix.png")
+        self._log_input(run, record, "test")
+        self._log_results(run, figures | {"accuracy_low": low, "accuracy_high": high} | f1, {EVALUATED: digest})
 
-    def training_seconds(self, checkpoint_md5: str) -> float | None:
-        """How long the training of a checkpoint took; None if the store does not know or does not answer."""
-        try:
-            return self.store.training_seconds(checkpoint_md5) if self.store else None
-        except NoAnswerError as error:
-            self._wait(error)
-            return None
+    def _summary(self, parent: "Run", evaluation: "Evaluation", model: str) -> None:
+        """A parent run holds its seeds' means and, in tags that a table shows, what its model was compared with."""
+        from pipeline.params import TRACKS
+        from pipeline.reporting.report import sentence
+        from pipeline.reporting.tables import results_table
 
-    def _holds(self, tag: str, value: str, digest_tag: str, digest: str) -> bool:
-        if self.silent_since is not None:
-            return False
-        try:
-            return self.store.holds(tag, value, digest_tag, digest)
-        except NoAnswerError as error:
-            self._wait(error)
-            return False
+        metrics, tags, sentences = evaluation.metrics[model], {}, []
+        for name, factor, digits in (("accuracy", 100, 2), ("auc", 1, 4)):
+            values = [metrics[key] * factor for key in (name, f"{name}_sd") if key in metrics]
+            tags[name] = " ± ".join(f"{value:.{digits}f}" for value in values)
+        for name, comparison in evaluation.comparisons.items():
+            if name.startswith(f"{model}_vs_"):
+                gain, low, high = (f"{100 * comparison[key]:+.2f}" for key in ("gain", "low", "high"))
+                first = {"gain": f"{gain} ({low} to {high}) points over {name.partition('_vs_')[2]}"}
+                tags = first | {"verdict": comparison["verdict"]} | tags  # the track's first question stays
+                sentences.append(sentence(name, comparison))
+        tags[NOTE] = "\n\n".join([*sentences, parent.data.tags.get("repeat", "")])
+        figures = {name: value for name, value in metrics.items() if not name.startswith(("parameters", "final_"))}
+        table = results_table(evaluation, TRACKS[evaluation.detail["track"]].original_dataset)
+        digest = _digest(json.dumps([figures, tags]), table)
+        if parent.data.tags.get(EVALUATED) != digest:
+            if next(iter(evaluation.comparisons)).startswith(f"{model}_vs_"):
+                with self._unless_refused():
+                    self.client.log_text(parent.info.run_id, table, "results.md")
+            self._log_results(parent, figures, tags | {EVALUATED: digest})
 
+    def _log_results(self, run: "Run", figures: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        now = int(1000 * time.time())  # of several values, MLflow shows the latest
+        values = {_allowed(f"test_{name}"): value for name, value in figures.items()}
+        self._log(run, [(*item, now, 0) for item in values.items() if run.data.metrics.get(item[0]) != item[1]])
+        self._log(run, tags=tags)  # after the points: they say that all is there
 
-class TrainingRun:
-    """The MLflow run of one training."""
+    def _log(self, run: "Run", points=(), params: Mapping[str, Any] = {}, tags: Mapping[str, str] = {}) -> None:
+        from mlflow.entities import Metric, Param, RunTag
 
-    def __init__(self, tracker: Tracker, key: str) -> None:
-        self.key = key
-        self.monitors = _monitors()
-        self.do = tracker._do
+        metrics = [Metric(*point) for point in points]
+        parameters = [Param(name, str(value)[:6000]) for name, value in params.items()]
+        with self._unless_refused():
+            self.client.log_batch(run.info.run_id, metrics, parameters, [RunTag(*tag) for tag in tags.items()])
 
-    def log_epoch(self, number: int, epoch: Epoch) -> None:
-        """The curves' values after epoch `number`, and the machine's load during it, in one write."""
-        values = dict(epoch)
-        for monitor in self.monitors:
-            monitor.collect_metrics()
-            values |= {f"system/{key}": value for key, value in monitor.aggregate_metrics().items()}
-            monitor.clear_metrics()
-        self.do("log", key=self.key, time_ms=_now(), step=number, metrics=values)
+    def _log_input(self, run: "Run", record: "Record", context: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    def log_checkpoint(self, md5: str, best_epoch: int, seconds: float) -> None:
-        """Which file the training made: the tag by which `Tracker.log_test` finds the run."""
-        metrics = {"best_epoch": best_epoch, "training_seconds": seconds}
-        self.do("log", key=self.key, time_ms=_now(), step=0, metrics=metrics, tags={CHECKPOINT: md5})
+        data = record.dataset
+        digest = _digest(data.fingerprint, context)  # one for each context: MLflow leaves out a second context of a digest
+        profile = json.dumps({"images": data.images, "shape": data.image_shape, "classes": len(data.classes)})
+        source = json.dumps({"uri": str(main_checkout() / "data")})
+        dataset = Dataset(data.name[:500], digest, "local", source, profile=profile)
+        with self._unless_refused():
+            self.client.log_inputs(run.info.run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
+    def _find(self, tag: str, value: str) -> "Run | None":
+        """The run with a tag. Of several, which lost answers leave behind, one stays, the same whoever looks; the others go."""
+        runs = self.client.search_runs([self.experiment_id], f"tags.{tag} = '{value}'")
+        runs = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+        for run in runs[1:]:
+            self.client.delete_run(run.info.run_id)
+        return runs[0] if runs else None
 
-def _training_run(
-    model: str, seed: int, dataset: Dataset, parameters: Mapping[str, Any], tags: Mapping[str, str]
-) -> dict[str, Any]:
-    """Name, tags, parameters and data set of a training's run."""
-    origin = _origin()
-    note = f"**{model}**, trained on {dataset.name} with seed {seed}.\n\n{_how_to_repeat(origin)}"
-    facts = {"name": dataset.name, "fingerprint": dataset.fingerprint}
-    return {
-        "name": f"{model}/seed{seed}",
-        "tags": {"model": model, "dataset": dataset.name, "mlflow.note.content": note, **origin, **tags},
-        "params": {"model": model, "seed": seed, "dataset": dataset.name, **parameters},
-        "data": facts | {"images": dataset.images, "shape": dataset.image_shape, "classes": dataset.classes},
-    }
+    def _run(self, tag: str, record: "Record", origin: Mapping[str, str]) -> "Run":
+        """The run of a training or, for the tag PARENT, of all seeds of its setting; with its parameters and data set."""
+        value, seed = (record.key, {"seed": record.seed}) if tag == TRAINING else (record.setting, {})
+        run = self._find(tag, value)
+        if run is None:
+            parent = {PARENT_ID: self._run(PARENT, record, origin).info.run_id} if tag == TRAINING else {}
+            with self.lock:
+                name, tags = _identity(record, origin, **seed)
+                start = int(1000 * (record.started or time.time()))
+                create = partial(self.client.create_run, self.experiment_id, start, tags | parent | {tag: value}, name)
+                run = self._find(tag, value) or create()
+        params = {"model": record.model, **seed, "dataset": record.dataset.name, **record.parameters}
+        if missing := {name: value for name, value in params.items() if name not in run.data.params}:
+            self._log(run, params=missing)
+            self._log_input(run, record, "training")
+        return run
 
 
-def _monitors() -> list["BaseMetricsMonitor"]:
-    """MLflow's own, of the processor's load since the last look, of memory and of an NVIDIA GPU if its library is there."""
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+def _record(detail: Mapping[str, Any], model: str, row: int) -> "Record":
+    """The record of an evaluated checkpoint: the training's own if it is there, else what the evaluation says of it."""
+    from pipeline.training.cache import Record, read_record, trainings_folder
 
-    monitors: list[BaseMetricsMonitor] = [CPUMonitor()]
-    with contextlib.suppress(Exception):  # no library, no driver, no GPU: each says so in its own way
-        monitors.append(GPUMonitor())
-    return monitors
-
-
-def _now() -> int:
-    return int(time.time() * 1000)
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
+    entry = detail["models"][model]
+    lists = {"key": "digests", "seed": "seeds", "history": "histories", "best_epoch": "best_epochs"}
+    by_seed = {field: entry[name][row] for field, name in (lists | {"checkpoint_md5": "checkpoints"}).items()}
+    record = read_record(trainings_folder(), by_seed["key"])
+    if record and record.checkpoint_md5 == by_seed["checkpoint_md5"]:
+        return record
+    shared = {name: entry[name] for name in ("setting", "architecture", "arguments", "parameters")}
+    dataset, epochs = detail["dataset"], len(by_seed["history"])
+    return Record(model=model, dataset=dataset, device="unknown", epochs=epochs, **shared, **by_seed)
 
 
-def _texts(texts: Mapping[str, str]) -> dict[str, str]:
-    return {path: _base64(text.encode()) for path, text in texts.items()}
+def _curves(record: "Record", step: int) -> dict[str, float]:
+    """What an epoch adds to the curves."""
+    values = record.history[step - 1].model_dump()
+    terms = {f"train_{name}": value for name, value in values.pop("terms").items()}
+    loads = record.loads[step - 1] if step <= len(record.loads) else {}
+    named = {_allowed(name): value for name, value in (values | terms | loads).items()}
+    return named | {LAST_OF_EPOCH: named.pop(LAST_OF_EPOCH)}
 
 
-def _png(figure: "Figure") -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = None) -> tuple[str, dict[str, str]]:
+    """Name and tags of a run, by how its parameters differ from those of its commit."""
+    tags = {name: value for name, value in (_environment() | origin).items() if value}
+    revision = tags.get(COMMIT, "")
+    committed = committed_parameters(revision)
+    varied = {name: value for name, value in record.parameters.items() if committed.get(name, value) != value}
+    shown = {SHORT.get(name, name.split(".")[-1]): value for name, value in varied.items() if committed[name] != "auto"}
+    numbers = {name: f"{value:g}" if isinstance(value, float) else value for name, value in shown.items()}
+    title = " ".join([record.model, *(f"{name}={value}" for name, value in numbers.items())])[:120]
+    if seed is not None:
+        title += f"/seed{seed}"
+        varied |= {"seeds": [seed]} if seed not in committed.get("seeds", [seed]) else {}
+    settings = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in varied.items()]
+    options = [word for setting in settings for word in ("-S", shlex.quote(setting))]
+    command = " ".join(["dvc", *(["exp", "run"] if options else ["repro"]), *options, tags.get(STAGE, "")]).strip()
+    repeat = f"Again: `{f'git checkout {revision[:12]} && ' if revision else ''}{command}`"
+    repeat += " (The code had uncommitted changes.)" if DIRTY in tags else ""
+    note = f"**{title}**, trained on {record.dataset.name}.\n\n{repeat}"
+    tags |= {"model": record.model, "dataset": record.dataset.name, "device": record.device, "setting": record.setting}
+    return title, tags | {"repeat": repeat[:8000], NOTE: note[:8000]}
 
 
-def _how_to_repeat(origin: Mapping[str, str]) -> str:
-    """A Markdown sentence with the commands that make this again."""
-    stage = origin.get("dvc.stage")
-    settings = "".join(f" -S '{setting}'" for setting in changed_settings())
-    checkout = f"git checkout {origin.get('mlflow.source.git.commit', '')[:12]}"
-    caution = "" if code_is_committed() else " (The code had uncommitted changes.)"
-    if not stage:
-        return f"Made outside of DVC, by {origin['mlflow.source.name']}, at `{checkout}`.{caution}"
-    command = f"dvc exp run{settings} {stage}" if settings else f"dvc repro {stage}"
-    return f"Again: `{checkout} && {command}`{caution}"
-
-
-def _digest(metrics: Mapping[str, float], texts: Mapping[str, str]) -> str:
-    content = json.dumps([dict(metrics), dict(texts)], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _origin() -> dict[str, str]:
-    """Tags that say which code, stage and experiment a run comes from."""
-    tags = {
-        "mlflow.user": _user(),
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": Path(sys.argv[0]).name,
-        "mlflow.source.git.commit": commit(),
-        "dvc.stage": os.environ.get("DVC_STAGE"),
-        "dvc.experiment": os.environ.get("DVC_EXP_NAME"),
-    }
-    return {key: value for key, value in tags.items() if value}
-
-
-def _user() -> str | None:
+def _environment() -> dict[str, str]:
+    """Tags that say where this process comes from; empty ones are left out."""
     try:
-        return getpass.getuser()
+        user = getpass.getuser()
     except (KeyError, OSError):  # a container may run under a number that has no name
-        return None
+        user = ""
+    source = {"mlflow.user": user, "mlflow.source.type": "LOCAL", "mlflow.source.name": Path(sys.argv[0]).name}
+    code = {COMMIT: commit(), DIRTY: "" if code_is_committed() else "true"}
+    dvc = {STAGE: os.environ.get("DVC_STAGE", ""), "dvc.experiment": os.environ.get("DVC_EXP_NAME", "")}
+    return source | code | dvc
+
+
+def _digest(*parts: str | bytes) -> str:
+    return hashlib.sha256(b"".join(part.encode() if isinstance(part, str) else part for part in parts)).hexdigest()[:32]
+
+
+def _allowed(name: str) -> str:
+    """A metric's name without the characters that MLflow refuses, and no longer than it allows."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:250]

@@ -1,291 +1,224 @@
-"""Fit a model: the loop, once, for all trainings. Needs PyTorch alone.
+"""Train one network: the loop, once, for all trainings. Needs PyTorch alone.
 
-The images lie on the device as one uint8 tensor, or come from the disk a few batches ahead; an epoch is a permutation and its
-slices, of each of which every process of a training takes its part; the host waits for the device once per epoch. A step
-(gather, forward, loss, backward, update) is the same code everywhere: on a CPU it runs as it stands, on CUDA it is captured once
-as a graph and replayed, since these networks are so small that launching their kernels takes longer than running them.
+Images are one uint8 tensor; an epoch is a permutation and its slices. The host waits for the device once per epoch. On CUDA a
+full-size step is captured once as a graph and replayed: launching these small kernels takes longer than running them.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.adam import adam
-from tqdm import tqdm
 
-from pipeline import processes
-from pipeline.networks.description import Epoch
-from pipeline.data.prepared import Split
-from pipeline.data.streaming import batches
-from pipeline.core.errors import UserError
-from pipeline.networks.inference import autocast
-
-NEVER = 2**62
+Loss = Callable[..., Mapping[str, Tensor]]
+Batches = Callable[[Tensor, Sequence[Tensor]], Iterator[Tensor]]
 
 
-class State(NamedTuple):
-    """A training after an epoch. The tensors are the training's own until it goes on: copy what is to be kept."""
-
-    history: list[Epoch]
-    best_epoch: int
-    tensors: dict[str, Tensor]  # model.*, best.* if they differ, adam.<field>.<number of the parameter>, order
+class NotFiniteError(ArithmeticError):
+    """The loss became infinite or no number. The message says when, at which learning rate, and what to try."""
 
 
-class Fit(NamedTuple):
-    """The record of a training; the model itself holds the weights after `best_epoch` (1-based)."""
+class Epoch(NamedTuple):
+    """Means over the images of one epoch: losses in nats, accuracies 0-1."""
 
-    history: list[Epoch]
-    best_epoch: int
+    train_loss: float  # the sum of `terms`, while the weights were changing
+    train_accuracy: float  # likewise, of the labelled images
+    val_loss: float  # cross-entropy after the epoch, whatever was minimised
+    val_accuracy: float
+    terms: dict[str, float]  # of the training loss, by name
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a training besides data, first weights, loss and seed."""
+
+    epochs: int
+    batch_size: int
+    lr: float  # of Adam, per step
+    precision: str = "fp32"  # or bf16: forward and backward pass; weights, loss and update are float32
+
+
+@dataclass
+class Progress:
+    """A training after an epoch. The tensors are the training's own until it continues: copy what is to outlive that."""
+
+    history: list[Epoch] = field(default_factory=list)
+    best_epoch: int = 0  # 1-based: of highest validation accuracy, of lowest validation loss among equals
+    state: dict[str, Any] = field(default_factory=dict)  # model, best (if it is another), optimizer, order
+
+
+def resident(images: Tensor, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The images of each batch, gathered where they are."""
+    for rows in batches:
+        yield images[rows]
 
 
 def fit(
     model: nn.Module,
-    train: Split,
-    val: Split,
-    loss: Callable[..., Tensor],
-    *targets: Tensor,
-    epochs: int,
-    batch_size: int,
-    lr: float,
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    loss: Loss,
+    settings: Settings,
     seed: int,
-    precision: str = "fp32",
-    micro_batches: int = 1,
+    *targets: Tensor,
     rows: Tensor | None = None,
-    on_epoch: Callable[["State"], None] | None = None,
-    resume: "State | None" = None,
-    title: str = "training",
-) -> Fit:
-    """Train `model` in place with Adam and leave it with the weights of its best epoch on `val`.
+    batches: Batches = resident,
+    resume: Progress | None = None,
+) -> Iterator[Progress]:
+    """Train `model` in place with Adam, yielding after each epoch; at the end it holds the weights of its best epoch on `val`.
 
-    The best epoch is the one of highest validation accuracy, of lowest validation loss among equals. The order of the
-    images depends on `seed` and their number alone, so that models trained with the same seed see the same batches. Where
-    several processes train together (processes.join), all call this, each computes its part of every batch, and all end with
-    the same weights.
+    The order of the images depends on `seed` and their number alone, so that models trained with the same seed see the same
+    batches. The last batch of an epoch is smaller; one of a single image, which batch norm cannot take, is left out.
 
     Parameters
     ----------
-    model : module from images to logits, on the same device as the data
-    train, val : Split
-    loss : callable (logits, labels, *targets of the batch) -> scalar
-    targets : tensors with one row per training image
+    model : module from uint8 images (B, H, W, C) to logits (B, K), on the device of the labels
+    train, val : images, uint8 (N, H, W, C), and labels, int64 (N,); a negative label in `train` is an unknown one
+    loss : callable (logits, labels, *targets of the batch) -> its terms by name, scalars whose sum is minimised
+    targets : tensors with one row per training image, on that device
         Further arguments of the loss, for example a teacher's logits.
-    epochs, batch_size : int
-        The last batch of an epoch is smaller; a last batch of one image, which batch norm cannot take, is left out.
-    lr : float
-        Adam's learning rate.
-    precision : "fp32" or "bf16"
-        Of the forward and backward pass; weights, loss and update are float32.
-    micro_batches : int
-        How many parts a batch is computed in, by all processes together, their gradients added up. It saves memory. The order of
-        the sum, and so the rounding, depends on it; batch norm sees what the processes compute at the same time.
-    rows : Tensor, optional
-        Which training images an epoch consists of, int64; all, once each, by default.
-    on_epoch : callable (State)
-        Called after each epoch.
-    resume : State, optional
-        Go on from there: the result is, to the bit, that of a training that was never interrupted.
-    title : str
-        Of the progress bar.
+    rows : int64 tensor, optional
+        Which training images an epoch consists of; all, once each, by default.
+    batches : callable (images, rows of each batch) -> iterator of the batches' images, on that device
+        For images that are not there: data/streaming.py.
+    resume : Progress, optional
+        Continue from there: the result is, to the bit, that of a training that was never interrupted.
 
-    Raises UserError after an epoch in which the loss became infinite or no number, and for batches of fewer images than parts.
+    Raises NotFiniteError after an epoch in which the loss became infinite or no number.
     """
-    device = train.labels.device
-    order = torch.Generator(device).manual_seed(seed)
-    count = len(train.labels if rows is None else rows)
-    used = count - (count % batch_size == 1)
-    pieces = max(1, micro_batches // processes.count())
-    if min(batch_size, used % batch_size or batch_size) < pieces * processes.count():
-        raise UserError(
-            f"{title}: {count} images in batches of {batch_size} leave a batch of fewer images than its"
-            f" {pieces * processes.count()} parts: choose another batch size, or fewer processes or micro_batches"
-        )
-    model.to(memory_format=torch.channels_last)
-    step = _Step(model, loss, (train.images, train.labels, *targets), lr, precision, pieces)
-    capture = device.type == "cuda" and used >= batch_size and processes.count() == 1
-    full_step = _captured(step, batch_size) if capture else step
-    history, best_epoch, best_state = [], 0, {}
-    if resume:
-        history, best_epoch = list(resume.history), resume.best_epoch
-        best_state = _named(resume.tensors, "best") or _named(resume.tensors, "model")
-        model.load_state_dict(_named(resume.tensors, "model"))
-        for name, tensor in step.adam_state().items():  # in place: a captured graph keeps the addresses
-            tensor.copy_(resume.tensors[f"adam.{name}"])
-        order.set_state(resume.tensors["order"])
-    quiet = processes.rank() > 0 or None  # None: where there is no terminal
-    with tqdm(total=epochs * -(-used // batch_size), desc=title, unit="step", disable=quiet, leave=False) as bar:
-        bar.update(len(history) * -(-used // batch_size))
-        for epoch in range(len(history) + 1, epochs + 1):
-            model.train()
-            step.reset()
-            numbers = torch.randperm(count, generator=order, device=device)[:used]
-            wholes = (numbers if rows is None else rows[numbers]).split(batch_size)
-            parts = [processes.part(whole) for whole in wholes]
-            for whole, (batch, images) in zip(wholes, batches(train.images, parts, device), strict=True):
-                weight = len(batch) * processes.count() / len(whole)  # as many images as it has, so much it counts
-                (full_step if len(whole) == batch_size else step)(batch, images, weight)
-                bar.update()
-            step.add_up()
-            if (bad := step.first_bad.item()) < NEVER:
-                raise UserError(
-                    f"{title}: the loss is no longer finite from step {bad + 1} of epoch {epoch} on, at a learning rate of"
-                    f" {lr:g}: try a tenth of it, precision: fp32, or a smaller kd.temperature. Nothing of this training was kept"
-                )
-            logits = processes.predict_together(model, val.images, precision)
-            result = Epoch(
-                train_loss=step.loss_sum.item() / used,
-                train_accuracy=step.correct.item() / step.known.item(),
-                val_loss=F.cross_entropy(logits, val.labels).item(),
-                val_accuracy=(logits.argmax(1) == val.labels).float().mean().item(),
-            )
-            history.append(result)
-            if not best_epoch or _rank(result) > _rank(history[best_epoch - 1]):
-                best_epoch, best_state = epoch, copy.deepcopy(model.state_dict())
-            if on_epoch:
-                parts = {"model": model.state_dict(), "adam": step.adam_state()}
-                if best_epoch < epoch:
-                    parts["best"] = best_state
-                tensors = {f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
-                on_epoch(State(history, best_epoch, tensors | {"order": order.get_state()}))
-    model.load_state_dict(best_state)
-    return Fit(history, best_epoch)
-
-
-def _named(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
+    images, labels = train
+    order = torch.Generator(labels.device).manual_seed(seed)
+    count = len(labels if rows is None else rows)
+    used = count - (count % settings.batch_size == 1)
+    step = _Step(model, loss, (labels, *targets), settings)
+    full_step = step
+    if labels.is_cuda and used >= settings.batch_size:
+        full_step = _captured(step, torch.empty_like(images[: settings.batch_size], device=labels.device))
+    progress = resume or Progress()
+    best = _load(progress.state, step, order) if resume else {}
+    for number in range(len(progress.history) + 1, settings.epochs + 1):
+        model.train()
+        indices = torch.randperm(count, generator=order, device=labels.device)[:used]
+        slices = (indices if rows is None else rows[indices]).split(settings.batch_size)
+        for batch, batch_images in zip(slices, batches(images, slices), strict=True):
+            (full_step if len(batch) == settings.batch_size else step)(batch, batch_images)
+        epoch = _epoch(step.take_sums(), used, number, settings.lr, validate(model, *val, settings.precision))
+        if not best or _rank(epoch) > _rank(progress.history[progress.best_epoch - 1]):
+            progress.best_epoch, best = number, copy.deepcopy(model.state_dict())
+        progress.history.append(epoch)
+        progress.state = {"model": model.state_dict(), "optimizer": step.optimizer.state_dict(), "order": order.get_state()}
+        if progress.best_epoch < number:
+            progress.state["best"] = best
+        yield progress
+    model.load_state_dict(best)
 
 
 def _rank(epoch: Epoch) -> tuple[float, float]:
     return epoch.val_accuracy, -epoch.val_loss
 
 
-class _Step:
-    """One optimisation step, a pure function of tensors that stay where they are: it never waits for the device."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Callable[..., Tensor],
-        data: tuple[Tensor, ...],
-        lr: float,
-        precision: str,
-        pieces: int = 1,
-    ) -> None:
-        device = data[1].device
-        self.model = model
-        self.forward = processes.together(model)
-        self.loss = loss
-        self.data = data  # images, labels, further targets
-        self.precision = precision
-        self.pieces = pieces  # of a batch, one after the other
-        self.lr = lr
-        self.fused = device.type in ("cpu", "cuda")
-        self.parameters = list(model.parameters())
-        self.adam = {  # one tensor per parameter
-            "step": [torch.zeros((), device=device if self.fused else "cpu") for _ in self.parameters],
-            "exp_avg": [torch.zeros_like(parameter) for parameter in self.parameters],
-            "exp_avg_sq": [torch.zeros_like(parameter) for parameter in self.parameters],
-        }
-        self.loss_sum = torch.zeros((), device=device)  # over the images since the last reset
-        self.correct = torch.zeros((), device=device, dtype=torch.int64)  # of those whose label is known
-        self.known = torch.zeros((), device=device, dtype=torch.int64)
-        self.steps = torch.zeros((), device=device, dtype=torch.int64)
-        self.first_bad = torch.full((), NEVER, device=device)  # the first step (from 0) whose loss was not finite
-
-    def __call__(self, batch: Tensor, images: Tensor | None = None, weight: float = 1.0) -> None:
-        """Train on the images whose numbers are in `batch`, int64 of shape (B,): on `images`, or else on those of the data.
-
-        `weight` is how much the batch counts in the mean over the processes.
-        """
-        images = self.data[0][batch] if images is None else images
-        rows = (images, *(rows[batch] for rows in self.data[1:]))
-        self.model.zero_grad()
-        for number, piece in enumerate(zip(*(tensor.tensor_split(self.pieces) for tensor in rows), strict=True), 1):
-            with processes.alone(self.forward) if number < self.pieces else contextlib.nullcontext():
-                self._add_gradient(*piece, share=weight * len(piece[1]) / len(batch))
-        self._update()
-        self.steps += 1
-
-    def _add_gradient(self, images: Tensor, labels: Tensor, *targets: Tensor, share: float) -> None:
-        """Add `share` of the gradient of the mean loss over some images."""
-        with autocast(images.device, self.precision):
-            logits = self.forward(images).float()
-        loss = self.loss(logits, labels, *targets)
-        (loss if share == 1 else loss * share).backward()
-        self.loss_sum += loss.detach() * len(labels)
-        self.correct += (logits.argmax(1) == labels).sum()
-        self.known += (labels >= 0).sum()
-        self.first_bad.copy_(torch.where(loss.isfinite() | (self.first_bad < NEVER), self.first_bad, self.steps))
-
-    @torch.no_grad()
-    def _update(self) -> None:
-        """Adam's step, by the function behind torch.optim.Adam: the class imports the compiler, which takes a second."""
-        adam(
-            self.parameters,
-            [parameter.grad for parameter in self.parameters],
-            self.adam["exp_avg"],
-            self.adam["exp_avg_sq"],
-            [],
-            self.adam["step"],
-            fused=self.fused,
-            capturable=self.loss_sum.is_cuda,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=self.lr,
-            weight_decay=0,
-            eps=1e-8,
-            maximize=False,
+def _epoch(sums: Mapping[str, float], images: int, number: int, lr: float, validation: tuple[float, float]) -> Epoch:
+    """The record of an epoch from the sums over its images. Raises NotFiniteError."""
+    correct, labelled, *_ = sums.values()
+    terms = {name: value / images for name, value in list(sums.items())[2:]}
+    if not all(map(math.isfinite, terms.values())):
+        raise NotFiniteError(
+            f"the loss of epoch {number} is not finite at a learning rate of {lr:g}: try a tenth of it, precision: fp32,"
+            " or a smaller kd.temperature"
         )
-
-    def add_up(self) -> None:
-        """Make the sums of an epoch those over all processes."""
-        processes.add_up(self.loss_sum, self.correct, self.known)
-        processes.least(self.first_bad)
-
-    def adam_state(self) -> dict[str, Tensor]:
-        """The optimiser's tensors, by field and number of the parameter."""
-        return {f"{field}.{n}": tensor for field, tensors in self.adam.items() for n, tensor in enumerate(tensors)}
-
-    def reset(self) -> None:
-        """Start the sums of an epoch."""
-        self.loss_sum.zero_()
-        self.correct.zero_()
-        self.known.zero_()
-        self.steps.zero_()
-        self.first_bad.fill_(NEVER)
+    return Epoch(sum(terms.values()), correct / labelled, *validation, terms)
 
 
-def _captured(step: _Step, batch_size: int) -> Callable[[Tensor, Tensor | None, float], None]:
-    """`step` for batches of `batch_size` as one CUDA graph. The model is as before; the step's sums are undefined until reset.
+def validate(model: nn.Module, images: Tensor, labels: Tensor, precision: str = "fp32") -> tuple[float, float]:
+    """Cross-entropy (nats) and accuracy (0-1) of `model`, which is in eval mode afterwards."""
+    model.eval()
+    batches = images.split(max(16, 250 * 28 * 28 // (images.shape[1] * images.shape[2])))
+    with torch.no_grad(), _autocast(labels.device, precision):
+        logits = torch.cat([model(batch.to(labels.device)).float() for batch in batches])
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    # Each weight is used once per pass: nothing to cache, and a cache would not survive a captured CUDA graph.
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+class _Step:
+    """One optimisation step: a function of tensors that stay where they are, which never waits for the device."""
+
+    def __init__(self, model: nn.Module, loss: Loss, targets: tuple[Tensor, ...], settings: Settings) -> None:
+        self.model = model.to(memory_format=torch.channels_last)
+        self.loss, self.targets, self.precision = loss, targets, settings.precision
+        device = targets[0].device
+        fused = device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(model.parameters(), settings.lr, fused=fused, capturable=device.type == "cuda")
+        self.sums = {name: torch.zeros((), device=device, dtype=torch.int64) for name in ("correct", "labelled")}
+
+    def __call__(self, rows: Tensor, images: Tensor) -> None:
+        """Train on `images`, uint8 (B, H, W, C), which are those of the training set's `rows`, int64 (B,)."""
+        labels, *targets = (values[rows] for values in self.targets)
+        with _autocast(images.device, self.precision):
+            logits = self.model(images).float()
+        terms = self.loss(logits, labels, *targets)
+        self.optimizer.zero_grad()
+        sum(terms.values()).backward()
+        self.optimizer.step()
+        self.sums["correct"] += (logits.argmax(1) == labels).sum()
+        self.sums["labelled"] += (labels >= 0).sum()
+        for name, term in terms.items():
+            self.sums.setdefault(name, torch.zeros_like(term)).add_(term.detach() * len(rows))
+
+    def take_sums(self) -> dict[str, float]:
+        """Correct and labelled images, and each of the loss's terms, summed over the images since the last call: waits for the device."""
+        values = {name: total.item() for name, total in self.sums.items()}
+        for total in self.sums.values():
+            total.zero_()
+        return values
+
+
+def _load(state: Mapping[str, Any], step: _Step, order: torch.Generator) -> dict[str, Tensor]:
+    """Put a saved state in place; the weights of the best epoch."""
+    step.model.load_state_dict(state["model"])
+    if step.optimizer.state:  # a captured graph has its addresses
+        for parameter, values in zip(step.optimizer.param_groups[0]["params"], state["optimizer"]["state"].values(), strict=True):
+            for name, value in values.items():
+                step.optimizer.state[parameter][name].copy_(value)
+    else:
+        step.optimizer.load_state_dict(state["optimizer"])
+    order.set_state(state["order"].cpu())
+    return copy.deepcopy(state.get("best", state["model"]))
+
+
+def _captured(step: _Step, images: Tensor) -> Callable[[Tensor, Tensor], None]:
+    """`step` for batches of the size of `images`, a buffer, as one CUDA graph. Model and optimiser are as before.
 
     See "Whole-network capture" in PyTorch's notes on CUDA graphs: a few warm-up steps on a side stream come first.
     """
     before = copy.deepcopy(step.model.state_dict())
-    every, labels, *_ = step.data
-    batch = torch.arange(batch_size, device=labels.device)
-    images = None if every.device == batch.device else every[:batch_size].to(batch.device)
+    rows = torch.arange(len(images), device=images.device)
     step.model.train()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(batch, images)
+            step(rows, images)
     torch.cuda.current_stream().wait_stream(stream)
-    step.model.load_state_dict(before)  # copies in place: the graph keeps the addresses
-    for tensor in step.adam_state().values():
-        tensor.zero_()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step(batch, images)
+        step(rows, images)
+    step.model.load_state_dict(before)  # copies in place: the graph keeps the addresses
+    for values in step.optimizer.state.values():
+        for tensor in values.values():
+            tensor.zero_()
+    step.take_sums()
 
-    def replay(numbers: Tensor, found: Tensor | None, _: float) -> None:
-        batch.copy_(numbers)
-        if found is not None:
-            images.copy_(found)
+    def replay(batch: Tensor, batch_images: Tensor) -> None:
+        rows.copy_(batch)
+        images.copy_(batch_images)
         graph.replay()
 
     return replay

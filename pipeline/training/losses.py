@@ -1,15 +1,57 @@
-"""The losses of knowledge distillation (Hinton, Vinyals and Dean 2015, arXiv:1503.02531)."""
+"""The losses: one function a method, each returning a callable (logits, labels, *targets) -> its terms by name.
+
+Logits are float32 (B, K), labels int64 (B,); the terms are scalars, means over the batch in nats, whose sum is minimised.
+"""
+
+from collections.abc import Callable, Mapping
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.data.labels import UNKNOWN
 
+Loss = Callable[..., Mapping[str, Tensor]]
+
+
+def hard_labels() -> Loss:
+    """Cross-entropy with the labels: the term `hard`. An image whose label is UNKNOWN adds nothing."""
+
+    def loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"hard": _cross_entropy(logits, labels)}
+
+    return loss
+
+
+def distillation(temperature: float, alpha: float, divergence: str) -> Loss:
+    """Knowledge distillation: alpha * CE(labels), the term `hard`, + (1 - alpha) * T^2 * KL, the term `soft`.
+
+    T^2 keeps the two terms' gradients in proportion when the temperature changes (Hinton, Vinyals and Dean 2015,
+    arXiv:1503.02531, section 2). With alpha = 1 it is the cross-entropy and nothing else, to the bit. An image whose label is
+    UNKNOWN has the teacher's term only. The callable takes the teacher's logits (B, K) after the labels.
+
+    Parameters
+    ----------
+    temperature : float > 0
+    alpha : float in 0..1
+        Weight of the hard labels.
+    divergence : "forward" for KL(teacher || student), "reverse" for KL(student || teacher)
+    """
+    kl = {"forward": forward_kl, "reverse": reverse_kl}[divergence]
+
+    def loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
+        hard = _cross_entropy(logits, labels)
+        if alpha == 1:
+            return {"hard": hard}
+        soft = kl(logits, teacher_logits, temperature) * temperature**2
+        return {"hard": alpha * hard, "soft": (1 - alpha) * soft}
+
+    return loss
+
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of the softened distributions, mean over the batch, in nats.
+    """KL(teacher || student) of the distributions softened by the temperature, mean over the batch.
 
-    Its gradient is that of Hinton et al.'s cross-entropy with soft targets (section 2). Logits have shape (N, K).
+    Its gradient is that of Hinton et al.'s cross-entropy with soft targets (section 2).
     """
     student = F.log_softmax(student_logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)
@@ -21,31 +63,5 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     return forward_kl(teacher_logits, student_logits, temperature)
 
 
-class DistillationLoss(nn.Module):
-    """alpha * CE(labels) + (1 - alpha) * T^2 * KL.
-
-    T^2 keeps the two terms' gradients in proportion when the temperature changes (Hinton et al. 2015, section 2). With
-    alpha = 1 it is the cross-entropy and nothing else, to the bit. An image whose label is UNKNOWN has the teacher's term only;
-    both terms are means over the whole batch.
-
-    Parameters
-    ----------
-    temperature : float > 0
-    alpha : float in 0..1
-        Weight of the hard labels.
-    divergence : "forward" for KL(teacher || student), "reverse" for KL(student || teacher)
-    """
-
-    def __init__(self, temperature: float, alpha: float, divergence: str) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.alpha = alpha
-        self.divergence = {"forward": forward_kl, "reverse": reverse_kl}[divergence]
-
-    def forward(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> Tensor:
-        """Scalar loss from logits (N, K), labels int64 (N,) and teacher logits (N, K)."""
-        hard = F.cross_entropy(logits, labels, ignore_index=UNKNOWN, reduction="sum") / len(labels)
-        if self.alpha == 1:
-            return hard
-        soft = self.divergence(logits, teacher_logits, self.temperature) * self.temperature**2
-        return self.alpha * hard + (1 - self.alpha) * soft
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, ignore_index=UNKNOWN, reduction="sum") / len(labels)

@@ -1,0 +1,127 @@
+"""A copy of the project to do anything to: a git repository of its own with small parameters, and a shell in it."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+ROOT = Path(__file__).parents[2]
+SMALL = {  # both tracks on the images inside an installed package
+    "baselines__dataset": "mnist5k",
+    "baselines__pretrained": False,
+    "distillation__dataset": "mnist5k",
+}
+CURVES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+
+
+class Checkout:
+    """A checkout and a shell in it, without this process's settings for DVC, MLflow and data."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        foreign = ("DVC_", "MLFLOW_", "DATA_MIRROR", "RETRAIN", "TRAININGS_", "TRACK_LATER")
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+        self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def run(self, *command: str, expect: int | None = 0, timeout: int = 300) -> subprocess.CompletedProcess:
+        """Run a command to its end. Raises AssertionError if its exit status is not the expected one."""
+        options = {"cwd": self.folder, "env": self.environment, "capture_output": True, "text": True}
+        done = subprocess.run(command, **options, timeout=timeout, check=False)
+        assert expect is None or done.returncode == expect, f"{command}: {done.stdout}\n{done.stderr}"
+        return done
+
+    def dvc(self, *arguments: str, expect: int | None = 0) -> str:
+        """What a DVC command prints."""
+        done = self.run("dvc", *arguments, expect=expect)
+        return done.stdout + done.stderr
+
+    def stage(self, stage: str) -> list[str]:
+        """The command of a stage such as "train_baselines resnet18"."""
+        return [sys.executable, "-m", *f"pipeline.{stage}".split()]
+
+    def start(self, *command: str, stdout: int = subprocess.PIPE) -> subprocess.Popen:
+        """Start a command as the leader of a process group, so that it can be killed with its children."""
+        options = {"cwd": self.folder, "env": self.environment, "text": True, "start_new_session": True}
+        return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, **options)
+
+    def set(self, **parameters: Any) -> None:
+        """Change params.yaml; a block's key is written with two underscores, as in `kd__temperature`."""
+        path = self.folder / "params.yaml"
+        content = yaml.safe_load(path.read_text())
+        for name, value in parameters.items():
+            *blocks, key = name.split("__")
+            inner = content
+            for block in blocks:
+                inner = inner[block]
+            inner[key] = value
+        path.write_text(yaml.safe_dump(content))
+
+    def mlflow_runs(self, uri: str | None = None) -> list[Run]:
+        """Every run of a store, by default of the checkout's own."""
+        client = MlflowClient(uri or f"sqlite:///{self.folder}/mlflow.db")
+        return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+
+    def by_name(self) -> Counter:
+        """How many runs of each name the checkout's own store has."""
+        return Counter(run.info.run_name for run in self.mlflow_runs())
+
+
+def copy_checkout(folder: Path, **parameters: Any) -> Checkout:
+    """A copy of the project as it lies here, without results, with these parameters (as in Checkout.set)."""
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.split():
+        if (ROOT / name).is_file() and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    checkout = Checkout(folder)
+    checkout.set(**parameters)
+    identity = ["config", "user.name", "test"], ["config", "user.email", "test@localhost"]  # the machine may have none
+    for command in (["init", "-q"], *identity, ["add", "-A"], ["commit", "-qm", "as it is"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return checkout
+
+
+def complete(uri: str, run: Run, epochs: int) -> bool:
+    """Whether a training's run is finished, names its checkpoint, and has every point of its curves once."""
+    client = MlflowClient(uri)
+    histories = [client.get_metric_history(run.info.run_id, curve) for curve in CURVES]
+    once = list(range(1, epochs + 1))
+    points = all(sorted(point.step for point in history) == once for history in histories)
+    return run.info.status == "FINISHED" and "checkpoint_md5" in run.data.tags and points
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill a process and its children at once, as a power failure would, and wait until they are gone."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(port: int, process: subprocess.Popen) -> None:
+    """Until a server that was just started answers on 127.0.0.1."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server has ended"
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(port)

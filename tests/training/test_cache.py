@@ -1,0 +1,124 @@
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.core.errors import UserError
+from pipeline.data.prepared import TrainingData
+from pipeline.training.cache import Record, open_entry, prune, read_record, working_place
+
+
+@pytest.fixture
+def record(data: TrainingData) -> Record:
+    return Record(
+        key="abc", setting="def", model="teacher", architecture="compact_cnn", arguments={}, dataset=data.dataset, seed=0,
+        parameters={}, device="cpu", epochs=2,
+    )  # fmt: skip
+
+
+def test_what_is_saved_is_found_again(tmp_path: Path, record: Record):
+    with open_entry(tmp_path, "abc") as entry:
+        assert entry.load() is None
+        entry.save(record, {"model": {"weight": torch.ones(2)}, "epoch": 1})
+    with open_entry(tmp_path, "abc") as entry:
+        state = entry.load()
+        assert state["epoch"] == 1
+        assert torch.equal(state["model"]["weight"], torch.ones(2))
+        assert entry.record == record
+        assert not entry.is_finished()
+    with open_entry(tmp_path, "another") as entry:
+        assert entry.load() is None
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-4], lambda content: content[:-4] + b"\0\1\2\3"])
+def test_a_damaged_state_is_no_state(tmp_path: Path, record: Record, damage):
+    with open_entry(tmp_path, "abc") as entry:
+        entry.save(record, {"model": torch.ones(2)})
+        entry.state.write_bytes(damage(entry.state.read_bytes()))
+        assert entry.load() is None
+
+
+def test_no_code_in_a_state_is_run(tmp_path: Path, record: Record):
+    with open_entry(tmp_path, "abc") as entry, pytest.raises(Exception, match="weights_only|Unsupported|WeightsUnpickler"):
+        entry.save(record, {"model": Path("x")})
+        entry.load()
+
+
+def test_a_finished_training_needs_its_checkpoint_to_be_whole(tmp_path: Path, record: Record):
+    with open_entry(tmp_path, "abc") as entry:
+        entry.save(record, {})
+        entry.checkpoint.write_bytes(b"weights")
+        entry.finish(record)
+        assert not entry.state.exists()
+    with open_entry(tmp_path, "abc") as entry:
+        assert entry.is_finished()
+        entry.checkpoint.write_bytes(b"other")
+        assert not entry.is_finished()
+    (tmp_path / "abc" / "record.json").write_text("{")
+    assert read_record(tmp_path, "abc") is None
+
+
+def test_retrain_forgets_what_is_there(tmp_path: Path, record: Record, monkeypatch: pytest.MonkeyPatch):
+    with open_entry(tmp_path, "abc") as entry:
+        entry.save(record, {})
+    monkeypatch.setenv("RETRAIN", "1")
+    with open_entry(tmp_path, "abc") as entry:
+        assert entry.record is None
+
+
+def hold(root: Path, begun, seconds: float) -> None:
+    with open_entry(root, "abc"):
+        begun.set()
+        time.sleep(seconds)
+
+
+def test_a_second_process_waits_and_says_so(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    begun, said = context.Event(), []
+    process = context.Process(target=hold, args=(tmp_path, begun, 0.5))
+    process.start()
+    begun.wait()
+    with open_entry(tmp_path, "abc", lambda: said.append(True)):
+        assert said == [True]
+        process.join(10)
+        assert process.exitcode == 0
+    with open_entry(tmp_path, "abc", lambda: said.append(True)):
+        assert said == [True]
+
+
+def work(root: Path, count: int, log: Path) -> None:
+    with working_place(root, count):
+        log.with_name(f"{os.getpid()} begins").write_text(str(time.monotonic()))
+        time.sleep(0.5)
+        log.with_name(f"{os.getpid()} ends").write_text(str(time.monotonic()))
+
+
+def test_as_many_trainings_are_at_work_as_there_are_places(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(tmp_path / "root", 1, tmp_path / "log")) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    times = {path.name.split()[1]: [] for path in tmp_path.glob("* *")}
+    for path in tmp_path.glob("* *"):
+        times[path.name.split()[1]].append(float(path.read_text()))
+    assert max(times["begins"]) >= min(times["ends"])
+
+
+def test_the_oldest_go_first_where_there_is_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for number in range(4):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "checkpoint.safetensors").write_bytes(bytes(1000))
+        os.utime(tmp_path / str(number), (number, number))
+    monkeypatch.setenv("TRAININGS_MAX_GB", "2.5e-6")
+    with open_entry(tmp_path, "0"):  # at work
+        os.utime(tmp_path / "0", (0, 0))
+        prune(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "3"]
+    monkeypatch.setenv("TRAININGS_MAX_GB", "many")
+    with pytest.raises(UserError, match="TRAININGS_MAX_GB = 'many'"):
+        prune(tmp_path)

@@ -1,0 +1,122 @@
+"""Trainings side by side, each in a process of its own."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.core.errors import UserError
+from pipeline.core.files import md5
+from pipeline.fetching.preparation import prepare
+from pipeline.fetching.sources import read_source
+from pipeline.training.cache import Record
+from pipeline.training.recipe import Recipe
+from pipeline.training.seeds import train_seeds
+
+SETTINGS = {"epochs": 2, "batch_size": 64, "lr": 0.01, "precision": "fp32"}
+LONG = SETTINGS | {"epochs": 300}
+
+
+@pytest.fixture
+def recipes(own_npz: Path, tmp_path: Path) -> list[Recipe]:
+    prepare(read_source(str(own_npz)), 0.1, tmp_path / "data")
+    first = Recipe("teacher", "compact_cnn", {"width": 4, "hidden": 8}, SETTINGS, 0, tmp_path / "data", "cpu")
+    return [dataclasses.replace(first, seed=seed) for seed in range(3)]
+
+
+def checkpoints(folder: Path) -> dict[str, str]:
+    return {path.name: md5(path) for path in folder.iterdir()}
+
+
+def test_the_number_of_jobs_changes_no_byte_and_an_added_seed_trains_alone(recipes: list[Recipe], tmp_path: Path, capfd):
+    folder = tmp_path / "models"
+    assert len({record.seed for record in train_seeds(recipes[:2], tmp_path / "a", 1, folder)}) == 2
+    before = checkpoints(folder)
+    assert set(before) == {"seed0.safetensors", "seed1.safetensors"}
+    records = list(train_seeds(recipes, tmp_path / "a", "auto", folder))
+    assert sum(not record.finished for record in records) == 3, "of the added seed alone: at its start, two epochs"
+    assert capfd.readouterr().out.count("taken from .trainings/") == 2
+    assert checkpoints(folder).items() >= before.items()
+    list(train_seeds(recipes[:1], tmp_path / "b", 3, folder))
+    assert checkpoints(folder) == {"seed0.safetensors": before["seed0.safetensors"]}
+
+
+def test_a_failing_seed_is_named_and_the_others_are_kept(recipes: list[Recipe], tmp_path: Path):
+    folder, root = tmp_path / "models", tmp_path / "root"
+    wild = dataclasses.replace(recipes[1], settings=SETTINGS | {"lr": 1e30})
+    records: list[Record] = []
+    with pytest.raises(UserError, match="teacher/seed1: .* not finite"):
+        records.extend(train_seeds([recipes[0], wild, recipes[2]], root, 2, folder))
+    assert not folder.exists()
+    list(train_seeds([recipes[0], recipes[2]], root, 2, folder))
+    assert set(checkpoints(folder)) == {"seed0.safetensors", "seed2.safetensors"}
+
+
+def test_a_killed_child_is_told_and_its_training_resumes(recipes: list[Recipe], tmp_path: Path, capfd):
+    long = dataclasses.replace(recipes[0], settings=LONG)
+    records = []
+    with pytest.raises(UserError, match="teacher/seed0: was killed by SIGKILL: the same command resumes it"):
+        for record in train_seeds([long], tmp_path / "root", 1, tmp_path / "models"):
+            records.append(record)
+            if len(record.history) == 3 and not record.failed:
+                multiprocessing.active_children()[0].kill()
+    assert "SIGKILL" in records[-1].failed
+    for record in train_seeds([long], tmp_path / "root", 1, tmp_path / "models"):
+        first = record
+        break
+    assert len(first.history) >= 3
+    assert first.failed is None
+
+
+STAGE = """
+import sys
+from pathlib import Path
+from pipeline.core.cli import run
+from pipeline.training.recipe import Recipe
+from pipeline.training.seeds import train_seeds
+
+def main():
+    folder = Path({folder!r})
+    recipe = Recipe("teacher", "compact_cnn", {{"width": 4, "hidden": 8}}, {settings!r}, 0, folder / "data", "cpu")
+    for record in train_seeds([recipe], folder / "root", 1, folder / "models"):
+        if len(record.history) == 2:
+            (folder / "begun").touch()
+
+if __name__ == "__main__":
+    run(main)
+"""
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    return not alive
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, "starter"])
+def test_no_process_outlives_the_one_that_started_it(recipes: list[Recipe], tmp_path: Path, how):
+    (tmp_path / "stage.py").write_text(STAGE.format(folder=str(tmp_path), settings=LONG | {"epochs": 3000}))
+    command = [sys.executable, str(tmp_path / "stage.py")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    if how == "starter":  # as DVC, killed
+        command = [sys.executable, "-c", f"import subprocess; subprocess.run({command!r})"]
+        environment |= {"DVC_STAGE": "train_teacher"}
+    started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(started.pid).children(recursive=True)
+    assert len(family) >= 2
+    started.send_signal(signal.SIGKILL if how == "starter" else how)
+    assert gone(family)
+    if how == signal.SIGINT:
+        assert started.wait(10) == 130
+        assert "interrupted: the same command resumes" in started.stderr.read()
