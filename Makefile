@@ -10,7 +10,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.epochs=2 \
         -S distillation.dataset=mnist5k -S distillation.epochs=3 -S 'seeds=[0,1]'
 
-.PHONY: help install demo test screenshots bench faults study study-table register promote serve send lint format ui clean
+.PHONY: help install demo test screenshots bench faults study study-table register serve lint format ui clean
 
 help:
 	@echo "make demo     install, run the whole graph on 5,000 embedded images, print the results (3 minutes)"
@@ -21,9 +21,7 @@ help:
 	@echo "make study STUDY=mnist        run what is missing of studies/mnist.yaml on every core (JOBS=2: two tasks at a time)"
 	@echo "make study-table STUDY=mnist  table and figure of what has finished, into metrics/studies/"
 	@echo "make register  the exported student into MLflow's registry, as champion if it is better than the present one"
-	@echo "make promote VERSION=2  make a registered version the champion by hand"
 	@echo "make serve     MLflow's model server with the champion, on http://127.0.0.1:5001"
-	@echo "make send      what MLflow's server could not take while it was away"
 	@echo "make install  create .venv with everything that requirements.txt names"
 	@echo "make ui       open the MLflow UI on http://127.0.0.1:$(PORT)"
 	@echo "make lint     ruff: rules and formatting"
@@ -66,16 +64,10 @@ study-table: .venv/installed
 	python -m studies.study collect $(STUDY)
 
 register: .venv/installed
-	python -m pipeline.register_student
-
-promote: .venv/installed
-	python -m pipeline.promote_student $(VERSION)
+	python -m pipeline.serving.registry
 
 serve: .venv/installed
 	PORT=$(or $(SERVE_PORT),5001) python -m pipeline.serving.server
-
-send: .venv/installed
-	python -m pipeline.send_unsent
 
 lint: .venv/installed-for-tests
 	ruff check .

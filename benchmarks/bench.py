@@ -192,7 +192,7 @@ def measure(arguments: argparse.Namespace) -> None:
     """Run everything and write the two result files."""
     device = choose_device(arguments.device)
     precision = choose_precision("auto", device)  # of (c)
-    rates = {kind: matmul_rate(device, kind) for kind in ("fp32", "bf16")}
+    rates = {kind: matmul_rate(device, kind) for kind in dict.fromkeys(("fp32", precision))}
     with tempfile.TemporaryDirectory() as name:
         datasets = {
             track: prepare(read_source(dataset), 0.1, Path(name) / track)

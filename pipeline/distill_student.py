@@ -17,28 +17,25 @@ from pipeline.training.seeds import train_seeds
 def recipe(params: Params, seed: int, data: Path, teacher: Path) -> Recipe:
     """The student of a seed on the prepared set in `data`, distilled from the checkpoint `teacher`."""
     return Recipe(
-        model="student_distilled",
-        architecture="compact_cnn",
-        arguments=params.student.model_dump(),
-        settings=params.settings(params.distillation),
+        "student_distilled",
+        "compact_cnn",
+        params.student.model_dump(),
         seed=seed,
         data=data,
-        device=params.device,
-        threads=params.threads,
         label_fraction=params.distillation.label_fraction,
         kd=params.kd.model_dump(),
         teacher=teacher,
         parameters=params.flat("distillation", "student", "kd"),
+        **params.training(params.distillation),
     )
 
 
 def main() -> None:
     params = load_params()
-    teachers = Path("models/distillation/teacher")
-    recipes = [
-        recipe(params, seed, Path("data/distillation"), checkpoint_path(teachers, seed)) for seed in params.seeds
-    ]
-    records = train_seeds(recipes, trainings_folder(), params.jobs, Path("models/distillation/student_distilled"))
+    models = Path("models/distillation")
+    teachers = {seed: checkpoint_path(models / "teacher", seed) for seed in params.seeds}
+    recipes = [recipe(params, seed, Path("data/distillation"), teacher) for seed, teacher in teachers.items()]
+    records = train_seeds(recipes, trainings_folder(), params.jobs, models / "student_distilled")
     mirror = Mirror(params.tracking.experiment)
     for record in records:
         mirror.training(record)

@@ -30,9 +30,7 @@ def main() -> None:
         results[path.stem] = {
             "accuracy": float((exported.argmax(axis=1) == labels).mean()),
             "largest_difference": float(np.abs(exported - expected).max()),  # of a probability
-            "same_predictions": float(
-                (exported.argmax(axis=1) == expected.argmax(axis=1)).mean()
-            ),  # share of the images
+            "same_predictions": float((exported.argmax(axis=1) == expected.argmax(axis=1)).mean()),  # share of the images
         }
     write_json(Path("metrics/export.json"), results)
     for name, figures in results.items():

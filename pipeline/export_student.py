@@ -34,8 +34,7 @@ def main() -> None:
         export_onnx(load_checkpoint(best, cpu)[0], data.dataset.image_shape, classes, student)
         quantize(student, data.train.images[:CALIBRATION_IMAGES].numpy(), classes, int8)
         correct, correct_int8 = (
-            int((Student(path, threads).probabilities(images).argmax(axis=1) == labels).sum())
-            for path in (student, int8)
+            int((Student(path, threads).probabilities(images).argmax(axis=1) == labels).sum()) for path in (student, int8)
         )
         # The int8 version may be worse only within the 95 % interval (Wilson's) of the float32 version's accuracy.
         floor = float(binomtest(correct, len(labels)).proportion_ci(0.95, method="wilson").low)

@@ -35,30 +35,14 @@ Size = Literal[28, 64, 128, 224]
 
 
 class Track(NamedTuple):
-    """One question: which models answer it, and how.
+    """One question, and the models that answer it."""
 
-    Attributes
-    ----------
-    question : str
-        The report's heading.
-    models : tuple of str
-        Their names, as in models/<track>/<model>.
-    comparisons : tuple of (model, other)
-        Both trained with the same seeds; the track's question comes first.
-    teachers : dict of str to str
-        By student, the model whose fidelity it is measured by.
-    report : str
-        The report's file name in metrics/, without its suffix.
-    original_dataset : str
-        What the original course project ran it on.
-    """
-
-    question: str
-    models: tuple[str, ...]
-    comparisons: tuple[tuple[str, str], ...]
-    teachers: dict[str, str]
-    report: str
-    original_dataset: str
+    question: str  # the report's heading
+    models: tuple[str, ...]  # as in models/<track>/<model>
+    comparisons: tuple[tuple[str, str], ...]  # (model, other), trained with the same seeds; the question's own comes first
+    teachers: dict[str, str]  # by student, the model that its fidelity is measured against
+    report: str  # its file in metrics/, without the suffix
+    original_dataset: str  # what the original course project ran it on
 
 
 TRACKS = {
@@ -134,9 +118,10 @@ class Params(Block):
     kd: KD
     tracking: Tracking
 
-    def settings(self, track: Baselines | Distillation) -> dict[str, Any]:
-        """How a track's networks are trained, as in training/loop.Settings."""
-        return {name: getattr(track, name) for name in ("epochs", "batch_size", "lr")} | {"precision": self.precision}
+    def training(self, track: Baselines | Distillation) -> dict[str, Any]:
+        """How a track's networks are trained: arguments of training.recipe.Recipe."""
+        settings = {name: getattr(track, name) for name in ("epochs", "batch_size", "lr")} | {"precision": self.precision}
+        return {"settings": settings, "device": self.device, "threads": self.threads}
 
     def flat(self, *keys: str) -> dict[str, Any]:
         """The values under `keys`, dotted names of parameters or whole blocks, each by its full dotted name."""

@@ -14,18 +14,15 @@ OPTIONS = {"simple_cnn": (), "resnet18": ("baselines.resnet18", "baselines.pretr
 
 def recipe(params: Params, model: str, seed: int, data: Path) -> Recipe:
     """A baseline of a seed on the prepared set in `data`."""
-    names = ("baselines.epochs", "baselines.batch_size", "baselines.lr", *OPTIONS[model])
     return Recipe(
-        model=model,
-        architecture=model,
-        arguments={"stem": params.baselines.resnet18.stem} if model == "resnet18" else {},
-        settings=params.settings(params.baselines),
+        model,
+        model,
+        {"stem": params.baselines.resnet18.stem} if model == "resnet18" else {},
         seed=seed,
         data=data,
-        device=params.device,
-        threads=params.threads,
         initial=data / "initial" / f"{model}.safetensors",
-        parameters=params.flat(*names),
+        parameters=params.flat("baselines.epochs", "baselines.batch_size", "baselines.lr", *OPTIONS[model]),
+        **params.training(params.baselines),
     )
 
 

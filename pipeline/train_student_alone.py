@@ -13,16 +13,14 @@ from pipeline.training.seeds import train_seeds
 def recipe(params: Params, seed: int, data: Path) -> Recipe:
     """The lone student of a seed on the prepared set in `data`."""
     return Recipe(
-        model="student_alone",
-        architecture="compact_cnn",
-        arguments=params.student.model_dump(),
-        settings=params.settings(params.distillation),
+        "student_alone",
+        "compact_cnn",
+        params.student.model_dump(),
         seed=seed,
         data=data,
-        device=params.device,
-        threads=params.threads,
         label_fraction=params.distillation.label_fraction,
         parameters=params.flat("distillation", "student"),
+        **params.training(params.distillation),
     )
 
 

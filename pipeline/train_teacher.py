@@ -13,16 +13,14 @@ from pipeline.training.seeds import train_seeds
 def recipe(params: Params, seed: int, data: Path) -> Recipe:
     """The teacher of a seed on the prepared set in `data`."""
     return Recipe(
-        model="teacher",
-        architecture="compact_cnn",
-        arguments=params.teacher.model_dump(),
-        settings=params.settings(params.distillation),
+        "teacher",
+        "compact_cnn",
+        params.teacher.model_dump(),
         seed=seed,
         data=data,
-        device=params.device,
-        threads=params.threads,
         label_fraction=params.distillation.label_fraction,
         parameters=params.flat("distillation", "teacher"),
+        **params.training(params.distillation),
     )
 
 

@@ -5,9 +5,9 @@ lie in `.trainings/` as those of the stages do, data sets and the points' result
 whichever points need them, and what was interrupted resumes.
 """
 
-import contextlib
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import pickle
@@ -15,90 +15,76 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
 from pipeline import distill_student, train_student_alone, train_teacher
-from pipeline.core.errors import UserError, is_disk_full, no_space, one_line
-from pipeline.core.files import atomic_folder, md5, write_atomic, write_json
+from pipeline.core.errors import UserError, one_line
+from pipeline.core.files import atomic_folder, md5, write_json
 from pipeline.core.provenance import code_digest
 from pipeline.data.dataset import load_dataset
-from pipeline.fetching.sources import own_file
+from pipeline.evaluation.comparisons import evaluate_track
+from pipeline.fetching.preparation import prepare
+from pipeline.fetching.sources import own_file, read_source
 from pipeline.networks.description import checkpoint_path
 from pipeline.params import TRACKS, Params
 from pipeline.training.recipe import CODE, Recipe, train
 from pipeline.training.seeds import MEMORY
 
 MODELS = TRACKS["distillation"].models
-PAIR = TRACKS["distillation"].comparisons[0]  # the distilled student against the one trained alone
+PAIR = TRACKS["distillation"].comparisons[0]  # the distilled student and the one trained alone
 RETRIES = 5  # of a task whose worker was lost
 Outcome = tuple[Any, str | None]  # what a task returned; why it failed, in one line
+_code, _md5 = functools.cache(code_digest), functools.cache(md5)
 
 
-@dataclass(frozen=True)
-class Task:
-    """Something to do once: `work(root, digest, *arguments, *results)` with the results of the tasks in `needs`."""
+class Task(NamedTuple):
+    """Something to do once: `work(root, digest, *arguments, *results)` with the results of the tasks that it needs."""
 
+    digest: str  # of everything that decides the result
     title: str
     work: Callable[..., Any]
     arguments: tuple[Any, ...]
-    needs: tuple["Task", ...]
-    digest: str  # of everything that decides the result
+    needs: tuple[str, ...]  # digests
     threads: int
     gpu: bool  # whether it takes one where there is one
 
 
-def plan(points: Mapping[str, Params]) -> dict[str, Task]:
-    """By point, the task that evaluates it."""
-    code, own_md5 = functools.cache(code_digest), functools.cache(md5)
+def plan(params: Params) -> list[Task]:
+    """The tasks of a point, each after those that it needs; the last is its evaluation."""
+    tasks, track, folder = [], params.distillation, Path()
 
-    def task(work: Callable, packages: tuple[str, ...], *arguments: Any, title: str, params: Params, needs: tuple = ()) -> Task:
-        facts = (work.__name__, code(packages), version("torch"), arguments, [needed.digest for needed in needs])
+    def add(title: str, work: Callable[..., Any], code: tuple[str, ...], *arguments: Any, needs: tuple[str, ...]) -> str:
+        facts = (work.__name__, arguments, needs, _code(code), version("torch"))
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
         gpu = work is not prepare_data and params.device in ("auto", "cuda")
-        return Task(title, work, arguments, needs, digest, params.threads, gpu)
+        tasks.append(Task(digest, title, work, arguments, needs, params.threads, gpu))
+        return digest
 
-    def evaluation(params: Params) -> Task:
-        track, folder = params.distillation, Path()
-        own = own_file(track.dataset)
-        source = (track.dataset, track.size, track.validation, own_md5(own) if own and own.is_file() else None)
-        data = task(prepare_data, ("data", "fetching"), *source, title=f"data set {track.dataset}", params=params)
+    def add_training(recipe: Recipe, *needs: str) -> str:
+        return add(recipe.title, train_network, CODE, recipe, needs=needs)
 
-        def training(recipe: Recipe, *needs: Task) -> Task:
-            return task(train_network, CODE, recipe, title=recipe.title, params=params, needs=(data, *needs))
-
-        teachers = [training(train_teacher.recipe(params, seed, folder)) for seed in params.seeds]
-        alone = [training(train_student_alone.recipe(params, seed, folder)) for seed in params.seeds]
-        distilled = [
-            training(distill_student.recipe(params, seed, folder, folder), teacher)
-            for seed, teacher in zip(params.seeds, teachers, strict=True)
-        ]
-        packages, arguments = ("data", "evaluation", "networks"), (params.device, params.threads)
-        needs = (data, *teachers, *distilled, *alone)
-        return task(evaluate, packages, *arguments, title="evaluation", params=params, needs=needs)
-
-    return {point: evaluation(params) for point, params in points.items()}
-
-
-def in_order(tasks: Sequence[Task]) -> list[Task]:
-    """These tasks and all that they need, each once and after those that it needs."""
-    ordered: dict[str, Task] = {}
-    for task in tasks:
-        ordered |= {needed.digest: needed for needed in in_order(task.needs)} | {task.digest: task}
-    return list(ordered.values())
+    own = own_file(track.dataset)
+    source = (track.dataset, track.size, track.validation, _md5(own) if own and own.is_file() else None)
+    data = add(f"data set {track.dataset}", prepare_data, ("data", "fetching"), *source, needs=())
+    trainings = []
+    for seed in params.seeds:
+        teacher = add_training(train_teacher.recipe(params, seed, folder), data)
+        distilled = add_training(distill_student.recipe(params, seed, folder, folder), data, teacher)
+        trainings += [teacher, distilled, add_training(train_student_alone.recipe(params, seed, folder), data)]
+    settings = (params.device, params.threads, tuple(params.seeds))
+    add("evaluation", evaluate, ("data", "evaluation", "networks"), *settings, needs=(data, *trainings))
+    return tasks
 
 
 def prepare_data(root: Path, digest: str, dataset: str, size: int, validation: float, _own_md5: str | None) -> Path:
     """The folder with the prepared set, as the stage fetch_data makes it."""
-    from pipeline.fetching.preparation import prepare
-    from pipeline.fetching.sources import read_source
-
     folder = root / ".studies" / "data" / digest
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
@@ -113,29 +99,26 @@ def train_network(root: Path, _digest: str, recipe: Recipe, data: Path, teacher:
     return train(replace(recipe, data=data, teacher=teacher), root / ".trainings", lambda record: None)
 
 
-def evaluate(root: Path, digest: str, device: str, threads: int, data: Path, *checkpoints: Path) -> None:
-    """Write a point's result; `checkpoints` are, for each of MODELS, those of every seed."""
+def evaluate(root: Path, digest: str, device: str, threads: int, seeds: Sequence[int], data: Path, *checkpoints: Path) -> None:
+    """Write a point's result. `checkpoints` are those of MODELS of the first seed, then of the second, and so on."""
     import torch
 
     from pipeline.data.prepared import load_split
-    from pipeline.evaluation.comparisons import evaluate_track
     from pipeline.networks.inference import choose_device
 
     torch.set_num_threads(threads)
-    seeds = len(checkpoints) // len(MODELS)
+    test = load_split(data, "test", choose_device(device))
     options = {"models": MODELS, "comparisons": [PAIR], "teachers": {}}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for number, checkpoint in enumerate(checkpoints):
-            link = checkpoint_path(folder / MODELS[number // seeds], number % seeds)
+    with tempfile.TemporaryDirectory() as folder:
+        for (seed, model), checkpoint in zip(itertools.product(seeds, MODELS), checkpoints, strict=True):
+            link = checkpoint_path(Path(folder, model), seed)
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(checkpoint)
-        test = load_split(data, "test", choose_device(device))
-        evaluation = evaluate_track("distillation", folder, load_dataset(data), test, **options)
-    accuracy = {f"accuracy_{model}": evaluation.metrics[model]["accuracy"] for model in MODELS}
+        evaluation = evaluate_track("distillation", Path(folder), load_dataset(data), test, **options)
+    accuracies = {f"accuracy_{model}": evaluation.metrics[model]["accuracy"] for model in MODELS}
     comparison = evaluation.comparisons["{}_vs_{}".format(*PAIR)]
-    names = ("gain", "low", "high", "detectable", "verdict")
-    write_json(result_path(root, digest), accuracy | {name: comparison.get(name) for name in names})
+    gain = {key: comparison.get(key) for key in ("gain", "low", "high", "detectable", "verdict")}
+    write_json(result_path(root, digest), accuracies | gain)
 
 
 def result_path(root: Path, digest: str) -> Path:
@@ -150,21 +133,17 @@ def attempt(root: Path, task: Task, *needed: Outcome) -> Outcome:
     try:
         return task.work(root, task.digest, *task.arguments, *(result for result, _ in needed)), None
     except UserError as error:
-        reason = str(error)
+        return None, f"{task.title}: {one_line(error)}"
     except Exception as error:  # a defect of ours, or of the machine
-        path = root / ".studies" / f"{task.digest}.traceback"
-        with contextlib.suppress(OSError):
-            write_atomic(path, traceback.format_exc())
-        full = isinstance(error, OSError) and is_disk_full(error)
-        reason = no_space(error) if full else f"{type(error).__name__}: {error} (see {path})"
-    return None, f"{task.title}: {one_line(reason)}"
+        traceback.print_exc()  # on Ray, into the worker's log
+        return None, f"{task.title}: {type(error).__name__}: {one_line(error)}"
 
 
 def one_by_one(root: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
     """Do the tasks, which are in order, in this process; yield each with its outcome."""
     outcomes: dict[str, Outcome] = {}
     for task in tasks:
-        outcomes[task.digest] = attempt(root, task, *(outcomes[needed.digest] for needed in task.needs))
+        outcomes[task.digest] = attempt(root, task, *(outcomes[digest] for digest in task.needs))
         yield task, outcomes[task.digest]
 
 
@@ -176,13 +155,13 @@ def on_ray(root: Path, tasks: Sequence[Task], workers: int | None, per_gpu: int)
     """
     ray = _start_ray(workers, max(task.threads for task in tasks))
     try:
-        share = 1 / per_gpu if ray.cluster_resources().get("GPU", 0) else 0
+        share = 1 / per_gpu if ray.cluster_resources().get("GPU") else 0
         work = ray.remote(max_retries=RETRIES)(_work(str(root), os.environ.get("DATA_MIRROR", "")))
         refs: dict[str, Any] = {}
         for task in tasks:
             options = {"name": task.title, "num_cpus": task.threads, "num_gpus": share * task.gpu}
-            needed = [refs[other.digest] for other in task.needs]
-            refs[task.digest] = work.options(**options).remote(pickle.dumps(replace(task, needs=())), *needed)
+            needed = [refs[digest] for digest in task.needs]
+            refs[task.digest] = work.options(**options).remote(pickle.dumps(task), *needed)
         waiting = {refs[task.digest]: task for task in tasks}
         while waiting:
             for ref in ray.wait(list(waiting))[0]:
@@ -207,8 +186,7 @@ def _start_ray(workers: int | None, threads: int) -> ModuleType:
     else:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # 127.0.0.1 alone, as Ray does by itself on those systems
         os.environ.update(MEMORY | os.environ)
-        workers = workers or max(1, (os.cpu_count() or 1) // threads)
-        machine = {"num_cpus": workers * threads, "include_dashboard": False}
+        machine = {"num_cpus": (workers or max(1, (os.cpu_count() or 1) // threads)) * threads, "include_dashboard": False}
     try:
         import ray
 
@@ -221,7 +199,7 @@ def _start_ray(workers: int | None, threads: int) -> ModuleType:
         raise UserError(f"a study runs on Ray, which is not installed: {advice}") from error
     except (OSError, RuntimeError, ValueError) as error:
         advice = "name a running cluster as host:port, or unset it to run on this machine"
-        raise UserError(f"RAY_ADDRESS={address or ''}: no answer ({error}): {advice}") from error
+        raise UserError(f"RAY_ADDRESS={address or ''}: {one_line(error)}: {advice}") from error
     return ray
 
 

@@ -1,10 +1,11 @@
-"""What a stage reads and writes: its modules by the source, its parameters and files by watching it run."""
+"""What a stage reads and writes: its code by the imports, its parameters and files by watching it run."""
 
 import ast
 import contextlib
 import importlib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,30 +14,34 @@ from pathlib import Path
 import pytest
 
 from pipeline import params as params_module
+from pipeline.networks.description import checkpoint_path
 from pipeline.params import Block, Params
+from pipeline.training.cache import Record
+from pipeline.training.recipe import Recipe, train
 
 ROOT = Path(__file__).parents[1]
+DECIDE_NO_BYTE = ("core", "tracking", "serving", "params.py")  # of any output, and so no dependencies
 
 
 @dataclass
 class Reads:
     """Paths are relative to the folder that the stage ran in."""
 
-    modules: set[str]
+    code: set[str]
     params: set[str] = field(default_factory=set)
     files: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
 
 
-def local_imports(path: Path) -> set[str]:
-    """`path` and every module of `pipeline` that it reaches; imports inside functions count too."""
+def imported_code(stage: str) -> set[str]:
+    """The stage's file and every package that it reaches, but those that decide no byte; imports inside functions count too."""
     reached: set[str] = set()
-    waiting = [path]
+    waiting = [f"pipeline/{stage}.py"]
     while waiting:
         current = waiting.pop()
-        if str(current) in reached:
+        if current in reached:
             continue
-        reached.add(str(current))
+        reached.add(current)
         for node in ast.walk(ast.parse((ROOT / current).read_text())):
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
@@ -44,20 +49,34 @@ def local_imports(path: Path) -> set[str]:
                 names = [alias.name for alias in node.names]
             else:
                 continue
-            candidates = (Path(*name.split(".")).with_suffix(".py") for name in names if name.startswith("pipeline"))
-            waiting.extend(candidate for candidate in candidates if (ROOT / candidate).is_file())
-    return reached
+            candidates = (Path(*name.split(".")).with_suffix(".py") for name in names if name.startswith("pipeline."))
+            waiting.extend(
+                str(path) for path in candidates if (ROOT / path).is_file() and path.parts[1] not in DECIDE_NO_BYTE
+            )
+    return {path if path.count("/") == 1 else str(Path(path).parent) for path in reached}
 
 
 def observe(cmd: str) -> Reads:
     """Run a stage's command, `python -m pipeline.<stage> [argument]`, in this process and folder, and watch it."""
     module_name, *arguments = cmd.removeprefix("python -m ").split()
     module = importlib.import_module(module_name)
-    reads = Reads(local_imports(Path(*module_name.split(".")).with_suffix(".py")))
+    reads = Reads(imported_code(module_name.partition(".")[2]))
     with pytest.MonkeyPatch.context() as patch, _files(reads):
+        if hasattr(module, "train_seeds"):
+            patch.setattr(module, "train_seeds", train_in_this_process)
         _watch_params(patch, module, reads.params)
         module.main(*arguments)
     return reads
+
+
+def train_in_this_process(recipes: list[Recipe], root: Path, jobs: object, folder: Path) -> Iterator[Record]:
+    """As training.seeds.train_seeds, where it can be watched."""
+    records: list[Record] = []
+    for recipe in recipes:
+        path = train(recipe, root, records.append)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, checkpoint_path(folder, recipe.seed))
+    return iter(records)
 
 
 def _watch_params(patch: pytest.MonkeyPatch, module: object, record: set[str]) -> None:

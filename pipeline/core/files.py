@@ -127,9 +127,16 @@ def read_yaml(path: Path) -> Any:
     """The content of a small YAML file. Raises UserError, in one line, for a file that is missing, no YAML, or hostile."""
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST_YAML + 1)
-        if len(content) > LARGEST_YAML:
-            raise ValueError(f"over {LARGEST_YAML:,} bytes")
+            return parse_yaml(file.read(LARGEST_YAML + 1))
+    except (OSError, UserError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def parse_yaml(content: bytes) -> Any:
+    """The content of a small YAML document. Raises UserError for one that is no YAML, or hostile."""
+    if len(content) > LARGEST_YAML:
+        raise UserError(f"over {LARGEST_YAML:,} bytes")
+    try:
         return yaml.load(content.decode(), _Loader)  # noqa: S506 (a SafeLoader)
     except Exception as error:  # PyYAML's constructors raise a dozen types on values such as !!timestamp x
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise UserError(str(error)) from error

@@ -5,9 +5,13 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import UserError
+from pipeline.core.files import parse_yaml
 
 PIPELINE = Path(__file__).parents[1]
 DECIDE_NOTHING = ("core", "tracking", "serving", "reporting", "params.py")  # of a result's bytes
@@ -16,6 +20,23 @@ DECIDE_NOTHING = ("core", "tracking", "serving", "reporting", "params.py")  # of
 def commit() -> str:
     """The git commit that the code comes from; in an experiment's temporary copy, that of the user's checkout."""
     return os.environ.get("DVC_EXP_BASELINE_REV") or git("rev-parse", "HEAD").strip()
+
+
+def committed_parameters(revision: str) -> dict[str, Any]:
+    """params.yaml of a revision, its values by their dotted keys; nothing if git does not have it."""
+    try:
+        content = parse_yaml(git("show", f"{revision}:./params.yaml").encode()) if revision else {}
+    except UserError:
+        content = {}
+    return dict(_leaves(content)) if isinstance(content, dict) else {}
+
+
+def _leaves(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in block.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def code_is_committed() -> bool:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.core.errors import UserError
 from pipeline.data.dataset import Dataset, load_dataset
 from pipeline.data.npy import read_npy
 from pipeline.data.streaming import fits
-from pipeline.core.errors import UserError
+
 
 class Split(NamedTuple):
     """Images, uint8 of shape (N, H, W, C), and labels, int64 of shape (N,)."""

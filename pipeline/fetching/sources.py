@@ -183,9 +183,7 @@ def _read_splits(path: Path, classes: list[str] | None) -> tuple[Splits, list[st
         classes = _class_names(path, arrays.get("class_names"), splits["train"][1])
     for split, (_, labels) in splits.items():
         if labels.min() < 0 or labels.max() >= len(classes):
-            raise UserError(
-                f"{path}: {split}_labels out of range: {labels.min()}..{labels.max()}, allowed 0..{len(classes) - 1}"
-            )
+            raise UserError(f"{path}: {split}_labels out of range: {labels.min()}..{labels.max()}, allowed 0..{len(classes) - 1}")
     if absent := sorted(set(range(len(classes))) - set(splits["train"][1].tolist())):
         raise UserError(f"{path}: train_labels has no image of class {absent[0]}, yet there are {len(classes)} classes")
     if len(set(splits["test"][1].tolist())) < 2:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.networks import onednn
 from pipeline.core.errors import UserError
+from pipeline.networks import onednn
 
 
 class Classifier(nn.Module):
@@ -59,9 +59,7 @@ class SimpleCNN(nn.Module):
 class CompactCNN(nn.Module):
     """Two unpadded convolutions, one pool and two linear layers: the reference's teacher and, at half the width, its student."""
 
-    def __init__(
-        self, width: int, hidden: int, in_channels: int, image_size: tuple[int, int], num_classes: int
-    ) -> None:
+    def __init__(self, width: int, hidden: int, in_channels: int, image_size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
         rows, columns = ((side - 4) // 2 for side in image_size)
         self.conv1 = onednn.Conv2d(in_channels, width, 3)

@@ -1,15 +1,13 @@
 """What a checkpoint says of itself. Needs no PyTorch."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from pipeline.core.errors import UserError
 from pipeline.data.dataset import Dataset
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Epoch(BaseModel):
@@ -40,15 +38,9 @@ class Description(BaseModel):
     parameters: dict[str, Any]  # of the training and of its teacher's, by their key in params.yaml
     teacher_md5: str | None = None  # of the checkpoint that it learned from
     device: str  # the type: cpu, cuda, mps
-    history: list[Epoch]
-    best_epoch: Annotated[int, Field(ge=1)]  # 1-based; the weights are those after this epoch
-    chance: Share  # validation accuracy of always naming the commonest class
-
-    @model_validator(mode="after")
-    def _has_its_best_epoch(self) -> Self:
-        if self.best_epoch > len(self.history):
-            raise ValueError(f"best_epoch {self.best_epoch} of {len(self.history)}")
-        return self
+    history: list[Epoch] = []
+    best_epoch: Annotated[int, Field(ge=0)] = 0  # 1-based; the weights are those after this epoch
+    chance: Annotated[float, Field(ge=0, le=1)] = 0.0  # validation accuracy of always naming the commonest class
 
     def best(self) -> tuple[float, float]:
         """How good the weights are on the validation images, to compare with others': accuracy, then minus the loss."""
@@ -69,7 +61,10 @@ def parse_description(metadata: dict[str, str] | None) -> Description:
     """The description in a safetensors file's metadata. Raises UserError if there is none, ValidationError if it is malformed."""
     if "description" not in (metadata or {}):
         raise UserError("its description is missing")
-    return Description.model_validate_json(metadata["description"])
+    description = Description.model_validate_json(metadata["description"])
+    if not 1 <= description.best_epoch <= len(description.history):
+        raise UserError(f"best_epoch {description.best_epoch} of {len(description.history)}")
+    return description
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

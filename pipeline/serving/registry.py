@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5, read_json
-from pipeline.core.tracking_uri import tracking_uri
+from pipeline.core.tracking_uri import masked, tracking_uri
 from pipeline.data.dataset import Dataset
 from pipeline.data.npy import read_npz
 from pipeline.evaluation.statistics import compare
@@ -55,6 +55,9 @@ def main() -> None:
         run_id=run_of(client, description.digest),
         accuracy=read_json(Path("metrics/export.json"))["student"]["accuracy"],
     )
+    for path in (candidate.onnx, candidate.predictions):
+        if not path.is_file():
+            raise UserError(f"{path}: missing: run dvc repro first")
     version, alias, reason = register(client, candidate)
     print(f"{NAME} version {version}: {alias}, {reason}")
 
@@ -69,7 +72,8 @@ def open_store() -> MlflowClient:
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise UserError(f"MLflow store {uri}: {error}. Set MLFLOW_TRACKING_URI to a store that answers") from error
+        problem = masked(f"{uri}: {error}")
+        raise UserError(f"MLflow store {problem}. Set MLFLOW_TRACKING_URI to a store that answers") from error
     return client
 
 
@@ -78,7 +82,7 @@ def run_of(client: MlflowClient, training: str) -> str:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, f"tags.training = '{training}'", max_results=1)
     if not runs:
-        raise UserError(f"MLflow store {tracking_uri()} has no run of the student's training: run make sync first")
+        raise UserError("the MLflow store has no run of the student's training: run make sync first")
     return runs[0].info.run_id
 
 

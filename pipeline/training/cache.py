@@ -7,6 +7,7 @@ stage's outputs before it runs and deletes a failed experiment's copy, does not 
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import shutil
 import time
@@ -15,39 +16,33 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import main_checkout, md5, write_atomic
-from pipeline.data.dataset import Dataset
-from pipeline.networks.description import Description, Epoch, read_description
+from pipeline.networks.description import Description, read_description
 
 MOST_GB = 5.0  # that .trainings/ may hold; TRAININGS_MAX_GB says otherwise
 
 
-class Record(BaseModel):
-    """A training on the disk, finished or not: what MLflow mirrors."""
+class Record(Description):
+    """A training as it lies on the disk, finished or not: what MLflow mirrors."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(frozen=False)  # it grows
 
-    key: str  # Description.digest
-    setting: str
-    model: str
-    architecture: str
-    arguments: dict[str, Any]
-    dataset: Dataset
-    seed: int
-    parameters: dict[str, Any]
-    teacher_md5: str | None = None  # of the teacher's checkpoint
-    device: str
     epochs: int  # wanted
     started: float | None = None  # Unix time of its first start; None: not known
     seconds: float | None = None  # spent on training so far
-    history: list[Epoch] = []
-    loads: list[dict[str, float]] = []  # of the machine, after each epoch, by MLflow's names for system metrics
-    best_epoch: int = 0
+    loads: list[dict[str, float]] = Field(
+        default_factory=list
+    )  # of the machine, after each epoch, by MLflow's names for system metrics
     checkpoint_md5: str | None = None  # of a finished training
     failed: str | None = None  # why it ended without a checkpoint
+
+    @property
+    def key(self) -> str:
+        """The training's name."""
+        return self.digest
 
     @property
     def finished(self) -> bool:
@@ -55,21 +50,15 @@ class Record(BaseModel):
         return self.checkpoint_md5 is not None
 
     @property
-    def title(self) -> str:
-        """What people call it."""
-        return f"{self.model}/seed{self.seed}"
-
-    @classmethod
-    def of_description(cls, description: Description, checkpoint_md5: str | None = None) -> "Record":
-        """What a checkpoint's description says of its training: all but times and loads."""
-        shared = {name: getattr(description, name) for name in cls.model_fields if name in Description.model_fields}
-        epochs = len(description.history)
-        return cls(key=description.digest, epochs=epochs, checkpoint_md5=checkpoint_md5, **shared)
+    def description(self) -> Description:
+        """What the checkpoint says of itself."""
+        return Description.model_validate(self.model_dump(include=set(Description.model_fields)))
 
     @classmethod
     def of_checkpoint(cls, path: Path) -> "Record":
-        """The record of a finished training from its checkpoint alone. Raises UserError if that is damaged."""
-        return cls.of_description(read_description(path), md5(path))
+        """The record of a finished training, without times and loads, from its checkpoint. Raises UserError."""
+        description = read_description(path)
+        return cls(**description.model_dump(), epochs=len(description.history), checkpoint_md5=md5(path))
 
 
 def trainings_folder() -> Path:
@@ -77,15 +66,10 @@ def trainings_folder() -> Path:
     return main_checkout() / ".trainings"
 
 
-def record_path(root: Path, key: str) -> Path:
-    """Where the record of a training lies."""
-    return root / key / "record.json"
-
-
-def read_record(root: Path, key: str) -> Record | None:
+def read_record(root: Path, digest: str) -> Record | None:
     """The record of a training; None if it is missing, damaged, or by code with other records."""
     try:
-        return Record.model_validate_json(record_path(root, key).read_bytes())
+        return Record.model_validate_json((root / digest / "record.json").read_bytes())
     except (OSError, ValidationError):
         return None
 
@@ -93,11 +77,11 @@ def read_record(root: Path, key: str) -> Record | None:
 class Entry:
     """The folder of one training, which this process alone has while it is open."""
 
-    def __init__(self, root: Path, key: str) -> None:
-        self.folder = root / key
+    def __init__(self, root: Path, digest: str) -> None:
+        self.folder = root / digest
         self.checkpoint = self.folder / "checkpoint.safetensors"
         self.state = self.folder / "state.pt"
-        self.record = read_record(root, key)
+        self.record = read_record(root, digest)
 
     def is_finished(self) -> bool:
         """Whether checkpoint and record are there and belong together."""
@@ -107,26 +91,26 @@ class Entry:
             return False
 
     def save(self, record: Record, state: dict[str, Any]) -> None:
-        """Keep what a training needs to resume: tensors, numbers, strings, lists and dicts of them."""
+        """Keep what a training needs to resume: its record, and a dict of tensors, numbers, strings and dicts of them."""
         import torch
 
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(state | {"record": record.model_dump_json()}, buffer)
         write_atomic(self.state, hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
         self.write(record)
 
-    def load(self) -> dict[str, Any] | None:
-        """The state that was saved last; None if there is none or it is damaged. No code in it is run."""
+    def load(self) -> tuple[Record, dict[str, Any]] | None:
+        """What was saved last; None if nothing was or it is damaged. No code in it is run."""
         import torch
 
         try:
-            with self.state.open("rb") as file:
-                digest, content = file.read(32), file.read()
-            if hashlib.sha256(content).digest() == digest:
-                return torch.load(io.BytesIO(content), weights_only=True)
+            digest, content = (saved := self.state.read_bytes())[:32], saved[32:]
         except OSError:
-            pass
-        return None
+            return None
+        if hashlib.sha256(content).digest() != digest:
+            return None
+        state = torch.load(io.BytesIO(content), weights_only=True)
+        return Record.model_validate_json(state.pop("record")), state
 
     def write(self, record: Record) -> None:
         """Put `record` into the folder."""
@@ -135,30 +119,27 @@ class Entry:
 
     def finish(self, record: Record) -> None:
         """Note that the checkpoint is there; what was needed to resume goes."""
-        self.write(record.model_copy(update={"checkpoint_md5": md5(self.checkpoint), "failed": None}))
+        self.write(record.model_copy(update={"checkpoint_md5": md5(self.checkpoint)}))
         self.state.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def open_entry(root: Path, key: str, waiting: Callable[[], None] = lambda: None) -> Iterator[Entry]:
+def open_entry(root: Path, digest: str, waiting: Callable[[], None] = lambda: None) -> Iterator[Entry]:
     """The folder of a training; another process that has it is waited for, and `waiting` called before.
 
     With the variable RETRAIN set, what is there is removed, unless another process has just made it.
     """
     root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / f"{key}.lock")
-    waited = False
+    lock = FileLock(root / f"{digest}.lock")
     try:
         lock.acquire(blocking=False)
+        if os.environ.get("RETRAIN"):
+            shutil.rmtree(root / digest, ignore_errors=True)
     except Timeout:
-        waited = True
         waiting()
         lock.acquire()
     try:
-        if os.environ.get("RETRAIN") and not waited:
-            shutil.rmtree(root / key, ignore_errors=True)
-        entry = Entry(root, key)
-        yield entry
+        yield (entry := Entry(root, digest))
         if entry.folder.exists():
             os.utime(entry.folder)  # as used just now
     finally:
@@ -169,19 +150,16 @@ def open_entry(root: Path, key: str, waiting: Callable[[], None] = lambda: None)
 def working_place(root: Path, count: int) -> Iterator[None]:
     """One of `count` places for trainings at work, which all stages of the checkout share: waits until one is free."""
     root.mkdir(parents=True, exist_ok=True)
-    locks = [FileLock(root / f"place{number}.lock") for number in range(count)]
-    while True:
-        for lock in locks:
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                continue
-            try:
-                yield
-            finally:
-                lock.release()
-            return
-        time.sleep(0.2)
+    for lock in itertools.cycle(FileLock(root / f"place{number}.lock", blocking=False) for number in range(count)):
+        try:
+            lock.acquire()
+            break
+        except Timeout:
+            time.sleep(0.2 / count)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def prune(root: Path) -> None:
@@ -190,16 +168,12 @@ def prune(root: Path) -> None:
     Raises UserError if that is no number.
     """
     try:
-        most = float(os.environ.get("TRAININGS_MAX_GB") or MOST_GB) * 1e9
+        left = float(os.environ.get("TRAININGS_MAX_GB") or MOST_GB) * 1e9
     except ValueError as error:
         raise UserError(f"TRAININGS_MAX_GB = {os.environ['TRAININGS_MAX_GB']!r}: a number is wanted") from error
-    folders = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    sizes = {folder: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in folders}
-    total = sum(sizes.values())
-    for folder in folders:
-        if total <= most:
-            return
-        with contextlib.suppress(Timeout), FileLock(root / f"{folder.name}.lock", blocking=False):
-            shutil.rmtree(folder, ignore_errors=True)
-            (root / f"{folder.name}.lock").unlink(missing_ok=True)
-            total -= sizes[folder]
+    folders = [path for path in root.iterdir() if path.is_dir()]
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
+        left -= sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if left < 0:
+            with contextlib.suppress(Timeout), FileLock(root / f"{folder.name}.lock", blocking=False):
+                shutil.rmtree(folder, ignore_errors=True)

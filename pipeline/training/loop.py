@@ -173,7 +173,7 @@ class _Step:
             self.sums.setdefault(name, torch.zeros_like(term)).add_(term.detach() * len(rows))
 
     def take_sums(self) -> dict[str, float]:
-        """Correct and labelled images, and each of the loss's terms, summed over the images since the last call: waits for the device."""
+        """Correct and labelled images, and each of the loss's terms, summed since the last call: waits for the device."""
         values = {name: total.item() for name, total in self.sums.items()}
         for total in self.sums.values():
             total.zero_()

@@ -3,6 +3,7 @@
 Needs no PyTorch until it is carried out.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
 from pipeline.core.provenance import code_digest
-from pipeline.data.dataset import Dataset, load_dataset
-from pipeline.networks.description import Description, Epoch, read_description
+from pipeline.data.dataset import load_dataset
+from pipeline.networks.description import Epoch, read_description
 from pipeline.training.cache import Entry, Record, open_entry, working_place
 
 if TYPE_CHECKING:
@@ -32,47 +33,21 @@ CODE = ("data", "networks", "training")  # the packages that decide a training's
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides one training.
+    """What decides one training."""
 
-    Attributes
-    ----------
-    model : str
-        The role, as in models/<track>/<model>.
-    architecture, arguments
-        As in architectures.build.
-    settings : dict
-        As in loop.Settings; precision may be "auto".
-    seed : int
-        Of the first weights, the order of the images and the choice of labels.
-    data : Path
-        The folder of the prepared set.
-    device, threads
-        "auto", "cpu", "cuda" or "mps", and how many threads PyTorch computes with.
-    label_fraction : float
-        Share of the training images whose labels are used, 0-1.
-    kd : dict, optional
-        Arguments of losses.distillation, for a student with a teacher.
-    teacher : Path, optional
-        The teacher's checkpoint.
-    initial : Path, optional
-        Weights to start from, as in architectures.load_initial.
-    parameters : dict
-        Of params.yaml, by dotted name, those that the result depends on: for the record.
-    """
-
-    model: str
-    architecture: str
+    model: str  # the role, as in models/<track>/<model>
+    architecture: str  # this and its arguments as in architectures.build
     arguments: dict[str, Any]
-    settings: dict[str, Any]
-    seed: int
-    data: Path
-    device: str = "auto"
-    threads: int = 1
-    label_fraction: float = 1.0
-    kd: dict[str, Any] | None = None
-    teacher: Path | None = None
-    initial: Path | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]  # as in loop.Settings; precision may be "auto"
+    seed: int  # of the first weights, the order of the images and the choice of labels
+    data: Path  # the folder of the prepared set
+    device: str = "auto"  # as in inference.choose_device
+    threads: int = 1  # that PyTorch computes with
+    label_fraction: float = 1.0  # share of the training images whose labels are used, 0-1
+    kd: dict[str, Any] | None = None  # for a student with a teacher: arguments of losses.distillation
+    teacher: Path | None = None  # its checkpoint
+    initial: Path | None = None  # weights to start from, as in architectures.load_initial
+    parameters: dict[str, Any] = field(default_factory=dict)  # of params.yaml, by dotted name: for the record
 
     @property
     def title(self) -> str:
@@ -85,14 +60,14 @@ def train(
     root: Path,
     report: Callable[[Record], None],
     waiting: Callable[[], None] = lambda: None,
-    cores: int | None = None,
+    places: int | None = None,
     gpu: int = 0,
 ) -> Path:
     """Carry out a training, or take it from `root` if it is there; the path of its checkpoint there.
 
     One that was interrupted resumes after its last finished epoch; one that another process is at is waited for, after a call
-    of `waiting`. `report` is called with the record at the start, after each epoch and at the end. `cores`: how many trainings
-    of this checkout may be at work at a time, unless None. `gpu` as `number` in choose_device.
+    of `waiting`. `report` is called with the record at the start, after each epoch and at the end. `places`: how many trainings
+    may be at work in `root` at a time; None: any number. `gpu`: as `number` in choose_device.
 
     Raises UserError for a missing or damaged input, and for a loss that is not finite.
     """
@@ -102,56 +77,43 @@ def train(
 
     torch.set_num_threads(recipe.threads)
     device = choose_device(recipe.device, gpu)
-    dataset = load_dataset(recipe.data)
     settings = recipe.settings | {"precision": choose_precision(recipe.settings["precision"], device)}
-    if device.type == "cpu" and recipe.architecture == "resnet18" and min(dataset.image_shape[:2]) <= 16:
+    if device.type == "cpu" and recipe.architecture == "resnet18" and min(load_dataset(recipe.data).image_shape[:2]) <= 16:
         # In bf16, oneDNN leaves part of a gradient unwritten where a 3x3 convolution of stride 2 sees a single pixel.
         settings["precision"] = "fp32"
-    record = _new_record(recipe, settings, dataset, device.type)
-    with open_entry(root, record.key, waiting) as entry:
+    record = _new_record(recipe, settings, device.type)
+    with open_entry(root, record.digest, waiting) as entry:
         if not entry.is_finished():
-            if cores is None:
+            with working_place(root, places) if places else contextlib.nullcontext():
                 _carry_out(recipe, settings, device, entry, record, report)
-            else:
-                with working_place(root, cores):
-                    _carry_out(recipe, settings, device, entry, record, report)
         report(entry.record)
         return entry.checkpoint
 
 
-def _new_record(recipe: Recipe, settings: dict[str, Any], dataset: Dataset, device: str) -> Record:
+def _new_record(recipe: Recipe, settings: dict[str, Any], device: str) -> Record:
     """The record before the first epoch, with the digest of everything that decides the training."""
     teacher = read_description(recipe.teacher) if recipe.teacher else None
-    parameters = (teacher.parameters if teacher else {}) | recipe.parameters | {"precision": settings["precision"]}
-    decisive = {
+    described = {
         "model": recipe.model,
         "architecture": recipe.architecture,
         "arguments": recipe.arguments,
+        "dataset": load_dataset(recipe.data).model_dump(mode="json"),
+        "parameters": (teacher.parameters if teacher else {}) | recipe.parameters | {"precision": settings["precision"]},
+        "device": device,
+    }
+    decisive = described | {
         "settings": settings,
-        "data": dataset.model_dump(mode="json"),
         "threads": recipe.threads,
         "label_fraction": recipe.label_fraction,
         "kd": recipe.kd,
         "initial": md5(recipe.initial) if recipe.initial else None,
-        "parameters": parameters,
-        "device": device,
         "code": code_digest(CODE),
         "torch": version("torch"),
     }
-    teacher_md5 = md5(recipe.teacher) if recipe.teacher else None
-    return Record(
-        key=_digest(decisive | {"teacher": teacher_md5, "seed": recipe.seed}),
-        setting=_digest(decisive | {"teacher": teacher.setting if teacher else None}),
-        model=recipe.model,
-        architecture=recipe.architecture,
-        arguments=recipe.arguments,
-        dataset=dataset,
-        seed=recipe.seed,
-        parameters=parameters,
-        teacher_md5=teacher_md5,
-        device=device,
-        epochs=settings["epochs"],
-    )
+    of_seed = {"seed": recipe.seed, "teacher_md5": md5(recipe.teacher) if recipe.teacher else None}
+    setting = _digest(decisive | {"teacher": teacher.setting if teacher else None})
+    digest = _digest(decisive | of_seed)
+    return Record(format=3, digest=digest, setting=setting, epochs=settings["epochs"], **described, **of_seed)
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -173,8 +135,8 @@ def _carry_out(
     from pipeline.training.loop import Progress
 
     progress = None
-    if state := entry.load():
-        record = Record.model_validate_json(state.pop("record"))
+    if saved := entry.load():
+        record, state = saved
         progress = Progress([LoopEpoch(**epoch.model_dump()) for epoch in record.history], record.best_epoch, state)
     start = time.time()
     spent, record.started = record.seconds or 0.0, record.started or start
@@ -188,16 +150,15 @@ def _carry_out(
             record.best_epoch = progress.best_epoch
             record.loads.append(_machine_load(device))
             record.seconds = spent + time.time() - start
-            entry.save(record, progress.state | {"record": record.model_dump_json()})
+            entry.save(record, progress.state)
             report(record)
     except (UserError, ArithmeticError) as error:
         record.failed = str(error)
         entry.write(record)
         report(record)
         raise UserError(record.failed) from error
-    shared = {name: getattr(record, name) for name in Description.model_fields if name in Record.model_fields}
-    chance = data.val.labels.bincount().max().item() / len(data.val.labels)
-    save_checkpoint(entry.checkpoint, classifier, Description(format=3, digest=record.key, chance=chance, **shared))
+    record.chance = data.val.labels.bincount().max().item() / len(data.val.labels)
+    save_checkpoint(entry.checkpoint, classifier, record.description)
     entry.finish(record)
 
 
@@ -232,7 +193,7 @@ def _training(
 
 
 def _machine_load(device: "torch.device") -> dict[str, float]:
-    """Load of the processor since the last call and memory in use, under the names of MLflow's system metrics."""
+    """Load of the processor since the last call and memory in use, in percent, under the names of MLflow's system metrics."""
     import psutil
 
     load = {

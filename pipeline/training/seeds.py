@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -112,12 +112,7 @@ def _end_with_parent() -> None:
 
 
 def _records(
-    context: BaseContext,
-    root: Path,
-    running: list[_Child],
-    pending: list[tuple[Recipe, int]],
-    cores: int | None,
-    folder: Path,
+    context: BaseContext, root: Path, running: list[_Child], pending: list[tuple[Recipe, int]], cores: int | None, folder: Path
 ) -> Iterator[Record]:
     """Yield what children send; start a pending training for each that ends; put the checkpoints into `folder` at the end."""
     ended: list[_Child] = []

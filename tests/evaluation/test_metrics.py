@@ -8,11 +8,10 @@ from scipy.stats import entropy
 from sklearn.metrics import log_loss
 
 from pipeline.evaluation.metrics import (
-    agreement,
     auc,
     by_class,
     confusion,
-    divergence,
+    fidelity,
     negative_log_likelihood,
     over_seeds,
     reliability,
@@ -36,9 +35,7 @@ def test_accuracy_and_auc_are_medmnists(classes: int, task: str):
     labels, probabilities = predictions(classes)
     figures = score(labels, probabilities)
     assert figures["auc"] == pytest.approx(getAUC(labels[:, None], probabilities, task), abs=1e-9)
-    if (
-        classes > 2
-    ):  # for two classes medmnist asks whether the last probability exceeds 0.5, which is the same but for ties
+    if classes > 2:  # for two, medmnist asks whether the last probability exceeds 0.5, which is the same but for ties
         assert figures["accuracy"] == pytest.approx(getACC(labels[:, None], probabilities, task), abs=1e-9)
 
 
@@ -57,23 +54,17 @@ def test_the_official_evaluator_agrees_on_the_official_test_split(mirror: Path):
 def test_auc_is_over_the_classes_that_the_labels_hold():
     labels, probabilities = predictions(4)
     keep = labels != 2
-    expected = np.mean(
-        [
-            auc((labels[keep] == c).astype(int), np.stack([-p, p], 1))
-            for c in (0, 1, 3)
-            for p in [probabilities[keep, c]]
-        ]
-    )
-    assert auc(labels[keep], probabilities[keep]) == pytest.approx(expected)
+    each = [auc((labels[keep] == label).astype(int), probabilities[keep][:, [0, label]]) for label in (0, 1, 3)]
+    assert auc(labels[keep], probabilities[keep]) == pytest.approx(np.mean(each))
 
 
 def test_precision_recall_and_f1_by_hand():
     labels = np.array([0, 0, 0, 1, 1, 2])
     probabilities = np.eye(3)[[0, 0, 1, 1, 1, 0]]
-    found = by_class(labels, probabilities, ["a", "b", "c"])
-    assert found["a"] == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
-    assert found["b"] == pytest.approx({"precision": 2 / 3, "recall": 1, "f1": 4 / 5})
-    assert found["c"] == {"precision": 0, "recall": 0, "f1": 0}
+    figures = by_class(labels, probabilities, ["a", "b", "c"])
+    assert figures["a"] == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3})
+    assert figures["b"] == pytest.approx({"precision": 2 / 3, "recall": 1, "f1": 4 / 5})
+    assert figures["c"] == {"precision": 0, "recall": 0, "f1": 0}
     assert score(labels, probabilities)["f1_weighted"] == pytest.approx((3 * 2 / 3 + 2 * 4 / 5) / 6)
     assert confusion(labels, probabilities).tolist() == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
     assert "0.6667" in report(labels, probabilities, ["a", "b", "c"])
@@ -100,9 +91,8 @@ def test_the_calibration_error_is_that_of_a_plain_loop(classes: int):
             if number / 15 < max(row) <= (number + 1) / 15:
                 inside.append((max(row), float(np.argmax(row) == label)))
         if inside:
-            expected += (
-                len(inside) / len(labels) * abs(np.mean([c for c, _ in inside]) - np.mean([r for _, r in inside]))
-            )
+            confidence, accuracy = np.mean(inside, axis=0)
+            expected += len(inside) / len(labels) * abs(confidence - accuracy)
     assert score(labels, probabilities)["ece"] == pytest.approx(expected, abs=1e-9)
 
 
@@ -114,13 +104,12 @@ def test_every_prediction_is_in_a_bin_of_the_reliability_diagram():
     assert bins["accuracy"].iloc[-1] == 1
 
 
-def test_fidelity_is_scipys_divergence_and_the_share_of_equal_predictions():
+def test_fidelity_is_the_share_of_equal_predictions_and_scipys_divergence():
     _, student = predictions(5)
     teacher = np.roll(student, 1, axis=0)
-    assert divergence(student, teacher) == pytest.approx(np.mean(entropy(teacher, student, axis=1)))
-    assert divergence(student, student) == pytest.approx(0)
-    assert agreement(student, student) == 1
-    assert agreement(student, teacher) == np.mean(student.argmax(1) == teacher.argmax(1))
+    expected = np.mean(student.argmax(1) == teacher.argmax(1)), np.mean(entropy(teacher, student, axis=1))
+    assert tuple(fidelity(student, teacher).values()) == pytest.approx(expected)
+    assert tuple(fidelity(student, student).values()) == pytest.approx((1, 0))
 
 
 def test_seeds_are_summed_up_as_mean_deviation_and_interval():

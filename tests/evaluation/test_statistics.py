@@ -1,24 +1,15 @@
-"""Verdicts on simulated predictions whose truth is known, and the tests against independent implementations."""
-
-from math import comb
+"""Verdicts on simulated predictions whose truth is known, and the intervals against independent implementations."""
 
 import numpy as np
 import pytest
 from scipy.special import expit
 from scipy.stats import t
 
-from pipeline.evaluation.statistics import above_chance, bootstrap, combined_mcnemar, compare, half_width, mcnemar
+from pipeline.evaluation.statistics import above_chance, bootstrap, compare, half_width, share_interval
 
 
 def simulated(
-    random: np.random.Generator,
-    gain: float,
-    *,
-    seeds: int,
-    images: int,
-    easy: float,
-    seed_sd: float,
-    image_sd: float = 0.0,
+    random: np.random.Generator, gain: float, *, seeds: int, images: int, easy: float, seed_sd: float, image_sd: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Two models' hits, bool (seeds, images). Images differ in difficulty, which both models share; trainings differ by a
     deviation `seed_sd` of the accuracy; the models themselves differ on images by `image_sd` (logits), the same in all seeds.
@@ -67,31 +58,31 @@ def test_the_detectable_gain_is_detected_as_often_as_it_says():
     random = np.random.default_rng(3)
     setting = SETTINGS["like mnist"]
     claimed = np.mean([compare(*simulated(random, 0.0, **setting)).detectable for _ in range(50)])
-    found = [compare(*simulated(random, claimed, **setting)).verdict for _ in range(100)]
-    assert found.count("better") >= 75
+    verdicts = [compare(*simulated(random, claimed, **setting)).verdict for _ in range(100)]
+    assert verdicts.count("better") >= 75
 
 
 def test_the_interval_is_the_wider_of_the_two():
     random = np.random.default_rng(4)
-    one = compare(*simulated(random, 0.003, **SETTINGS["like mnist"]))
-    assert one.low == min(one.seeds_low, one.bootstrap_low)
-    assert one.high == max(one.seeds_high, one.bootstrap_high)
-    assert one.low < one.gain < one.high
+    comparison = compare(*simulated(random, 0.003, **SETTINGS["like mnist"]))
+    assert comparison.low == min(comparison.seeds_low, comparison.bootstrap_low)
+    assert comparison.high == max(comparison.seeds_high, comparison.bootstrap_high)
+    assert comparison.low < comparison.gain < comparison.high
 
 
 def test_of_one_seed_nothing_is_said():
     random = np.random.default_rng(5)
     right, other = random.random((1, 5000)) < 0.95, random.random((1, 5000)) < 0.8
-    one = compare(right, other)
-    assert one.low > 0.1
-    assert one.verdict == "not distinguishable"
-    assert np.isnan(one.detectable)
+    comparison = compare(right, other)
+    assert comparison.low > 0.1
+    assert comparison.verdict == "not distinguishable"
+    assert np.isnan(comparison.detectable)
 
 
 def test_models_that_do_the_same_are_not_distinguishable():
     right = np.random.default_rng(6).random((3, 100)) < 0.9
-    one = compare(right, right)
-    assert (one.gain, one.low, one.high, one.mcnemar_p, one.verdict) == (0, 0, 0, 1, "not distinguishable")
+    comparison = compare(right, right)
+    assert (comparison.gain, comparison.low, comparison.high, comparison.verdict) == (0, 0, 0, "not distinguishable")
 
 
 def test_other_images_are_refused():
@@ -117,32 +108,16 @@ def test_the_bootstrap_is_that_of_drawing_rows_and_columns():
     assert bootstrap(values, 10).tolist() == bootstrap(values, 10).tolist()
 
 
-def test_mcnemar_is_the_exact_binomial_test():
-    random = np.random.default_rng(8)
-    for _ in range(20):
-        one, two = random.random((2, 60)) < 0.8
-        b, c = (one & ~two).sum(), (~one & two).sum()
-        tail = sum(comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c)
-        assert mcnemar(one, two) == pytest.approx(min(1, 2 * tail))
-
-
-def test_the_combined_p_value_is_small_for_seeds_that_agree_and_large_for_those_that_do_not():
-    better = np.arange(200) < 190
-    worse = np.arange(200) < 150
-    assert combined_mcnemar(np.stack([better, better]), np.stack([worse, worse])) < 1e-6
-    assert combined_mcnemar(np.stack([better, worse]), np.stack([worse, better])) > 0.5
-    assert combined_mcnemar(better[None], worse[None]) == pytest.approx(mcnemar(better, worse))
-
-
 @pytest.mark.parametrize(
-    ("right", "count", "chance", "above"),
-    [
-        (100, 1000, 0.1, False),
-        (118, 1000, 0.1, False),
-        (121, 1000, 0.1, True),
-        (389, 524, 0.742, False),
-        (500, 524, 0.742, True),
-    ],
+    ("correct", "images", "chance", "above"),
+    [(100, 1000, 0.1, False), (118, 1000, 0.1, False), (121, 1000, 0.1, True), (389, 524, 0.742, False), (500, 524, 0.742, True)],
 )
-def test_better_than_guessing_is_more_than_luck_would_give(right: int, count: int, chance: float, above: bool):
-    assert above_chance(right, count, chance) == above
+def test_better_than_guessing_is_more_than_luck_would_give(correct: int, images: int, chance: float, above: bool):
+    assert above_chance(correct, images, chance) == above
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    z, share, images = 1.959964, 0.9, 50
+    middle = (share + z**2 / (2 * images)) / (1 + z**2 / images)
+    half = z / (1 + z**2 / images) * (share * (1 - share) / images + z**2 / (4 * images**2)) ** 0.5
+    assert share_interval(45, 50) == pytest.approx((middle - half, middle + half), abs=1e-6)

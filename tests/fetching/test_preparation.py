@@ -53,9 +53,7 @@ def test_the_fingerprint_follows_every_pixel_and_label_and_nothing_else(own_npz:
 def test_a_class_with_one_image_leaves_no_stratified_split(tmp_path: Path):
     labels = np.zeros(400, int)
     labels[0] = 1
-    path = write_npz(
-        tmp_path / "rare.npz", val_images=None, val_labels=None, train_labels=labels, test_labels=np.arange(200) % 2
-    )
+    path = write_npz(tmp_path / "rare.npz", val_images=None, val_labels=None, train_labels=labels, test_labels=np.arange(200) % 2)
     with pytest.raises(UserError, match=r"rare\.npz: no validation split"):
         prepare(read_source(str(path)), 0.1, tmp_path / "out")
 

@@ -156,10 +156,7 @@ def test_a_size_names_medmnists_file_of_that_size(no_mirror: Path, monkeypatch: 
         **{
             f"{split}_{part}": array
             for split, count in (("train", 20), ("val", 6), ("test", 6))
-            for part, array in (
-                ("images", np.zeros((count, 64, 64), np.uint8)),
-                ("labels", np.arange(count)[:, None] % 2),
-            )
+            for part, array in (("images", np.zeros((count, 64, 64), np.uint8)), ("labels", np.arange(count)[:, None] % 2))
         },
     )
     with pytest.raises(UserError, match=r"pneumoniamnist_64\.npz.*wrong checksum"):
@@ -181,9 +178,7 @@ def unreachable(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize(("dataset", "file"), [("pathmnist", "pathmnist.npz"), ("mnist", "train-images-idx3-ubyte")])
-def test_no_network_and_no_mirror_is_one_clear_error(
-    no_mirror: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, file: str
-):
+def test_no_network_and_no_mirror_is_one_clear_error(no_mirror: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, file: str):
     monkeypatch.setattr(requests, "get", unreachable)
     monkeypatch.setattr(download, "WAITS", (0, 0))
     with pytest.raises(UserError, match=f"cannot download {file}.*DATA_MIRROR"):
@@ -254,9 +249,7 @@ def test_mnist_may_lie_in_the_mirror_in_part(mirror: Path, no_mirror: Path, monk
     assert read_source("mnist").splits["test"][0].shape == (10_000, 28, 28, 1)
 
 
-def test_imagenet_weights_are_fetched_hash_checked_and_lose_their_head(
-    no_mirror: Path, server, monkeypatch: pytest.MonkeyPatch
-):
+def test_imagenet_weights_are_fetched_hash_checked_and_lose_their_head(no_mirror: Path, server, monkeypatch: pytest.MonkeyPatch):
     from torchvision.models import ResNet18_Weights, resnet18
 
     folder, address, _ = server
@@ -266,9 +259,7 @@ def test_imagenet_weights_are_fetched_hash_checked_and_lose_their_head(
     name = f"resnet18-{prefix}.pth"
     shutil.copy(folder / "weights.pth", folder / name)
     entry = ResNet18_Weights.IMAGENET1K_V1.value
-    monkeypatch.setattr(
-        ResNet18_Weights.IMAGENET1K_V1, "_value_", type(entry)(**{**vars(entry), "url": f"{address}/{name}"})
-    )
+    monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1, "_value_", type(entry)(**{**vars(entry), "url": f"{address}/{name}"}))
     weights = imagenet_resnet18()
     assert set(state) - set(weights) == {"fc.weight", "fc.bias"}
     assert torch.equal(weights["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])

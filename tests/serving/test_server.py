@@ -50,9 +50,7 @@ def body_of(images: np.ndarray) -> bytes:
     return json.dumps({"inputs": images.tolist()}).encode()
 
 
-def test_the_server_gives_the_models_answers_refuses_bad_bodies_and_lives_on(
-    server: int, registry: Registry, data: TrainingData
-):
+def test_the_server_gives_the_models_answers_refuses_bad_bodies_and_lives_on(server: int, registry: Registry, data: TrainingData):
     images = data.val.images[:100].numpy()
     expected = Student(registry.onnx).probabilities(images)
     status, answer = post(server, body_of(images))
@@ -90,12 +88,7 @@ def test_the_server_gives_the_models_answers_refuses_bad_bodies_and_lives_on(
 def test_without_a_champion_the_server_says_what_to_do(registry: Registry):
     command = [sys.executable, "-m", "pipeline.serving.server"]
     done = subprocess.run(
-        command,
-        cwd=registry.folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
+        command, cwd=registry.folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert "make register" in done.stderr.splitlines()[-1]

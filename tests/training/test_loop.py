@@ -119,7 +119,7 @@ def test_the_weights_of_the_best_epoch_on_validation_images_are_kept(data: Train
     def spoilt_after_two_epochs(logits, labels):
         return {"hard": F.cross_entropy(logits, labels) * (1 if len(states) < 2 else -1)}
 
-    for progress in fit(model, data.train, data.val, spoilt_after_two_epochs, Settings(4, 64, 0.003), 0):
+    for progress in fit(model, data.train, data.val, spoilt_after_two_epochs, Settings(4, 64, 0.003), 0):  # noqa: B007
         states.append(copy.deepcopy(model.state_dict()))
     accuracies = [epoch.val_accuracy for epoch in progress.history]
     assert accuracies[-1] < max(accuracies), "or the test shows nothing"
@@ -236,5 +236,3 @@ def test_a_captured_step_gives_the_weights_of_the_eager_one(on_cuda: TrainingDat
     for rows in torch.randperm(400, generator=order, device="cuda").split(50):
         step(rows, on_cuda.train.images[rows])
     assert all(torch.allclose(a, b.cpu(), atol=1e-6) for a, b in zip(weights[2], step.model.state_dict().values(), strict=True))
-
-

@@ -52,7 +52,7 @@ def test_a_failing_seed_is_named_and_the_others_are_kept(recipes: list[Recipe], 
     folder, root = tmp_path / "models", tmp_path / "root"
     wild = dataclasses.replace(recipes[1], settings=SETTINGS | {"lr": 1e30})
     records: list[Record] = []
-    with pytest.raises(UserError, match="teacher/seed1: .* not finite"):
+    with pytest.raises(UserError, match=r"teacher/seed1: .* not finite"):
         records.extend(train_seeds([recipes[0], wild, recipes[2]], root, 2, folder))
     assert not folder.exists()
     list(train_seeds([recipes[0], recipes[2]], root, 2, folder))
@@ -62,7 +62,7 @@ def test_a_failing_seed_is_named_and_the_others_are_kept(recipes: list[Recipe], 
 def test_a_killed_child_is_told_and_its_training_resumes(recipes: list[Recipe], tmp_path: Path, capfd):
     long = dataclasses.replace(recipes[0], settings=LONG)
     records = []
-    with pytest.raises(UserError, match="teacher/seed0: was killed by SIGKILL: the same command resumes it"):
+    with pytest.raises(UserError, match="teacher/seed0: was killed by SIGKILL: the same command resumes it"):  # noqa: PT012
         for record in train_seeds([long], tmp_path / "root", 1, tmp_path / "models"):
             records.append(record)
             if len(record.history) == 3 and not record.failed:
