@@ -79,9 +79,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="how often each way is repeated")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument(
-        "--worker", nargs=5, metavar=("WAY", "MODEL", "SHARE", "SEEDS", "FOLDER"), help=argparse.SUPPRESS
-    )
+    parser.add_argument("--worker", nargs=5, metavar=("WAY", "MODEL", "SHARE", "SEEDS", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         way, model, share, seeds, folder = arguments.worker
@@ -107,9 +105,7 @@ def cut(folder: Path, track: str, share: float) -> Path:
     return made
 
 
-def ours(
-    way: str, model: str, data: Path, seeds: int, folder: Path, device: torch.device, epochs: int
-) -> dict[str, float]:
+def ours(way: str, model: str, data: Path, seeds: int, folder: Path, device: torch.device, epochs: int) -> dict[str, float]:
     """Train seeds 0 to `seeds` - 1 as a stage does, from the start of the first training to the end of the last."""
     track, architecture, arguments = ARCHITECTURES[model]
     teacher = None
@@ -118,13 +114,7 @@ def ours(
         if not teacher.exists():
             ours(way, "teacher", data, 1, folder, device, epochs)
     settings = {"epochs": epochs, "batch_size": BATCH[track], "lr": 1e-3, "precision": "auto"}
-    shared = {
-        "data": data,
-        "device": device.type,
-        "threads": THREADS,
-        "kd": KD if teacher else None,
-        "teacher": teacher,
-    }
+    shared = {"data": data, "device": device.type, "threads": THREADS, "kd": KD if teacher else None, "teacher": teacher}
     recipes = [Recipe(model, architecture, arguments, settings, seed, **shared) for seed in range(seeds)]
     finished, peaks = [], []
     with tempfile.TemporaryDirectory(dir=folder) as root:
@@ -144,9 +134,7 @@ def ours(
     }
 
 
-def peers(
-    way: str, model: str, data: Path, seeds: int, folder: Path, device: torch.device, epochs: int
-) -> dict[str, float]:
+def peers(way: str, model: str, data: Path, seeds: int, folder: Path, device: torch.device, epochs: int) -> dict[str, float]:
     """Train seeds 0 to `seeds` - 1, one after another, with the peer's loop."""
     dataset, *splits = load_training_data(data, torch.device("cpu"))
     train_set, val_set = (
@@ -157,12 +145,7 @@ def peers(
         teacher = peer.network("teacher", dataset.image_shape[2], len(dataset.classes)).to(device).eval()
         if weights.exists():
             teacher.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
-    settings = {
-        "epochs": epochs,
-        "batch_size": BATCH[ARCHITECTURES[model][0]],
-        "careful": way == "b",
-        "teacher": teacher,
-    }
+    settings = {"epochs": epochs, "batch_size": BATCH[ARCHITECTURES[model][0]], "careful": way == "b", "teacher": teacher}
     start, seconds = time.perf_counter(), []
     for seed in range(seeds):
         trained = peer.train(model, train_set, val_set, len(dataset.classes), device, seed=seed, **settings)
@@ -374,17 +357,14 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [_row(model, way, ways) for model, ways in result["trainings"].items() for way in ways]
     models = [model for model, (track, _, _) in ARCHITECTURES.items() if track == "distillation"]
     if set(models) <= set(result["trainings"]):
-        total = {
-            way: sum(result["trainings"][model][way]["seconds_per_epoch"]["median"] for model in models) for way in WAYS
-        }
+        total = {way: sum(result["trainings"][model][way]["seconds_per_epoch"]["median"] for model in models) for way in WAYS}
         spent = ", ".join(f"({way}) {seconds:.1f} s" for way, seconds in total.items())
         ratios = ", ".join(f"({way})/(c) = {total[way] / total['c']:.2f}" for way in "ab")
         lines += ["", f"The distillation track, one seed: {spent} per epoch of all three; {ratios}."]
     lines += ["", "How this pipeline's cost grows, s / epoch (two seeds: wall seconds of both):", ""]
     for model, sizes in result["growth"].items():
         grown = ", ".join(
-            f"{size} ({figures['images']:,} images) "
-            f"{figures['wall_seconds' if 'seeds' in size else 'seconds_per_epoch']:.2f}"
+            f"{size} ({figures['images']:,} images) {figures['wall_seconds' if 'seeds' in size else 'seconds_per_epoch']:.2f}"
             for size, figures in sizes.items()
         )
         lines.append(f"- {model}: {grown}")

@@ -25,9 +25,7 @@ class Images(Dataset):
         self.images = images.squeeze(-1) if images.shape[-1] == 1 else images
         self.labels = labels
         channels = images.shape[-1]
-        self.transform = transforms.Compose(
-            [transforms.ToTensor(), transforms.Normalize((mean,) * channels, (std,) * channels)]
-        )
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((mean,) * channels, (std,) * channels)])
 
     def __len__(self) -> int:
         """How many images."""

@@ -16,6 +16,7 @@ from pipeline.tracking.mirror import Mirror
 def main(track: str) -> None:
     params, data, plan = load_params(), Path("data") / track, TRACKS[track]
     torch.set_num_threads(params.threads)
+    mirror = Mirror(params.tracking.experiment)
     evaluation = evaluate_track(
         track,
         Path("models") / track,
@@ -29,7 +30,7 @@ def main(track: str) -> None:
     for model, figures in evaluation.metrics.items():
         deviation = f" ± {100 * figures['accuracy_sd']:.2f}" if "accuracy_sd" in figures else ""
         print(f"{model}: accuracy {100 * figures['accuracy']:.2f}{deviation} %")
-    Mirror(params.tracking.experiment).evaluation(evaluation)
+    mirror.evaluation(evaluation)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ code or data, what they decide runs anew.
 """
 
 import argparse
-import copy
 import hashlib
 import io
 import itertools
@@ -18,48 +17,41 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 from tabulate import tabulate
 from tqdm import tqdm
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, one_line
 from pipeline.core.files import read_json, read_yaml, write_atomic
 from pipeline.core.provenance import commit
-from pipeline.params import Params, shown
+from pipeline.params import Block, Params, load_params, shown
 from pipeline.tracking.mirror import Mirror
-from pipeline.training.cache import prune, read_record
-from studies.tasks import Task, on_ray, one_by_one, plan, result_path, train_network
+from pipeline.training.cache import prune, read_record, trainings_folder
+from studies.tasks import MODELS, ROOT, Task, on_ray, one_by_one, plan, result_path, train_network
 
-ROOT = Path(__file__).parents[1]
 MOST_POINTS = 10_000  # of a grid
-HEADINGS = {"teacher": "teacher (%)", "student_alone": "alone (%)", "student_distilled": "distilled (%)"}
 MARKERS, LINES = "osD^vPX*", ("-", "--", ":", "-.")
 
 
-class Grid(BaseModel):
+class Grid(Block):
     """All combinations of `vary` with `fixed`; a key is a parameter, or a block whose values are mappings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     x: str  # the varied key that the figure has on its horizontal axis
-    fixed: dict[str, Any] = {}
-    vary: dict[str, list[Any]]
+    fixed: dict[str, Any] = Field({})
+    vary: dict[str, Annotated[list[Any], Field(min_length=1)]]
 
 
-class Study(BaseModel):
+class Study(Block):
     """A study file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    fixed: dict[str, Any] = {}
-    grids: list[Grid]
+    fixed: dict[str, Any] = Field({})
+    grids: Annotated[list[Grid], Field(min_length=1)]
 
     def points(self, grid: Grid) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Of each of a grid's points, what is varied as the grid has it, and all settings by dotted parameter."""
@@ -78,53 +70,51 @@ def main() -> None:
     parser.add_argument("action", choices=["run", "collect"])
     parser.add_argument("study", help="a file studies/<study>.yaml")
     parser.add_argument("--one-by-one", action="store_true", help="run in this process, without Ray")
-    parser.add_argument("--threads", type=positive, help="that a task computes with (default: those of params.yaml)")
-    parser.add_argument("--workers", type=positive, help="tasks at a time on this machine (default: cores / threads)")
-    parser.add_argument("--per-gpu", type=positive, default=4, help="tasks that share a GPU (default 4)")
+    parser.add_argument("--threads", type=int, help="that a task computes with (default: those of params.yaml)")
+    parser.add_argument("--workers", type=int, help="tasks at a time on this machine (default: cores / threads)")
+    parser.add_argument("--per-gpu", type=int, default=4, help="tasks that share a GPU (default 4)")
     arguments = parser.parse_args()
+    if any(number is not None and number < 1 for number in (arguments.threads, arguments.workers, arguments.per_gpu)):
+        parser.error("--threads, --workers and --per-gpu are at least 1")
     try:
-        study = load_study(arguments.study)
-        content = read_yaml(ROOT / "params.yaml") | ({"threads": arguments.threads} if arguments.threads else {})
-        points = {name: with_settings(content, point) for name, point in study.settings(arguments.study).items()}
+        study, points = load_study(arguments.study, arguments.threads)
         plans = {name: plan(params) for name, params in points.items()}
         if arguments.action == "collect":
             collect(arguments.study, study, plans)
         elif not run(arguments, plans, next(iter(points.values())).tracking.experiment):
             sys.exit(1)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         print("interrupted: the same command resumes", file=sys.stderr)
         sys.exit(130)
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, from the command line."""
-    if (number := int(text)) < 1:
-        raise ValueError(text)
-    return number
+def load_study(name: str, threads: int | None = None) -> tuple[Study, dict[str, Params]]:
+    """The study of studies/<name>.yaml, and by its points' names their parameters, with these threads unless None.
 
-
-def load_study(name: str) -> Study:
-    """Read studies/<name>.yaml. Raises UserError for a missing or malformed file and for settings that params.yaml refuses."""
-    path, content = ROOT / "studies" / f"{name}.yaml", read_yaml(ROOT / "params.yaml")
+    Raises UserError for a missing or malformed file and for settings that params.yaml does not allow.
+    """
+    path = ROOT / "studies" / f"{name}.yaml"
     if not path.is_file():
         names = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
         raise UserError(f"{path}: cannot be read; the studies here: {names}")
+    params, points = load_params(ROOT / "params.yaml"), {}
     try:
         study = Study.model_validate(read_yaml(path))
         for grid in study.grids:
             if grid.x not in grid.vary:
                 raise UserError(f"{path}: {grid.title}: x = {grid.x!r} is not varied; what is: {', '.join(grid.vary)}")
-            if (points := math.prod(map(len, grid.vary.values()))) > MOST_POINTS:
-                raise UserError(f"{path}: {grid.title}: {points:,} points, more than {MOST_POINTS:,}")
+            if (count := math.prod(map(len, grid.vary.values()))) > MOST_POINTS:
+                raise UserError(f"{path}: {grid.title}: {count:,} points, more than {MOST_POINTS:,}")
             for _, settings in study.points(grid):
-                with_settings(content, settings)
+                point = with_settings(params, settings | ({"threads": threads} if threads else {}))
+                points[point_name(name, settings)] = point
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         raise UserError(f"{path}: {key} = {shown(problem['input'])}: {problem['msg']}") from error
-    return study
+    return study, points
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,18 +123,18 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{prefix}{key}": value for prefix, block in blocks for key, value in block.items()}
 
 
-def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> Params:
-    """The content of params.yaml with other settings. Raises ValidationError for what it does not allow."""
-    params = copy.deepcopy(dict(content))
+def with_settings(params: Params, settings: Mapping[str, Any]) -> Params:
+    """`params` with other settings, by dotted parameter. Raises ValidationError for what params.yaml does not allow."""
+    content = params.model_dump()
     for key, value in settings.items():
         *blocks, last = key.split(".")
-        place = params
+        place = content
         for block in blocks:
             if not isinstance(place.get(block), dict):
                 place[block] = {}
             place = place[block]
         place[last] = value
-    return Params.model_validate(params)
+    return Params.model_validate(content)
 
 
 def point_name(study: str, settings: Mapping[str, Any]) -> str:
@@ -157,20 +147,20 @@ def run(arguments: argparse.Namespace, plans: Mapping[str, list[Task]], experime
 
     `plans` has each point's tasks by its name; `experiment` is MLflow's.
     """
-    missing = {name: tasks for name, tasks in plans.items() if not result_path(ROOT, tasks[-1].digest).is_file()}
+    missing = {name: tasks for name, tasks in plans.items() if not result_path(tasks[-1].digest).is_file()}
     tasks = list({task.digest: task for tasks in missing.values() for task in tasks}.values())
     reasons: dict[str, str] = {}
     if tasks:
-        engine = one_by_one(ROOT, tasks) if arguments.one_by_one else on_ray(ROOT, tasks, arguments.workers, arguments.per_gpu)
+        engine = one_by_one(tasks) if arguments.one_by_one else on_ray(tasks, arguments.workers, arguments.per_gpu)
         mirror = Mirror(experiment)
         for task, (result, reason) in (bar := tqdm(engine, arguments.study, len(tasks), unit="task", disable=None)):
             if reason:
                 reasons[task.digest] = reason
-            elif task.work is train_network and (record := read_record(result.parent.parent, result.parent.name)):
+            elif task.work is train_network and (record := read_record(trainings_folder(), result.parent.name)):
                 mirror.training(record)
             for name in [name for name, tasks in missing.items() if tasks[-1].digest == task.digest]:
                 bar.write(f"{name}: {'failed' if reason else 'finished'}")
-        prune(ROOT / ".trainings")
+        prune(trainings_folder())
     failed = {name: tasks for name, tasks in missing.items() if tasks[-1].digest in reasons}
     for name, needed in failed.items():
         print(f"error: {name}: {next(reasons[task.digest] for task in needed if task.digest in reasons)}", file=sys.stderr)
@@ -182,18 +172,17 @@ def run(arguments: argparse.Namespace, plans: Mapping[str, list[Task]], experime
 def collect(name: str, study: Study, plans: Mapping[str, list[Task]]) -> None:
     """Write table and figure of the finished points."""
     settings = study.settings(name)
-    paths = {point: path for point, tasks in plans.items() if (path := result_path(ROOT, tasks[-1].digest)).is_file()}
+    paths = {point: path for point, tasks in plans.items() if (path := result_path(tasks[-1].digest)).is_file()}
     if not paths:
         raise UserError(f"study {name}: no finished point by this code: make study STUDY={name}")
     rows = [settings[point] | read_json(path) for point, path in paths.items()]
     frame = pd.DataFrame(rows, index=pd.Index(paths, name="experiment"))
-    varied = [key for key in next(iter(settings.values())) if frame[key].map(json.dumps).nunique() > 1]
-    image, folder = io.BytesIO(), ROOT / "metrics" / "studies"
+    varied = [key for key in frame if key in next(iter(settings.values())) and frame[key].map(json.dumps).nunique() > 1]
+    table, image = markdown(name, study, frame, varied, len(settings)), io.BytesIO()
     plot(name, study, frame).savefig(image, format="png", dpi=110)
-    table = markdown(name, study, frame, varied, len(settings))
-    write_atomic(folder / f"{name}.csv", frame.drop(columns="seeds", errors="ignore").to_csv())
-    write_atomic(folder / f"{name}.md", table)
-    write_atomic(folder / f"{name}.png", image.getvalue())
+    csv = frame.drop(columns="seeds", errors="ignore").to_csv()
+    for suffix, content in (("csv", csv), ("md", table), ("png", image.getvalue())):
+        write_atomic(ROOT / "metrics" / "studies" / f"{name}.{suffix}", content)
     print(table)
 
 
@@ -201,11 +190,10 @@ def markdown(name: str, study: Study, frame: pd.DataFrame, varied: list[str], pl
     """The table: a row per finished point, in percent and percentage points."""
     rows = frame.sort_values(varied)
     percent = 100 * rows.select_dtypes("number")
-    accuracies = {heading: percent[f"accuracy_{model}"].map("{:.2f}".format) for model, heading in HEADINGS.items()}
-    gains = {key: percent[key].map("{:+.2f}".format) for key in ("gain", "low", "high")}
-    intervals = gains["low"] + " to " + gains["high"]
-    table = {key: rows[key] for key in varied} | accuracies
-    table |= {"gain (points)": gains["gain"], "95 % interval": intervals, "distilled is": rows["verdict"]}
+    table = {key: rows[key] for key in varied}
+    table |= {f"{m.removeprefix('student_')} (%)": percent[f"accuracy_{m}"].map("{:.2f}".format) for m in MODELS}
+    gain, low, high = (percent[key].map("{:+.2f}".format) for key in ("gain", "low", "high"))
+    table |= {"gain (points)": gain, "95 % interval": low + " to " + high, "distilled is": rows["verdict"]}
     verdicts = ("better", "worse", "not distinguishable")
     counts = ", ".join(f"{verdict} {(rows['verdict'] == verdict).sum()}" for verdict in verdicts)
     fixed = ", ".join(f"{key} {value}" for key, value in flat(study.fixed).items())
@@ -224,7 +212,8 @@ def plot(name: str, study: Study, frame: pd.DataFrame) -> Figure:
         lines: dict[str, list[list[float]]] = {}
         for varied, settings in study.points(grid):
             if (point := point_name(name, settings)) in frame.index:
-                label = ", ".join(f"{key.split('.')[-1]} {short(varied[key])}" for key in varied if key != grid.x)
+                others = flat({key: value for key, value in varied.items() if key != grid.x})
+                label = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in others.items())
                 gain = [100 * frame.loc[point, key] for key in ("gain", "low", "high")]
                 lines.setdefault(label, []).append([float(varied[grid.x]), *gain])
         for number, (label, line) in enumerate(lines.items()):
@@ -240,11 +229,6 @@ def plot(name: str, study: Study, frame: pd.DataFrame) -> Figure:
         if any(lines):
             axes.legend(fontsize=8)
     return figure
-
-
-def short(value: object) -> str:
-    """A varied value for a legend: a block by its first entry."""
-    return " ".join(map(str, next(iter(value.items())))) if isinstance(value, Mapping) else str(value)
 
 
 if __name__ == "__main__":

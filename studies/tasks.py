@@ -10,9 +10,7 @@ import hashlib
 import itertools
 import logging
 import os
-import pickle
 import socket
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -33,19 +31,21 @@ from pipeline.evaluation.comparisons import evaluate_track
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import own_file, read_source
 from pipeline.networks.description import checkpoint_path
-from pipeline.params import TRACKS, Params
+from pipeline.params import Params
+from pipeline.training.cache import trainings_folder
 from pipeline.training.recipe import CODE, Recipe, train
 from pipeline.training.seeds import MEMORY
 
-MODELS = TRACKS["distillation"].models
-PAIR = TRACKS["distillation"].comparisons[0]  # the distilled student and the one trained alone
+ROOT = Path(__file__).parents[1]
+MODELS = ("teacher", "student_alone", "student_distilled")
+TOKEN = "~/.ray/auth_token"  # noqa: S105 (where it lies), by which the machines of a cluster know each other
 RETRIES = 5  # of a task whose worker was lost
 Outcome = tuple[Any, str | None]  # what a task returned; why it failed, in one line
 _code, _md5 = functools.cache(code_digest), functools.cache(md5)
 
 
 class Task(NamedTuple):
-    """Something to do once: `work(root, digest, *arguments, *results)` with the results of the tasks that it needs."""
+    """Something to do once: `work(digest, *arguments, *results)` with the results of the tasks that it needs."""
 
     digest: str  # of everything that decides the result
     title: str
@@ -76,16 +76,16 @@ def plan(params: Params) -> list[Task]:
     trainings = []
     for seed in params.seeds:
         teacher = add_training(train_teacher.recipe(params, seed, folder), data)
-        distilled = add_training(distill_student.recipe(params, seed, folder, folder), data, teacher)
-        trainings += [teacher, distilled, add_training(train_student_alone.recipe(params, seed, folder), data)]
+        alone = add_training(train_student_alone.recipe(params, seed, folder), data)
+        trainings += [teacher, alone, add_training(distill_student.recipe(params, seed, folder, folder), data, teacher)]
     settings = (params.device, params.threads, tuple(params.seeds))
     add("evaluation", evaluate, ("data", "evaluation", "networks"), *settings, needs=(data, *trainings))
     return tasks
 
 
-def prepare_data(root: Path, digest: str, dataset: str, size: int, validation: float, _own_md5: str | None) -> Path:
+def prepare_data(digest: str, dataset: str, size: int, validation: float, _own_md5: str | None) -> Path:
     """The folder with the prepared set, as the stage fetch_data makes it."""
-    folder = root / ".studies" / "data" / digest
+    folder = ROOT / ".studies" / "data" / digest
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
@@ -94,12 +94,12 @@ def prepare_data(root: Path, digest: str, dataset: str, size: int, validation: f
     return folder
 
 
-def train_network(root: Path, _digest: str, recipe: Recipe, data: Path, teacher: Path | None = None) -> Path:
+def train_network(_digest: str, recipe: Recipe, data: Path, teacher: Path | None = None) -> Path:
     """The checkpoint in `.trainings/`, as a stage trains it."""
-    return train(replace(recipe, data=data, teacher=teacher), root / ".trainings", lambda record: None)
+    return train(replace(recipe, data=data, teacher=teacher), trainings_folder(), lambda record: None)
 
 
-def evaluate(root: Path, digest: str, device: str, threads: int, seeds: Sequence[int], data: Path, *checkpoints: Path) -> None:
+def evaluate(digest: str, device: str, threads: int, seeds: Sequence[int], data: Path, *checkpoints: Path) -> None:
     """Write a point's result. `checkpoints` are those of MODELS of the first seed, then of the second, and so on."""
     import torch
 
@@ -108,7 +108,7 @@ def evaluate(root: Path, digest: str, device: str, threads: int, seeds: Sequence
 
     torch.set_num_threads(threads)
     test = load_split(data, "test", choose_device(device))
-    options = {"models": MODELS, "comparisons": [PAIR], "teachers": {}}
+    options = {"models": MODELS, "comparisons": [("student_distilled", "student_alone")], "teachers": {}}
     with tempfile.TemporaryDirectory() as folder:
         for (seed, model), checkpoint in zip(itertools.product(seeds, MODELS), checkpoints, strict=True):
             link = checkpoint_path(Path(folder, model), seed)
@@ -116,22 +116,22 @@ def evaluate(root: Path, digest: str, device: str, threads: int, seeds: Sequence
             link.symlink_to(checkpoint)
         evaluation = evaluate_track("distillation", Path(folder), load_dataset(data), test, **options)
     accuracies = {f"accuracy_{model}": evaluation.metrics[model]["accuracy"] for model in MODELS}
-    comparison = evaluation.comparisons["{}_vs_{}".format(*PAIR)]
+    (comparison,) = evaluation.comparisons.values()
     gain = {key: comparison.get(key) for key in ("gain", "low", "high", "detectable", "verdict")}
-    write_json(result_path(root, digest), accuracies | gain)
+    write_json(result_path(digest), accuracies | gain)
 
 
-def result_path(root: Path, digest: str) -> Path:
+def result_path(digest: str) -> Path:
     """Where the result of an evaluation lies: accuracies (shares of 1), and the gain with its interval and verdict."""
-    return root / ".studies" / f"{digest}.json"
+    return ROOT / ".studies" / f"{digest}.json"
 
 
-def attempt(root: Path, task: Task, *needed: Outcome) -> Outcome:
+def attempt(task: Task, *needed: Outcome) -> Outcome:
     """Do a task, given the outcomes of those that it needs; where one of them failed, it fails for the same reason."""
     if reasons := [reason for _, reason in needed if reason]:
         return None, reasons[0]
     try:
-        return task.work(root, task.digest, *task.arguments, *(result for result, _ in needed)), None
+        return task.work(task.digest, *task.arguments, *(result for result, _ in needed)), None
     except UserError as error:
         return None, f"{task.title}: {one_line(error)}"
     except Exception as error:  # a defect of ours, or of the machine
@@ -139,15 +139,15 @@ def attempt(root: Path, task: Task, *needed: Outcome) -> Outcome:
         return None, f"{task.title}: {type(error).__name__}: {one_line(error)}"
 
 
-def one_by_one(root: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
+def one_by_one(tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
     """Do the tasks, which are in order, in this process; yield each with its outcome."""
     outcomes: dict[str, Outcome] = {}
     for task in tasks:
-        outcomes[task.digest] = attempt(root, task, *(outcomes[digest] for digest in task.needs))
+        outcomes[task.digest] = attempt(task, *(outcomes[digest] for digest in task.needs))
         yield task, outcomes[task.digest]
 
 
-def on_ray(root: Path, tasks: Sequence[Task], workers: int | None, per_gpu: int) -> Iterator[tuple[Task, Outcome]]:
+def on_ray(tasks: Sequence[Task], workers: int | None, per_gpu: int) -> Iterator[tuple[Task, Outcome]]:
     """Do the tasks, which are in order, on the cluster that RAY_ADDRESS names, else on `workers` processes of this machine.
 
     A task takes as many cores as it has threads and, where there are GPUs, a share of 1 / `per_gpu`. Yields each with its
@@ -156,20 +156,21 @@ def on_ray(root: Path, tasks: Sequence[Task], workers: int | None, per_gpu: int)
     ray = _start_ray(workers, max(task.threads for task in tasks))
     try:
         share = 1 / per_gpu if ray.cluster_resources().get("GPU") else 0
-        work = ray.remote(max_retries=RETRIES)(_work(str(root), os.environ.get("DATA_MIRROR", "")))
-        refs: dict[str, Any] = {}
+        work, refs = ray.remote(max_retries=RETRIES)(attempt), {}
         for task in tasks:
             options = {"name": task.title, "num_cpus": task.threads, "num_gpus": share * task.gpu}
-            needed = [refs[digest] for digest in task.needs]
-            refs[task.digest] = work.options(**options).remote(pickle.dumps(task), *needed)
+            refs[task.digest] = work.options(**options).remote(task, *(refs[digest] for digest in task.needs))
         waiting = {refs[task.digest]: task for task in tasks}
         while waiting:
             for ref in ray.wait(list(waiting))[0]:
                 task = waiting.pop(ref)
                 try:
                     outcome = ray.get(ref)
-                except ray.exceptions.RayError as error:
-                    outcome = None, f"{task.title}: {type(error).__name__}: {one_line(error)}"
+                except Exception as error:  # the worker was lost again and again, or could not start
+                    reason = f"{type(error).__name__}: {error}"
+                    if "No module named 'studies'" in reason:
+                        reason = f"a machine does not see {ROOT}: the machines of a cluster share the checkout's folder"
+                    outcome = None, f"{task.title}: {one_line(reason)}"
                 yield task, outcome
     finally:
         ray.shutdown()
@@ -177,43 +178,27 @@ def on_ray(root: Path, tasks: Sequence[Task], workers: int | None, per_gpu: int)
 
 def _start_ray(workers: int | None, threads: int) -> ModuleType:
     """Ray, connected to the cluster that RAY_ADDRESS names, else to one of its own that listens on 127.0.0.1 alone."""
-    address, machine = os.environ.get("RAY_ADDRESS"), {}
+    address = os.environ.get("RAY_ADDRESS", "")
+    variables = MEMORY | {"PYTHONPATH": str(ROOT), "DATA_MIRROR": os.environ.get("DATA_MIRROR", "")}
+    options = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": variables}}
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # no telemetry
-    if address:
-        token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-        if "RAY_AUTH_TOKEN" in os.environ or token.is_file():
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # as the cluster's own machines do by themselves
-    else:
+    if not address:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # 127.0.0.1 alone, as Ray does by itself on those systems
-        os.environ.update(MEMORY | os.environ)
-        machine = {"num_cpus": (workers or max(1, (os.cpu_count() or 1) // threads)) * threads, "include_dashboard": False}
+        workers = workers or max(1, (os.cpu_count() or 1) // threads)
+        options |= {"num_cpus": workers * threads, "include_dashboard": False}
+    elif "RAY_AUTH_TOKEN" in os.environ or Path(os.environ.get("RAY_AUTH_TOKEN_PATH", TOKEN)).expanduser().is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as the cluster's own machines do by themselves
     try:
         import ray
 
-        host, _, port = (address or "").rpartition(":")
+        host, _, port = address.rpartition(":")
         if port.isdecimal():  # Ray itself tries for many minutes
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **machine)
+        ray.init(address=address or "local", **options)
     except ImportError as error:
         advice = "pip install -r requirements-ray.txt, or run <name> --one-by-one"
         raise UserError(f"a study runs on Ray, which is not installed: {advice}") from error
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of a dozen types
         advice = "name a running cluster as host:port, or unset it to run on this machine"
-        raise UserError(f"RAY_ADDRESS={address or ''}: {one_line(error)}: {advice}") from error
+        raise UserError(f"RAY_ADDRESS={address}: {one_line(error)}: {advice}") from error
     return ray
-
-
-def _work(root: str, data_mirror: str) -> Callable[..., Outcome]:
-    """What a Ray worker does. Made in a function, so that Ray sends its code: a machine without the checkout can then say so."""
-
-    def work(pickled: bytes, *needed: Outcome) -> Outcome:
-        if not Path(root, "dvc.yaml").is_file():
-            return None, f"{socket.gethostname()} does not see {root}: the machines of a cluster share the checkout's folder"
-        os.environ["DATA_MIRROR"] = data_mirror
-        if root not in sys.path:
-            sys.path.insert(0, root)
-        from studies.tasks import attempt
-
-        return attempt(Path(root), pickle.loads(pickled), *needed)  # noqa: S301 (our own)
-
-    return work

@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from mlflow import MlflowClient
 from PIL import Image
 
 from faults.checkout import Checkout
-from pipeline.networks.checkpoints import load_checkpoint
-from pipeline.export.onnx_export import predict_onnx
-from pipeline.evaluation.comparisons import Measured, how_it_was_run
+from pipeline.export.onnx_model import Student
 from tests.conftest import write_npz
 from tests.test_graph import STAGES
 
@@ -28,11 +25,8 @@ def stages_run(output: str) -> list[str]:
     return re.findall(r"Running stage '(.*)'", output)
 
 
-TRAININGS = {
-    f"{model}/seed{seed}"
-    for model in ("simple_cnn", "resnet18", "teacher", "student_distilled", "student_alone")
-    for seed in (0, 1)
-}
+MODELS = {"simple_cnn", "resnet18", "teacher", "student_distilled", "student_alone"}
+TRAININGS = {f"{model}/seed{seed}" for model in MODELS for seed in (0, 1)}
 
 
 AFTER_DISTILLATION = {
@@ -63,45 +57,28 @@ def test_metrics_hold_means_and_deviations_of_every_model(checkout: Checkout):
                 assert figures[key] >= 0
                 assert figures[f"{key}_sd"] >= 0
             assert figures["parameters"] > 1000
-        by_class = json.loads((checkout.folder / "metrics" / f"{track}_by_class.json").read_text())
-        assert set(by_class) == models
-        for classes in by_class.values():
-            assert len(classes) == 10
-            assert all(
-                {"precision", "recall", "f1", "f1_sd", "f1_ci95"} <= set(figures) for figures in classes.values()
-            )
+        detail = json.loads((checkout.folder / "metrics" / "detail" / f"{track}.json").read_text())
+        assert set(detail["models"]) == models
+        for entry in detail["models"].values():
+            assert len(entry["by_class"]) == 10
+            assert all({"precision", "recall", "f1", "f1_sd"} <= set(figures) for figures in entry["by_class"].values())
 
 
 def test_every_training_is_a_run_with_curves_and_test_results_of_its_checkpoint(checkout: Checkout):
     runs = {run.info.run_name: run for run in checkout.mlflow_runs()}
-    assert set(runs) == TRAININGS | {"baselines/summary", "distillation/summary"}
+    assert set(runs) == TRAININGS | MODELS
     assert len(checkout.mlflow_runs()) == len(runs)
     metrics = json.loads((checkout.folder / "metrics" / "distillation.json").read_text())
     accuracies = [runs[f"teacher/seed{seed}"].data.metrics["test_accuracy"] for seed in (0, 1)]
     assert np.mean(accuracies) == pytest.approx(metrics["teacher"]["accuracy"])
+    assert runs["teacher"].data.metrics["test_accuracy_ci95"] == metrics["teacher"]["accuracy_ci95"]
+    assert runs["teacher/seed1"].data.tags["mlflow.parentRunId"] == runs["teacher"].info.run_id
+    assert runs["student_distilled"].data.tags["verdict"] in ("better", "worse", "not distinguishable")
     client = MlflowClient(f"sqlite:///{checkout.folder}/mlflow.db")
     for name in TRAININGS:
         assert {"train_loss", "val_loss", "train_accuracy", "val_accuracy", "test_auc"} <= set(runs[name].data.metrics)
         artifacts = {file.path for file in client.list_artifacts(runs[name].info.run_id)}
         assert artifacts == {"classification_report.txt", "confusion_matrix.png"}
-
-
-def test_seeds_that_learned_nothing_are_told_by_what_guessing_would_get(checkout: Checkout):
-    labels = np.load(checkout.folder / "data/distillation/val/labels.npy")
-    path = checkout.folder / "models/distillation/teacher/seed1.safetensors"
-    _, description = load_checkpoint(path, torch.device("cpu"))
-    assert description.chance == np.bincount(labels).max() / len(labels)
-    dataset = description.dataset
-    runs = [
-        Measured("", told, labels, np.zeros((0, 10)), {}, {}, np.zeros((0, 0)))
-        for told in (
-            description.model_copy(update={"seed": seed, "best_epoch": 1, "history": [epoch]})
-            for seed, epoch in enumerate(
-                description.history[0].model_copy(update={"val_accuracy": a}) for a in (0.13, 0.9)
-            )
-        )
-    ]
-    assert how_it_was_run(dataset, {"teacher": runs})["models"]["teacher"]["at_chance"] == [0]
 
 
 def test_a_second_repro_has_nothing_to_do(checkout: Checkout):
@@ -110,12 +87,72 @@ def test_a_second_repro_has_nothing_to_do(checkout: Checkout):
     assert output.count("didn't change, skipping") == len(STAGES)
 
 
-def test_forced_repetition_gives_the_same_bytes_and_doubles_no_summary(checkout: Checkout):
-    lock = (checkout.folder / "dvc.lock").read_bytes()
+@pytest.mark.parametrize("retrain", ["", "1"])
+def test_forced_repetition_gives_the_same_bytes_and_doubles_no_run(checkout: Checkout, retrain: str):
+    lock, runs = (checkout.folder / "dvc.lock").read_bytes(), checkout.by_name()
+    checkout.environment |= {"RETRAIN": retrain, "MLFLOW_TRACKING_URI": f"sqlite:///{checkout.folder}/mlflow.db"}
     output = checkout.dvc("repro", "--force", "evaluate@distillation")
+    del checkout.environment["RETRAIN"], checkout.environment["MLFLOW_TRACKING_URI"]
     assert len(stages_run(output)) == 5
+    assert output.count("taken from .trainings/") == (0 if retrain else 6)
     assert (checkout.folder / "dvc.lock").read_bytes() == lock
-    assert checkout.by_name()["distillation/summary"] == 1
+    assert checkout.by_name() == runs
+
+
+def test_a_store_that_is_away_changes_no_byte_and_sync_completes_it(checkout: Checkout):
+    lock = (checkout.folder / "dvc.lock").read_bytes()
+    checkout.environment |= {"TRACK_LATER": "1", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "RETRAIN": "1"}
+    output = checkout.dvc("repro", "--force", "train_student_alone", "evaluate@distillation", "--single-item")
+    for name in ("TRACK_LATER", "MLFLOW_TRACKING_URI", "RETRAIN"):
+        del checkout.environment[name]
+    assert "make sync brings the store up to date" in output
+    assert (checkout.folder / "dvc.lock").read_bytes() == lock
+    checkout.environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{checkout.folder}/synced.db"
+    for _ in range(2):
+        checkout.run(sys.executable, "-m", "pipeline.tracking.sync")
+    runs = {run.info.run_name: run for run in checkout.mlflow_runs(checkout.environment.pop("MLFLOW_TRACKING_URI"))}
+    assert set(runs) == TRAININGS | MODELS
+    assert all("test_accuracy" in run.data.metrics for run in runs.values())
+
+
+def stale(checkout: Checkout) -> set[str]:
+    return set(json.loads(checkout.run("dvc", "status", "--json").stdout))
+
+
+@pytest.mark.parametrize(
+    ("package", "expected"),
+    [
+        ("core", set()),
+        ("tracking", set()),
+        ("serving", set()),
+        ("reporting", {"report@baselines", "report@distillation"}),
+        ("evaluation", {"evaluate@baselines", "evaluate@distillation", "report@baselines", "report@distillation"}),
+        ("training", {"train_baselines@simple_cnn", "train_baselines@resnet18", "train_teacher", "distill_student", "train_student_alone"}),
+        ("networks", set(STAGES) - {"fetch_data@baselines", "fetch_data@distillation", "report@baselines", "report@distillation"}),
+    ],
+)  # fmt: skip
+def test_a_package_is_a_unit_of_staleness(checkout: Checkout, package: str, expected: set[str]):
+    path = checkout.folder / "pipeline" / package / "__init__.py"
+    before = path.read_text()
+    path.write_text(before + "# changed\n")
+    try:
+        assert stale(checkout) == expected
+    finally:
+        path.write_text(before)
+    assert stale(checkout) == set()
+
+
+def test_an_added_seed_trains_alone_and_goes_again(checkout: Checkout):
+    before = {path: path.read_bytes() for path in (checkout.folder / "models/distillation/teacher").iterdir()}
+    checkout.set(seeds=[0, 1, 2])
+    assert checkout.dvc("repro", "train_teacher").count("taken from .trainings/") == 2
+    assert before.items() <= {path: path.read_bytes() for path in (checkout.folder / "models/distillation/teacher").iterdir()}.items()
+    checkout.set(seeds=[0, 1])
+    assert "is cached - skipping run" in checkout.dvc("repro", "train_teacher")
+    assert before == {path: path.read_bytes() for path in (checkout.folder / "models/distillation/teacher").iterdir()}
+    checkout.set(tracking__experiment="another", jobs=1)
+    assert stale(checkout) == set()
+    checkout.set(tracking__experiment="small-image-distillation", jobs="auto")
 
 
 def test_another_temperature_trains_the_distilled_student_alone_and_leaves_the_other_models_runs_alone(
@@ -126,9 +163,8 @@ def test_another_temperature_trains_the_distilled_student_alone_and_leaves_the_o
     checkout.run("git", "commit", "-qm", "results")
     output = checkout.dvc("exp", "run", "--name", "warmer", "-S", "kd.temperature=6")
     assert set(stages_run(output)) == {"distill_student", *AFTER_DISTILLATION}
-    new = checkout.by_name() - before
-    summary = "distillation/summary kd.temperature=6"
-    assert new == Counter({"student_distilled/seed0": 1, "student_distilled/seed1": 1, summary: 1})
+    warmer = "student_distilled T=6"
+    assert checkout.by_name() - before == Counter({warmer: 1, f"{warmer}/seed0": 1, f"{warmer}/seed1": 1})
     temperatures = {
         (run.data.params["kd.temperature"], run.data.tags.get("dvc.experiment"))
         for run in checkout.mlflow_runs()
@@ -157,12 +193,12 @@ def test_four_experiments_at_once_fill_a_store_that_did_not_exist(checkout: Chec
     assert status.count("Success") == 4, status + checkout.dvc("queue", "logs", "t2", expect=None)
     client = MlflowClient(f"sqlite:///{checkout.folder}/fresh.db")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    trained = {f"student_distilled/seed{seed}": 4 for seed in (0, 1)}
-    recreated = {f"{model}/seed{seed}": 1 for model in ("teacher", "student_alone") for seed in (0, 1)}
-    summaries = {f"distillation/summary kd.temperature={temperature}": 1 for temperature in temperatures}
-    assert Counter(run.info.run_name for run in runs) == Counter(trained | recreated | summaries)
+    names = ["teacher", "student_alone", *(f"student_distilled T={temperature}" for temperature in temperatures)]
+    assert Counter(run.info.run_name for run in runs) == Counter(
+        {name + child: 1 for name in names for child in ("", "/seed0", "/seed1")}
+    )
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert all("test_accuracy" in run.data.metrics for run in runs if "summary" not in run.info.run_name)
+    assert all("test_accuracy" in run.data.metrics for run in runs)
     experiments = {run.data.tags.get("dvc.experiment") for run in runs}
     assert {f"t{temperature}" for temperature in temperatures} <= experiments
     listed = checkout.dvc("exp", "show", "--csv")
@@ -189,19 +225,12 @@ def test_lineage_of_nothing_is_one_line(checkout: Checkout):
 
 
 def test_a_runs_note_says_how_to_repeat_it(checkout: Checkout):
-    (run,) = [
-        run
-        for run in checkout.mlflow_runs()
-        if run.info.run_name == "student_distilled/seed0" and run.data.tags.get("dvc.experiment") == "warmer"
-    ]
-    assert "-S 'kd.temperature=6" in run.data.tags["mlflow.note.content"]
-    summary = [
-        run
-        for run in checkout.mlflow_runs()
-        if run.data.tags.get("dvc.experiment") == "warmer" and "summary" in run.info.run_name
-    ]
-    assert summary[0].data.params["kd.temperature"] == "6.0"
-    assert "points/student_distilled_vs_student_alone" in summary[0].data.metrics
+    runs = {run.info.run_name: run for run in checkout.mlflow_runs()}
+    for name in ("student_distilled T=6", "student_distilled T=6/seed0"):
+        assert "dvc exp run -S kd.temperature=6" in runs[name].data.tags["mlflow.note.content"]
+        assert runs[name].data.tags["dvc.experiment"] == "warmer"
+    assert runs["student_distilled T=6"].data.params["kd.temperature"] == "6.0"
+    assert "points over student_alone" in runs["student_distilled T=6"].data.tags["gain"]
 
 
 def test_a_folder_of_images_becomes_a_table(checkout: Checkout, tmp_path: Path):
@@ -210,7 +239,7 @@ def test_a_folder_of_images_becomes_a_table(checkout: Checkout, tmp_path: Path):
         Image.fromarray(image.squeeze()).save(tmp_path / f"{number}.png")
     output = checkout.run(sys.executable, "-m", "pipeline.serving.predict", str(tmp_path)).stdout
     table = pd.read_csv(io.StringIO(output), index_col="file", dtype={"class": str})
-    expected = predict_onnx(checkout.folder / "models/student/student.onnx", images)
+    expected = Student(checkout.folder / "models/student/student.onnx").probabilities(images)
     np.testing.assert_allclose(table.drop(columns="class").to_numpy(), expected, atol=1e-6)
     assert table["class"].tolist() == [str(number) for number in expected.argmax(1)]
     Image.fromarray(images[0].squeeze()).resize((28, 28)).save(tmp_path / "z.png")
@@ -222,8 +251,8 @@ def test_a_folder_of_images_becomes_a_table(checkout: Checkout, tmp_path: Path):
 def test_dvc_can_draw_the_plots(checkout: Checkout):
     checkout.dvc("plots", "show", "--out", "plots")
     page = (checkout.folder / "plots" / "index.html").read_text()
-    assert "distillation: Validation loss" in page
-    assert "student_distilled: test images" in page
+    assert "metrics/plots/distillation/losses.csv" in page.replace("\\", "")
+    assert "student_distilled" in page
 
 
 @pytest.mark.parametrize("setting", ["+kd.temprature=6", "kd.alpha=2", "kd.temperature=hot", "seeds=[0,zero]"])

@@ -15,7 +15,7 @@ def load_changed(tmp_path: Path, old: str, new: str):
     return load_params(path)
 
 
-def test_defaults_are_the_references_and_five_seeds():
+def test_defaults_are_those_of_the_original_course_project_and_five_seeds():
     params = load_params(Path(__file__).parents[1] / "params.yaml")
     assert params.seeds == [0, 1, 2, 3, 4]
     assert params.kd.model_dump() == {"temperature": 5, "alpha": 0.7, "divergence": "forward"}
@@ -40,7 +40,8 @@ def test_defaults_are_the_references_and_five_seeds():
         ("divergence: forward", "divergence: sideways", ["kd.divergence = 'sideways'", "'forward' or 'reverse'"]),
         ("seeds: [0, 1, 2, 3, 4]", "seeds: [0, 1, 1]", ["seeds = [0, 1, 1]", "twice"]),
         ("size: 28", "size: 32", ["baselines.size = 32", "28, 64, 128 or 224"]),
-        ("processes: 1", "processes: 0", ["processes = 0", "greater than or equal to 1"]),
+        ("threads: 1", "threads: 0", ["threads = 0", "greater than or equal to 1"]),
+        ("jobs: auto", "jobs: 0", ["jobs", "greater than or equal to 1"]),
         ("seeds: [0, 1, 2, 3, 4]", "seeds: []", ["seeds = []"]),
         ("seeds: [0, 1, 2, 3, 4]", "seeds: [0", ["cannot read"]),
     ],

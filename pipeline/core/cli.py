@@ -1,11 +1,11 @@
 """How a command starts and ends: its arguments, its exit status, and what it says when it fails."""
 
-import argparse
 import os
 import signal
 import sys
 import threading
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 
 from pipeline.core.errors import UserError, is_disk_full, no_space, one_line
@@ -13,22 +13,20 @@ from pipeline.core.provenance import code_digest
 
 
 def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
-    """Run `main` as a process, with one command-line argument for each name in `choices`. Does not return.
+    """Run `main` as a process, with one command-line argument for each name in `choices`.
 
     An argument is one of the values given for it or, for None, any text. A `UserError` or a full disk becomes one line on
     stderr and exit status 1, Ctrl-C status 130. Anything else is a defect of ours and keeps its traceback. Under DVC, the
     stage ends with DVC, and fails if the code has changed while it ran: DVC would record the changed code as the one that ran.
     """
-    parser = argparse.ArgumentParser(
-        description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=sys.modules["__main__"].__doc__, formatter_class=RawDescriptionHelpFormatter)
     for name, values in choices.items():
         parser.add_argument(name, choices=values)
     arguments = vars(parser.parse_args())
     under_dvc = "DVC_STAGE" in os.environ
     if under_dvc:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    code = code_digest() if under_dvc else ""
+    code = code_digest()
     try:
         main(**arguments)
         if under_dvc and code_digest() != code:
@@ -42,7 +40,6 @@ def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command resumes", file=sys.stderr)
         sys.exit(130)
-    sys.exit(0)
 
 
 def _end_with(parent: int) -> None:

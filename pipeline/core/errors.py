@@ -11,14 +11,13 @@ class UserError(Exception):
 
 def one_line(message: object) -> str:
     """`message` as one printable line of at most `LONGEST` characters, whatever the input put into it."""
-    text = " ".join(str(message).split())
-    text = "".join(char if char.isprintable() else "?" for char in text)
+    text = "".join(char if char.isprintable() else "?" for char in " ".join(str(message).split()))
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
-def is_disk_full(error: OSError) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Whether there is no space left, or none of the user's quota."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def no_space(error: OSError) -> str:

@@ -32,6 +32,49 @@ def from_main_checkout(path: str | Path) -> Path:
     return Path(os.path.normpath(main_checkout() / Path(path).expanduser()))
 
 
+@contextlib.contextmanager
+def _replacement(path: Path) -> Iterator[Path]:
+    """Yield a free name beside `path`; what is there takes its place when the block ends well, and is removed otherwise."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        from psutil import pid_exists
+
+        pid = left.suffixes[-2].removeprefix(".")
+        if pid.isdecimal() and (int(pid) == os.getpid() or not pid_exists(int(pid))):
+            _remove(left)  # a killed process left it
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write; it takes the place of `path` when the block ends well and vanishes otherwise. Raises OSError."""
+    with _replacement(path) as partial, partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it takes the place of `path` when the block ends well and vanishes otherwise."""
+    with _replacement(path) as partial:
+        partial.mkdir()
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def write_atomic(path: Path, *parts: bytes | str) -> None:
     """Write `path` so that it appears complete or, when anything fails, stays as it was. Raises OSError."""
     with atomic_file(path) as file:
@@ -39,26 +82,8 @@ def write_atomic(path: Path, *parts: bytes | str) -> None:
             file.write(part.encode() if isinstance(part, str) else part)
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file to write; it takes the place of `path` when the block ends well and vanishes otherwise. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as indented JSON, whole. Raises ValueError for NaN and infinity, which JSON does not have."""
+    """Write `content` as indented JSON, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
@@ -73,33 +98,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it takes the place of `path` when the block ends well and vanishes otherwise."""
-    partial = _partial(path)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(partial, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _partial(path: Path) -> Path:
-    """Where this process prepares `path`; what killed processes left of theirs is removed."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        from psutil import pid_exists
-
-        pid = left.suffixes[-2].removeprefix(".")
-        if pid.isdecimal() and (int(pid) == os.getpid() or not pid_exists(int(pid))):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
-
-
 def md5(path: Path) -> str:
     """The file's MD5 in hex: the checksum that DVC, medmnist and torchvision publish and compare."""
     with path.open("rb") as file:
@@ -107,10 +105,7 @@ def md5(path: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1, where 1e-5 is a string; DVC writes YAML 1.2, where it is a number.
-
-    No aliases: with them a few lines can stand for gigabytes.
-    """
+    """Reads 1e-5 as a number, as YAML 1.2, which DVC writes, and unlike PyYAML. No aliases: a few can stand for gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
@@ -118,9 +113,8 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_NUMBER = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
 
 
 def read_yaml(path: Path) -> Any:

@@ -17,7 +17,7 @@ from pipeline.core.errors import UserError
 
 PLAUSIBLE = 100  # times its own size that an archive may unpack to: images rarely reach 10, a bomb 1000
 SMALL = 64 * 2**20  # bytes that any archive may unpack to
-CHUNK = 2**24  # bytes
+CHUNK = 2**20  # bytes
 
 
 def read_npy(path: Path) -> np.ndarray:

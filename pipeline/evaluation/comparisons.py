@@ -1,7 +1,4 @@
-"""A track's models on its test images: every checkpoint's predictions, figures over the seeds, comparisons; and their files.
-
-Reading the files needs no PyTorch.
-"""
+"""A track's models on its test images: predictions, figures over the seeds, comparisons, and their files (read without torch)."""
 
 import io
 import json
@@ -20,9 +17,10 @@ from pipeline.networks.description import Description, checkpoints_in
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
 
     from pipeline.data.prepared import Split
+
+FILES = ("metrics/{}.json", "metrics/{}_comparisons.json", "metrics/detail/{}.json", "metrics/predictions/{}.npz")
 
 
 class Evaluation(NamedTuple):
@@ -83,9 +81,7 @@ def evaluate_track(
     from pipeline.evaluation.statistics import compare
 
     labels = test.labels.cpu().numpy()
-    predictions = {
-        model: [_predict(path, dataset, test.images) for path in checkpoints_in(folder / model)] for model in models
-    }
+    predictions = {model: [_predict(path, dataset, test) for path in checkpoints_in(folder / model)] for model in models}
     seeds = {model: [run.description.seed for run in runs] for model, runs in predictions.items()}
     if len(set(map(tuple, seeds.values()))) > 1:
         raise UserError(f"{folder}: the models were trained with different seeds, {seeds}: run dvc repro")
@@ -101,22 +97,20 @@ def evaluate_track(
         details[model] = _detail(runs, labels) | {"figures": figures[model]}
         correct[model] = np.stack([run.probabilities.argmax(axis=1) == labels for run in runs])
         probabilities[model] = np.stack([run.probabilities for run in runs]).astype(np.float32)
-    compared = {f"{one}_vs_{other}": compare(correct[one], correct[other]).as_json() for one, other in comparisons}
+    compared = {f"{model}_vs_{other}": compare(correct[model], correct[other]).as_json() for model, other in comparisons}
     detail = {"track": track, "dataset": dataset.model_dump(mode="json"), "models": details}
     return Evaluation(metrics, compared, detail, labels, probabilities)
 
 
-def _predict(path: Path, dataset: Dataset, images: "Tensor") -> _Predictions:
+def _predict(path: Path, dataset: Dataset, test: "Split") -> _Predictions:
     """One checkpoint's predictions. Raises UserError if it was trained on other data than `dataset`."""
-    import torch
-
     from pipeline.networks.checkpoints import load_checkpoint
     from pipeline.networks.inference import predict
 
-    classifier, description = load_checkpoint(path, images.device)
+    classifier, description = load_checkpoint(path, test.labels.device)
     if description.dataset != dataset:
         raise UserError(f"{path}: trained on other data ({description.dataset.name}) than is in data/: run dvc repro")
-    probabilities = torch.softmax(predict(classifier, images).double(), dim=1).cpu().numpy()
+    probabilities = predict(classifier, test.images).double().softmax(dim=1).cpu().numpy()
     return _Predictions(md5(path), description, sum(p.numel() for p in classifier.parameters()), probabilities)
 
 
@@ -146,7 +140,7 @@ def _detail(runs: Sequence[_Predictions], labels: np.ndarray) -> dict[str, Any]:
 
 
 def loss_curves(evaluation: Evaluation) -> "pd.DataFrame":
-    """Columns model, epoch (from 1), split (train, val) and, over the seeds, mean `loss` with its range `low`, `high`, in nats."""
+    """Columns model, epoch (from 1), split (train, val) and, over the seeds, mean `loss` and its range `low`, `high`, nats."""
     import pandas as pd
 
     rows = [
@@ -178,7 +172,7 @@ def write_evaluation(evaluation: Evaluation, root: Path) -> None:
     confusion = pd.Series(np.stack(list(counts.values())).ravel(), cells, name="count").reset_index()
     for name, frame in (("losses", loss_curves(evaluation)), ("confusion", confusion)):
         write_atomic(root / f"metrics/plots/{track}/{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
-    *tables, predictions = _paths(track)
+    *tables, predictions = (path.format(track) for path in FILES)
     for path, content in zip(tables, (metrics, comparisons, detail), strict=True):
         write_json(root / path, content)
     arrays, seeds = io.BytesIO(), next(iter(detail["models"].values()))["seeds"]
@@ -191,7 +185,7 @@ def read_evaluation(track: str, read: Callable[[str], bytes]) -> Evaluation:
 
     Raises UserError if one is missing, damaged or does not fit the others.
     """
-    *tables, predictions = _paths(track)
+    *tables, predictions = (path.format(track) for path in FILES)
     try:
         metrics, comparisons, detail = (dict(json.loads(read(path := table))) for table in tables)
         models, classes = detail["models"], detail["dataset"]["classes"]
@@ -203,9 +197,3 @@ def read_evaluation(track: str, read: Callable[[str], bytes]) -> Evaluation:
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: missing or damaged: {error}: run dvc repro evaluate@{track}") from error
     return Evaluation(metrics, comparisons, detail, labels, probabilities)
-
-
-def _paths(track: str) -> list[str]:
-    """Of metrics, comparisons, detail and predictions."""
-    files = (f"{track}.json", f"{track}_comparisons.json", f"detail/{track}.json", f"predictions/{track}.npz")
-    return [f"metrics/{file}" for file in files]

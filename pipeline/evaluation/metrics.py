@@ -88,10 +88,7 @@ def by_class(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[st
         labels, probabilities.argmax(axis=1), labels=range(len(classes)), average=None, zero_division=0
     )
     rows = np.transpose(columns[:3]).tolist()
-    return {
-        name: dict(zip(("precision", "recall", "f1"), row, strict=True))
-        for name, row in zip(classes, rows, strict=True)
-    }
+    return {name: dict(zip(("precision", "recall", "f1"), row, strict=True)) for name, row in zip(classes, rows, strict=True)}
 
 
 def report(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
-"""Is one model more accurate than another, by how much, and how certain is that: over seeds and test images together.
+"""Is one model more accurate than another, by how much, and how certain is that.
 
-Two things are left to chance: the training (its seed) and which images are in the test split. A difference counts only if it
-stands out against both.
+Two things are left to chance: the training (its seed) and which images are in the test split. A difference must stand out
+against both.
 """
 
 from collections.abc import Sequence
@@ -61,10 +61,7 @@ class Comparison(NamedTuple):
 def compare(correct: np.ndarray, other: np.ndarray) -> Comparison:
     """One model against another, from which test images each classified correctly.
 
-    Parameters
-    ----------
-    correct, other : bool arrays of shape (S, N)
-        By seed and image; row s of both is of the same seed.
+    Both are bool arrays of shape (S, N), by seed and image; row s of both is of the same seed.
     """
     if correct.shape != other.shape:
         raise ValueError(f"the two models have other seeds or images: {correct.shape} and {other.shape}")
@@ -81,9 +78,7 @@ def compare(correct: np.ndarray, other: np.ndarray) -> Comparison:
         low, high = max(-1.0, min(low, gain - half)), min(1.0, max(high, gain + half))
         error = max(stdev(gains.tolist()) / seeds**0.5, float(resampled.std()))
         detectable = float(t.ppf(1 - tail, seeds - 1) + t.ppf(POWER, seeds - 1)) * error
-    return Comparison(
-        gain, low, high, gain - half, gain + half, bootstrap_low, bootstrap_high, detectable, seeds, images
-    )
+    return Comparison(gain, low, high, gain - half, gain + half, bootstrap_low, bootstrap_high, detectable, seeds, images)
 
 
 def half_width(values: Sequence[float]) -> float:

@@ -25,7 +25,7 @@ class Student:
     """
 
     def __init__(self, path: Path, threads: int = 0) -> None:
-        """Open `path` to compute with so many threads, 0: one per core.
+        """Open `path` to compute with `threads` threads; 0: one per core.
 
         Raises UserError for a file that is missing, damaged, or another model.
         """

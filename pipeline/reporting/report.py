@@ -132,9 +132,7 @@ def _gains(evaluation: Evaluation) -> Table:
             ends = [_points(comparison[kind + end]) for end in ("low", "high") if kind + end in comparison]
             intervals.append(" to ".join(ends))
         detectable = f"{100 * comparison['detectable']:.2f}" if comparison.get("detectable", 2) <= 1 else "none"
-        rows.append(
-            [name.replace("_vs_", " - "), _points(comparison["gain"]), *intervals, detectable, comparison["verdict"]]
-        )
+        rows.append([name.replace("_vs_", " - "), _points(comparison["gain"]), *intervals, detectable, comparison["verdict"]])
     return headings, rows
 
 
@@ -166,10 +164,7 @@ def _classes(models: Mapping[str, Any], model: str, other: str) -> Table:
 
 def _costs(models: Mapping[str, Mapping[str, float]]) -> Table:
     rows = [
-        [
-            model,
-            *(f"{cost[key] * factor:,.{digits}f}" if key in cost else "" for key, (_, factor, digits) in COSTS.items()),
-        ]
+        [model, *(f"{cost[key] * factor:,.{digits}f}" if key in cost else "" for key, (_, factor, digits) in COSTS.items())]
         for model, cost in models.items()
     ]
     return ["model", *(heading for heading, _, _ in COSTS.values())], rows

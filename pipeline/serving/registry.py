@@ -7,6 +7,7 @@ twice. To serve another version, give it the alias `champion` in MLflow's UI.
 import importlib.metadata
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ class Candidate(NamedTuple):
 
 def main() -> None:
     """Register models/student."""
+    warnings.filterwarnings("ignore", module="mlflow")  # advice on type hints
     student = Path("models/student")
     description = read_description(student / "student.safetensors")
     client = open_store()

@@ -34,7 +34,7 @@ PAUSE = 60  # seconds until a store that did not answer is asked again
 TRAINING, PARENT = "training", "parent"  # tags that runs are found by: a training's key, its setting (all but the seed)
 CHECKPOINT = "checkpoint_md5"  # tag: the checksum that dvc.lock has too
 MIRRORED, EVALUATED = "mirrored", "evaluated"  # tags: digest of the record, of the test results that the run holds
-PARENT_ID, NOTE, STAGE = "mlflow.parentRunId", "mlflow.note.content", "dvc.stage"
+PARENT_ID, NOTE, STAGE, EXPERIMENT = "mlflow.parentRunId", "mlflow.note.content", "dvc.stage", "dvc.experiment"
 COMMIT, DIRTY = "mlflow.source.git.commit", "mlflow.source.git.dirty"
 LAST_OF_EPOCH = "val_loss"  # logged last: an epoch that has it is complete
 SHORT = {"kd.temperature": "T"}  # in a run's name, where others have the last part of their key
@@ -141,7 +141,9 @@ class Mirror:
             records = [_record(evaluation.detail, model, row) for row in range(len(entry["seeds"]))]
             parent = self._run(PARENT, records[0], origin)
             for row, record in enumerate(records):
-                run = self._find(TRAINING, record.key) or self._training(record, origin)
+                run = self._find(TRAINING, record.key)
+                if run is None or MIRRORED not in run.data.tags:
+                    run = self._training(record, origin)
                 if run.data.tags.get(PARENT_ID) != parent.info.run_id:
                     self._log(run, tags={PARENT_ID: parent.info.run_id})
                 self._test(run, evaluation, record, row)
@@ -240,8 +242,8 @@ class Mirror:
                 run = self._find(tag, value) or create()
         params = {"model": record.model, **seed, "dataset": record.dataset.name, **record.parameters}
         if missing := {name: value for name, value in params.items() if name not in run.data.params}:
-            self._log(run, params=missing)
             self._log_input(run, record, "training")
+            self._log(run, params=missing)  # last: they say that the data set is there
         return run
 
 
@@ -250,14 +252,14 @@ def _record(detail: Mapping[str, Any], model: str, row: int) -> "Record":
     from pipeline.training.cache import Record, read_record, trainings_folder
 
     entry = detail["models"][model]
-    lists = {"key": "digests", "seed": "seeds", "history": "histories", "best_epoch": "best_epochs"}
+    lists = {"digest": "digests", "seed": "seeds", "history": "histories", "best_epoch": "best_epochs"}
     by_seed = {field: entry[name][row] for field, name in (lists | {"checkpoint_md5": "checkpoints"}).items()}
-    record = read_record(trainings_folder(), by_seed["key"])
+    record = read_record(trainings_folder(), by_seed["digest"])
     if record and record.checkpoint_md5 == by_seed["checkpoint_md5"]:
         return record
     shared = {name: entry[name] for name in ("setting", "architecture", "arguments", "parameters")}
-    dataset, epochs = detail["dataset"], len(by_seed["history"])
-    return Record(model=model, dataset=dataset, device="unknown", epochs=epochs, **shared, **by_seed)
+    known = {"dataset": detail["dataset"], "epochs": len(by_seed["history"])}
+    return Record(format=3, model=model, device="unknown", **known, **shared, **by_seed)
 
 
 def _curves(record: "Record", step: int) -> dict[str, float]:
@@ -299,7 +301,7 @@ def _environment() -> dict[str, str]:
         user = ""
     source = {"mlflow.user": user, "mlflow.source.type": "LOCAL", "mlflow.source.name": Path(sys.argv[0]).name}
     code = {COMMIT: commit(), DIRTY: "" if code_is_committed() else "true"}
-    dvc = {STAGE: os.environ.get("DVC_STAGE", ""), "dvc.experiment": os.environ.get("DVC_EXP_NAME", "")}
+    dvc = {STAGE: os.environ.get("DVC_STAGE", ""), EXPERIMENT: os.environ.get("DVC_EXP_NAME", "")}
     return source | code | dvc
 
 

@@ -38,7 +38,9 @@ def open_store(experiment: str) -> tuple["MlflowClient", str]:
     uri = tracking_uri()
     try:
         from mlflow import MlflowClient
+        from mlflow.store.db import utils
 
+        utils.MAX_RETRY_COUNT = 1  # an absent PostgreSQL would be asked for 100 s
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs a database's errors before it raises them
         with store_lock():
             _create_sqlite(uri)

@@ -74,19 +74,12 @@ def fit(
     The order of the images depends on `seed` and their number alone, so that models trained with the same seed see the same
     batches. The last batch of an epoch is smaller; one of a single image, which batch norm cannot take, is left out.
 
-    Parameters
-    ----------
-    model : module from uint8 images (B, H, W, C) to logits (B, K), on the device of the labels
-    train, val : images, uint8 (N, H, W, C), and labels, int64 (N,); a negative label in `train` is an unknown one
-    loss : callable (logits, labels, *targets of the batch) -> its terms by name, scalars whose sum is minimised
-    targets : tensors with one row per training image, on that device
-        Further arguments of the loss, for example a teacher's logits.
-    rows : int64 tensor, optional
-        Which training images an epoch consists of; all, once each, by default.
-    batches : callable (images, rows of each batch) -> iterator of the batches' images, on that device
-        For images that are not there: data/streaming.py.
-    resume : Progress, optional
-        Continue from there: the result is, to the bit, that of a training that was never interrupted.
+    `model` maps uint8 images (B, H, W, C) to logits (B, K). `train` and `val` are images, uint8 (N, H, W, C), and labels, int64
+    (N,); a negative label in `train` is an unknown one. Labels, model, `targets` and `rows` are on one device. `loss` maps (logits,
+    labels, *targets of the batch) to its terms by name, scalars whose sum is minimised; `targets` have a row per training image.
+    `rows`, int64: which training images an epoch consists of; all, once each, by default. `batches` maps (images, rows of each
+    batch) to an iterator of the batches' images on that device, for images that are not there. `resume`: a progress to continue
+    from; the result is, to the bit, that of a training that was never interrupted.
 
     Raises NotFiniteError after an epoch in which the loss became infinite or no number.
     """

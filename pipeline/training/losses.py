@@ -29,12 +29,7 @@ def distillation(temperature: float, alpha: float, divergence: str) -> Loss:
     arXiv:1503.02531, section 2). With alpha = 1 it is the cross-entropy and nothing else, to the bit. An image whose label is
     UNKNOWN has the teacher's term only. The callable takes the teacher's logits (B, K) after the labels.
 
-    Parameters
-    ----------
-    temperature : float > 0
-    alpha : float in 0..1
-        Weight of the hard labels.
-    divergence : "forward" for KL(teacher || student), "reverse" for KL(student || teacher)
+    `temperature` > 0; `alpha` in 0..1; `divergence` "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
     """
     kl = {"forward": forward_kl, "reverse": reverse_kl}[divergence]
 

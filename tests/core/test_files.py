@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and what a killed process left of one goes with the next."""
+"""Files are written atomically, and what a killed process left of one goes with the next."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def test_a_kill_inside_the_write_leaves_the_old_and_the_next_write_tidies_up(tmp
         (path / "inside").write_text("old")
     done = subprocess.run([sys.executable, "-c", DIES, kind, str(path)], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) == 2, "what the killed process was at"
+    assert len(list(tmp_path.iterdir())) == 2, "the partial one is there too"
     alive = tmp_path / f".results.{os.getppid()}.partial"
     alive.touch()
     if kind == "file":
@@ -45,7 +45,7 @@ def test_a_kill_inside_the_write_leaves_the_old_and_the_next_write_tidies_up(tmp
         with atomic_folder(path) as folder:
             (folder / "inside").write_text("new")
         assert (path / "inside").read_text() == "new"
-    assert set(tmp_path.iterdir()) == {path, alive}, "another process, which lives, is at the same"
+    assert set(tmp_path.iterdir()) == {path, alive}, "a live process may be writing the same"
 
 
 def test_a_write_that_fails_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -54,4 +54,4 @@ def test_a_write_that_fails_leaves_the_old(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         write_atomic(path, "new")
-    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("results", "old")]
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results", "old")]

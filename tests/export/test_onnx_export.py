@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -37,6 +38,23 @@ def test_int8_is_smaller_and_close(exported, data: TrainingData, tmp_path: Path)
     assert (tmp_path / "int8.onnx").stat().st_size < 0.5 * path.stat().st_size
     expected = torch.softmax(predict(classifier, data.val.images), dim=1).numpy()
     assert np.abs(Student(tmp_path / "int8.onnx").probabilities(data.val.images.numpy()) - expected).max() < 0.05
+
+
+def test_the_int8_model_does_not_depend_on_the_number_of_threads(
+    exported, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Options(onnxruntime.SessionOptions):
+        threads = 1
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = self.threads
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)  # what quantize_static opens its session with
+    for Options.threads in (1, 2, 5):
+        quantize(exported[1], data.train.images.numpy(), data.dataset.classes, tmp_path / f"{Options.threads}.onnx")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert Student(exported[1], threads=3).session.get_session_options().intra_op_num_threads == 3
 
 
 def test_equal_weights_give_equal_bytes_that_name_no_place(exported, data: TrainingData, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""`make faults`: every fault, into the real pipeline; one table, printed and written to faults/results.md.
+"""`make faults`: every fault, into the real pipeline; one table, printed and written to tests/faults/results.md.
 
 About half an hour on 2 cores. `--kills`, `--outages` and `--inputs` say how many of each; `--only` repeats one part.
 """
@@ -13,25 +13,22 @@ from typing import Any
 
 from tabulate import tabulate
 
-from faults.checkout import ROOT
-from faults.cost import cost
-from faults.full_disk import full_disk
-from faults.hostile_input import hostile_input
-from faults.kills import kills
-from faults.outages import outages
-from faults.outcome import Outcome
-from faults.queue import queued
-from pipeline.core.files import write_json, write_atomic
+from pipeline.core.files import write_atomic, write_json
 from pipeline.core.provenance import code_is_committed, commit, machine
+from tests.faults.dvc_queue import queued
+from tests.faults.full_disk import full_disk
+from tests.faults.hostile_input import hostile_input
+from tests.faults.kills import kills
+from tests.faults.outages import outages
+from tests.faults.outcome import Outcome
 
-RESULTS = ROOT / "faults" / "results.json"
+RESULTS = Path(__file__).with_name("results.json")
 PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
-    "inputs": lambda folder, asked: hostile_input(asked.inputs),
-    "disk": lambda folder, asked: [full_disk(folder)],
-    "queue": lambda folder, asked: [queued(folder)],
-    "outages": lambda folder, asked: outages(folder, asked.outages),
-    "kills": lambda folder, asked: kills(folder, asked.kills),
-    "cost": lambda folder, asked: [cost(folder, asked.dataset)],
+    "inputs": lambda folder, arguments: hostile_input(arguments.inputs),
+    "disk": lambda folder, arguments: [full_disk(folder)],
+    "queue": lambda folder, arguments: [queued(folder)],
+    "outages": lambda folder, arguments: outages(folder, arguments.outages),
+    "kills": lambda folder, arguments: kills(folder, arguments.kills),
 }
 
 
@@ -41,37 +38,29 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--outages", type=int, default=20)
     parser.add_argument("--inputs", type=int, default=10_000)
-    parser.add_argument("--dataset", default="mnist", help="for the cost of an undisturbed run")
     parser.add_argument("--only", choices=list(PARTS))
-    asked = parser.parse_args()
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in [asked.only] if asked.only else PARTS:
+    arguments = parser.parse_args()
+    parts = read_results()
+    for name in [arguments.only] if arguments.only else PARTS:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            outcomes = PARTS[name](Path(folder) / name, asked)
+            outcomes = PARTS[name](Path(folder) / name, arguments)
         print(table(outcomes), flush=True)
-        kept[name] = {
-            "minutes": (time.monotonic() - start) / 60,
-            "code": code(),
-            "outcomes": outcomes,
-            "machine": machine(),
-        }
-        write_json(RESULTS, kept)
-    found = {
-        name: kept[name] | {"outcomes": [Outcome(*row) for row in kept[name]["outcomes"]]}
-        for name in PARTS
-        if name in kept
-    }
-    write_atomic(RESULTS.with_suffix(".md"), page(found))
-    bad = [
-        outcome.fault for part in found.values() for outcome in part["outcomes"] if outcome.survived < outcome.injected
-    ]
+        code = commit()[:12] + ("" if code_is_committed() else " with uncommitted changes")
+        parts[name] = {"minutes": (time.monotonic() - start) / 60, "code": code, "outcomes": outcomes, "machine": machine()}
+        write_json(RESULTS, parts)
+    write_atomic(RESULTS.with_suffix(".md"), page(parts))
+    outcomes = [outcome for part in parts.values() for outcome in part["outcomes"]]
+    bad = [outcome.fault for outcome in outcomes if outcome.survived < outcome.injected]
     raise SystemExit(f"error: not survived: {', '.join(bad)}" if bad else 0)
 
 
-def code() -> str:
-    """Which code it is that the faults are put into."""
-    return commit()[:12] + ("" if code_is_committed() else " with uncommitted changes")
+def read_results() -> dict[str, dict[str, Any]]:
+    """The parts that have been run, in the order of PARTS."""
+    parts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for part in parts.values():
+        part["outcomes"] = [Outcome(*row) for row in part["outcomes"]]
+    return {name: parts[name] for name in PARTS if name in parts}
 
 
 def in_short(outcomes: list[Outcome]) -> list[Outcome]:
@@ -81,11 +70,9 @@ def in_short(outcomes: list[Outcome]) -> list[Outcome]:
         kinds.setdefault(outcome.fault.partition(":")[0], []).append(outcome)
     return [
         Outcome(
-            kind,
-            *(sum(column) for column in zip(*(one[1:5] for one in found), strict=True)),
-            found[0].told if len(found) == 1 else "",
+            kind, *(sum(column) for column in zip(*(row[1:5] for row in rows), strict=True)), rows[0].details * (len(rows) == 1)
         )
-        for kind, found in kinds.items()
+        for kind, rows in kinds.items()
     ]
 
 
@@ -97,9 +84,12 @@ def table(outcomes: list[Outcome]) -> str:
 def page(parts: dict[str, dict[str, Any]]) -> str:
     """The outcomes in short and in detail, and what they were measured on."""
     outcomes = [outcome for part in parts.values() for outcome in part["outcomes"]]
-    runs = [[name, f"{part['minutes']:.1f}", part["code"], *part["machine"].values()] for name, part in parts.items()]
-    missing = [name for name in PARTS if name not in parts]
     where = list(dict.fromkeys(name for part in parts.values() for name in part["machine"]))
+    runs = [
+        [name, f"{part['minutes']:.1f}", part["code"], *(part["machine"].get(key, "") for key in where)]
+        for name, part in parts.items()
+    ]
+    missing = [name for name in PARTS if name not in parts]
     return f"""# Faults
 
 Written by `make faults`, which takes {sum(part["minutes"] for part in parts.values()):.0f} minutes here.
@@ -109,7 +99,7 @@ Written by `make faults`, which takes {sum(part["minutes"] for part in parts.val
 {f"Not run to their full counts yet: {', '.join(missing)}." if missing else "Every part has been run."}
 
 Survived means: nothing missing and nothing other than without the fault. What exactly, each part says at its top:
-faults/kills.py, outages.py, hostile_input.py, full_disk.py, queue.py and cost.py. In detail:
+tests/faults/kills.py, outages.py, hostile_input.py, full_disk.py and dvc_queue.py. In detail:
 
 {table(outcomes)}
 

@@ -1,9 +1,8 @@
 """Four experiments at once in DVC's queue, into a tracking store that is not there yet, and one training killed.
 
-DVC deletes the temporary copy of the experiment that failed; queued once more, it must go on from its last finished epoch.
+DVC deletes the temporary copy of the experiment that failed; queued once more, it must resume after its last finished epoch.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -13,40 +12,39 @@ from pathlib import Path
 
 import psutil
 
-from faults.checkout import SMALL, Checkout, copy_checkout
-from faults.kills import epochs_done
-from faults.outcome import Outcome
+from pipeline.training.cache import Record
+from tests.faults.checkout import SMALL, Checkout, complete, copy_checkout
+from tests.faults.kills import records
+from tests.faults.outcome import Outcome
 
-SEEDS = (1, 2, 3, 4)  # an experiment each, so that every training is told by its run's name
-EPOCHS = 6
+SEEDS = (1, 2, 3, 4)  # an experiment each, so that every training is known by its run's name
 MODELS = ("teacher", "student_distilled", "student_alone")
 
 
-def queued(folder: Path, epochs: int = EPOCHS, **parameters: object) -> Outcome:
+def queued(folder: Path, epochs: int = 6, **parameters: object) -> Outcome:
     """Queue the experiments, kill the training of one, queue it again."""
     checkout = copy_checkout(folder, **(SMALL | parameters), distillation__epochs=epochs)
     for seed in SEEDS:
         _queue(checkout, seed)
-    checkout.environment["OMP_NUM_THREADS"] = "1"
     _work(checkout, len(SEEDS))
-    name = _kill_one(checkout)
-    status = _until_idle(checkout)
-    unharmed = sum(status.get(f"seed{seed}") == "Success" for seed in SEEDS)
-    before = max(epochs_done(checkout.folder).values(), default=0)
-    seed = int(name.removeprefix("seed"))
-    checkout.dvc("queue", "remove", name)
-    _queue(checkout, seed)
+    killed = _kill_one(checkout)
+    states = _until_idle(checkout)
+    unharmed = sum(states.get(f"seed{seed}") == "Success" for seed in SEEDS)
+    checkout.dvc("queue", "remove", f"seed{killed.seed}")
+    _queue(checkout, killed.seed)
     _work(checkout, 1)
-    resumed = _until_idle(checkout).get(name) == "Success"
-    runs = checkout.mlflow_runs()
-    expected = Counter(f"{model}/seed{seed}" for model in MODELS for seed in SEEDS)
-    found = Counter(run.info.run_name for run in runs if "summary" not in run.info.run_name)
-    sound = found == expected and all(run.info.status == "FINISHED" for run in runs)
-    if unharmed < len(SEEDS) - 1 or not resumed or not sound:
-        print(status, found, [run.info.status for run in runs])
+    again = _until_idle(checkout).get(f"seed{killed.seed}")
+    resumed = again == "Success" and _teacher(checkout, killed.seed).started == killed.started
+    uri = f"sqlite:///{checkout.folder}/mlflow.db"
+    runs = [run for run in checkout.mlflow_runs() if "/seed" in run.info.run_name]
+    names = Counter(run.info.run_name for run in runs)
+    sound = names == Counter(f"{model}/seed{seed}" for model in MODELS for seed in SEEDS)
+    sound = sound and all(complete(uri, run, epochs) for run in runs)
     lost = (len(SEEDS) - 1 - unharmed) + (not resumed)
-    told = f"{unharmed} of the other 3 unharmed; the killed one went on after epoch {before}"
-    return Outcome("queue -j 4, one killed", 1, int(not lost and sound), lost, int(not sound), told)
+    if lost or not sound:
+        print(states, again, names, [run.info.status for run in runs])
+    details = f"{unharmed} of the other 3 unharmed; the killed one resumed after epoch {len(killed.history)}"
+    return Outcome("queue -j 4, one killed", 1, int(not lost and sound), lost, int(not sound), details)
 
 
 def _queue(checkout: Checkout, seed: int) -> None:
@@ -60,17 +58,24 @@ def _work(checkout: Checkout, workers: int) -> None:
     subprocess.run(command, cwd=checkout.folder, env=checkout.environment, stdout=subprocess.DEVNULL, check=True)
 
 
-def _kill_one(checkout: Checkout) -> str:
-    """Kill the first training that has finished two epochs; the name of its experiment."""
+def _teacher(checkout: Checkout, seed: int) -> Record | None:
+    found = [record for record in records(checkout.folder) if (record.model, record.seed) == ("teacher", seed)]
+    return found[0] if found else None
+
+
+def _kill_one(checkout: Checkout) -> Record:
+    """Kill the first teacher's stage of which two epochs are finished; the record of its training."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if any(number >= 2 for number in epochs_done(checkout.folder).values()):
-            for process in psutil.process_iter(["cmdline"]):
-                command = process.info["cmdline"] or []
-                if "pipeline.train_teacher" in command and str(checkout.folder) in process.cwd():
-                    name = process.environ()["DVC_EXP_NAME"]
+        for process in psutil.process_iter(["cmdline", "cwd", "environ"]):
+            command, folder = process.info["cmdline"] or [], process.info["cwd"] or ""
+            if "pipeline.train_teacher" in command and str(checkout.folder) in folder:
+                seed = int(process.info["environ"]["DVC_EXP_NAME"].removeprefix("seed"))
+                record = _teacher(checkout, seed)
+                if record and 2 <= len(record.history) < record.epochs:
                     os.kill(process.pid, signal.SIGKILL)
-                    return name
+                    process.wait()
+                    return _teacher(checkout, seed)
         time.sleep(0.05)
     raise TimeoutError("no training to kill")
 
@@ -84,4 +89,4 @@ def _until_idle(checkout: Checkout) -> dict[str, str]:
         if states and not set(states.values()) & {"Queued", "Running"}:
             return states
         time.sleep(1)
-    raise TimeoutError(json.dumps(states))
+    raise TimeoutError(states)

@@ -7,6 +7,8 @@ less than 1 GiB for it.
 
 import asyncio
 import contextlib
+import functools
+import io
 import json
 import multiprocessing
 import os
@@ -25,12 +27,37 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+import mlflow
 import numpy as np
+import onnx
+import torch
+import yaml
+from mlflow.models import ModelSignature
+from mlflow.pyfunc import scoring_server
+from mlflow.types import Schema, TensorSpec
+from PIL import Image
+from safetensors.torch import save
 
-from faults import mutations as m
-from faults.outcome import Outcome
+import studies.study
 from pipeline.core.errors import UserError, one_line
+from pipeline.core.files import read_json
+from pipeline.data.dataset import load_dataset
+from pipeline.data.prepared import load_split
+from pipeline.evaluation.comparisons import FILES, read_evaluation
+from pipeline.export.onnx_model import Student
+from pipeline.fetching.sources import MNIST_MD5, read_source
+from pipeline.networks.checkpoints import load_checkpoint, load_initial_weights, new_classifier, save_checkpoint
+from pipeline.networks.description import Description
+from pipeline.params import load_params
+from pipeline.serving.predict import read_image
+from pipeline.serving.registry import read_predictions
+from pipeline.serving.server import LIMIT, GuardBody
+from pipeline.training.cache import Entry, Record, read_record
+from tests.faults import mutations as m
+from tests.faults.checkout import ROOT
+from tests.faults.outcome import Outcome
 
+CPU = torch.device("cpu")
 PATIENCE = 10  # seconds for one input
 MEMORY = 1024  # MiB over what the reader has anyway
 ADDRESS_SPACE = 8 * 2**30  # bytes more than a process has when it starts: what a bomb meets before the machine does
@@ -47,6 +74,34 @@ class Reader(NamedTuple):
     seed: bytes
     mutate: Mutate  # besides damage at random
     read: Read
+
+    @classmethod
+    def of_file(cls, path: Path, seed: bytes, mutate: Mutate, read: Callable[[Path], object]) -> "Reader":
+        """A reader of the file `path`."""
+
+        def write_and_read(content: bytes) -> None:
+            path.write_bytes(content)
+            read(path)
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return cls(seed, mutate, write_and_read)
+
+    @classmethod
+    def of_json(cls, path: Path, value: dict, read: Callable[[Path], object]) -> "Reader":
+        """A reader of a JSON file."""
+        return cls.of_file(path, json.dumps(value).encode(), lambda random: m.json_text(value, random), read)
+
+    @classmethod
+    def of_yaml(cls, folder: Path, path: Path, source: Path, read: Callable[[Path], object]) -> "Reader":
+        """A reader of a YAML file that is valid if it is like `source`."""
+        seed, sign = source.read_bytes(), folder / SIGN
+        return cls.of_file(path, seed, lambda random: m.yaml_text(yaml.safe_load(seed), random, sign), read)
+
+    @classmethod
+    def of_npz(cls, path: Path, arrays: dict[str, bytes], read: Callable[[Path], object]) -> "Reader":
+        """A reader of an .npz archive of these .npy files."""
+        seed, sign = m.archive(list(arrays.items())), path.parent / SIGN
+        return cls.of_file(path, seed, lambda random: m.odd_npz(arrays, random, sign), read)
 
 
 Make = Callable[[Path], Reader]  # given an empty folder
@@ -69,105 +124,54 @@ class Tally:
 
 def checkpoint(folder: Path) -> Reader:
     """checkpoints.load_checkpoint."""
-    import torch
-
-    from pipeline.networks.description import Description, Epoch
-from pipeline.networks.checkpoints import load_checkpoint, new_classifier, save_checkpoint
-    from pipeline.data.dataset import Dataset
-
-    path, arguments = folder / "seed0.safetensors", {"width": 2, "hidden": 4}
-    dataset = Dataset.model_validate(_dataset())
-    epoch = Epoch(train_loss=0.1, train_accuracy=0.9, val_loss=0.2, val_accuracy=0.8)
-    description = Description(
-        format=2,
-        model="teacher",
-        architecture="compact_cnn",
-        arguments=arguments,
-        dataset=dataset,
-        seed=0,
-        parameters={"lr": 0.1},
-        history=[epoch],
-        best_epoch=1,
-        chance=0.1,
-    )
-    save_checkpoint(path, new_classifier("compact_cnn", arguments, dataset, 0), description)
+    path, description = folder / "seed0.safetensors", Description.model_validate(_description())
+    network = new_classifier(description.architecture, description.arguments, description.dataset, 0)
+    save_checkpoint(path, network, description)
     seed = path.read_bytes()
 
-    def read(content: bytes) -> None:
-        path.write_bytes(content)
-        classifier, loaded = load_checkpoint(path, torch.device("cpu"))
+    def read(path: Path) -> None:
+        classifier, loaded = load_checkpoint(path, CPU)
         classifier(torch.zeros((1, *loaded.dataset.image_shape), dtype=torch.uint8))
         loaded.best()
 
-    return Reader(seed, lambda random: m.safetensors_file(seed, random, "description"), read)
+    return Reader.of_file(path, seed, lambda random: m.safetensors_file(seed, random, "description"), read)
 
 
 def initial_weights(folder: Path) -> Reader:
-    """prepared.load_initial_weights."""
-    import torch
-    from safetensors.torch import save
-
-    from pipeline.data.prepared import load_initial_weights
-
+    """checkpoints.load_initial_weights."""
     seed = save({"conv1.weight": torch.zeros(4, 3, 3, 3), "bn.num": torch.tensor(1)})
-    path = folder / "initial" / "resnet18.safetensors"
-    path.parent.mkdir()
-
-    def read(content: bytes) -> None:
-        path.write_bytes(content)
-        load_initial_weights(folder, "resnet18")
-
-    return Reader(seed, lambda random: m.safetensors_file(seed, random, "none"), read)
+    path = folder / "resnet18.safetensors"
+    return Reader.of_file(path, seed, lambda random: m.safetensors_file(seed, random, "none"), load_initial_weights)
 
 
 def own_images(folder: Path) -> Reader:
     """sources.read_source of a user's own file."""
-    from pipeline.fetching.sources import read_source
-
-    arrays = _arrays()
-    seed = m.archive(list(arrays.items()))
-    path = folder / "own.npz"
-
-    def read(content: bytes) -> None:
-        path.write_bytes(content)
-        read_source(str(path))
-
-    return Reader(seed, lambda random: m.odd_npz(arrays, random, folder / SIGN), read)
+    return Reader.of_npz(folder / "own.npz", _arrays(), lambda path: read_source(str(path)))
 
 
 def mnist(folder: Path) -> Reader:
     """sources.read_source of MNIST's IDX files in DATA_MIRROR."""
-    from pipeline.fetching.sources import MNIST_MD5, read_source
-
     os.environ["DATA_MIRROR"] = str(folder)
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in MNIST_MD5:
         (raw / name).write_bytes(b"")
-    seed = bytes([0, 0, 8, 3, 0, 0, 0, 10, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(7840)
-
-    def read(content: bytes) -> None:
-        (raw / "train-images-idx3-ubyte").write_bytes(content)
-        read_source("mnist")
-
-    return Reader(seed, lambda random: m.damage(seed[:16], random) + seed[16:], read)
+    start, images = bytes([0, 0, 8, 3, 0, 0, 0, 10, 0, 0, 0, 28, 0, 0, 0, 28]), bytes(7840)
+    path = raw / "train-images-idx3-ubyte"
+    return Reader.of_file(path, start + images, lambda random: m.damage(start, random) + images, lambda _: read_source("mnist"))
 
 
 def prepared_arrays(folder: Path) -> Reader:
-    """prepared.load_split."""
-    import torch
-
-    from pipeline.data.prepared import load_split
-
+    """prepared.load_split. The first byte says which of the two arrays it is."""
     arrays = _arrays()
     (folder / "train").mkdir()
 
     def read(content: bytes) -> None:
-        name = "labels" if content[:1] == b"L" else "images"
-        for other in ("labels", "images"):
-            (folder / "train" / f"{other}.npy").write_bytes(arrays[f"train_{other}.npy"])
-        (folder / "train" / f"{name}.npy").write_bytes(content[1:])
-        load_split(folder, "train", torch.device("cpu"))
+        changed = "labels" if content[:1] == b"L" else "images"
+        for name in ("labels", "images"):
+            array = content[1:] if name == changed else arrays[f"train_{name}.npy"]
+            (folder / "train" / f"{name}.npy").write_bytes(array)
+        load_split(folder, "train", CPU)
 
     def mutate(random: Random) -> bytes:
         name = random.choice(("labels", "images"))
@@ -177,147 +181,102 @@ def prepared_arrays(folder: Path) -> Reader:
 
 
 def prepared_description(folder: Path) -> Reader:
-    """prepared.load_dataset."""
-    from pipeline.data.dataset import load_dataset
-
-    def read(content: bytes) -> None:
-        (folder / "dataset.json").write_bytes(content)
-        load_dataset(folder)
-
-    return Reader(json.dumps(_dataset()).encode(), lambda random: m.json_text(_dataset(), random), read)
+    """dataset.load_dataset."""
+    return Reader.of_json(folder / "dataset.json", _dataset(), lambda path: load_dataset(path.parent))
 
 
 def stage_json(folder: Path) -> Reader:
     """files.read_json."""
-    from pipeline.core.files import read_json
-
     value = {"student": {"accuracy": 0.9, "auc": 0.99}, "seeds": [0, 1, 2]}
-
-    def read(content: bytes) -> None:
-        (folder / "a.json").write_bytes(content)
-        assert isinstance(read_json(folder / "a.json"), dict)
-
-    return Reader(json.dumps(value).encode(), lambda random: m.json_text(value, random), read)
+    return Reader.of_json(folder / "a.json", value, lambda path: read_json(path).items())
 
 
 def parameters(folder: Path) -> Reader:
     """params.load_params."""
-    import yaml
-
-    from pipeline.params import load_params
-
-    path = folder / "params.yaml"
-    seed = (Path(__file__).parents[1] / "params.yaml").read_bytes()
-
-    def read(content: bytes) -> None:
-        path.write_bytes(content)
-        load_params(path)
-
-    return Reader(seed, lambda random: m.yaml_text(yaml.safe_load(seed), random, folder / SIGN), read)
+    return Reader.of_yaml(folder, folder / "params.yaml", ROOT / "params.yaml", load_params)
 
 
 def study(folder: Path) -> Reader:
     """study.load_study."""
-    import yaml
-
-    from studies import study as module
-
-    seed = (module.ROOT / "studies" / "mnist.yaml").read_bytes()
-    shutil.copy(module.ROOT / "params.yaml", folder)
-    module.ROOT = folder
-    (folder / "studies").mkdir()
-
-    def read(content: bytes) -> None:
-        (folder / "studies" / "a.yaml").write_bytes(content)
-        module.load_study("a")
-
-    return Reader(seed, lambda random: m.yaml_text(yaml.safe_load(seed), random, folder / SIGN), read)
+    shutil.copy(ROOT / "params.yaml", folder)
+    studies.study.ROOT = folder
+    path = folder / "studies" / "a.yaml"
+    return Reader.of_yaml(folder, path, ROOT / "studies" / "mnist.yaml", lambda path: studies.study.load_study(path.stem))
 
 
 def image(folder: Path) -> Reader:
-    """score_images.read_image."""
-    import io
-
-    from PIL import Image
-
-    from pipeline.serving.predict import read_image
-
+    """predict.read_image."""
     stream = io.BytesIO()
     Image.fromarray(np.arange(784, dtype=np.uint32).astype(np.uint8).reshape(28, 28)).save(stream, "PNG")
-    seed, path = stream.getvalue(), folder / "a.png"
-
-    def read(content: bytes) -> None:
-        path.write_bytes(content)
-        read_image(path, (28, 28, 1))
-
-    return Reader(seed, lambda random: m.odd_png(seed, random), read)
+    seed, read = stream.getvalue(), functools.partial(read_image, shape=(28, 28, 1))
+    return Reader.of_file(folder / "a.png", seed, lambda random: m.odd_png(seed, random), read)
 
 
 def exported_student(folder: Path) -> Reader:
-    """exported.Student, and an image through what it opened."""
-    from pipeline.export.onnx_model import Student
-
-    seed, path = _onnx(), folder / "student.onnx"
-
-    def read(content: bytes) -> None:
-        path.write_bytes(content)
-        Student(path).probabilities(np.zeros((1, 8, 8, 1), np.uint8))
-
-    return Reader(seed, lambda random: m.damage(seed, random), read)
+    """onnx_model.Student, and an image through what it opened."""
+    seed, blank = _onnx(), np.zeros((1, 8, 8, 1), np.uint8)
+    path = folder / "student.onnx"
+    return Reader.of_file(path, seed, lambda random: m.damage(seed, random), lambda path: Student(path).probabilities(blank))
 
 
 def predictions(folder: Path) -> Reader:
     """registry.read_predictions."""
-    from pipeline.serving.registry import read_predictions
-
-    values = {"labels": np.zeros(20, np.int64), "seeds": np.arange(2), "student_distilled": np.ones((2, 20), np.int16)}
-    arrays = {f"{name}.npy": _npy(value) for name, value in values.items()}
-    path = folder / "predictions.npz"
-
-    def read(content: bytes) -> None:
-        path.write_bytes(content)
-        read_predictions(path)
-
-    seed = m.archive(list(arrays.items()))
-    return Reader(seed, lambda random: m.odd_npz(arrays, random, folder / SIGN), read)
+    return Reader.of_npz(folder / "predictions.npz", _predictions(), read_predictions)
 
 
-def progress(folder: Path) -> Reader:
-    """progress.File, which says None where others refuse."""
-    import torch
-
-    from pipeline.training.cache import File, Unfinished
-
-    file = File(folder / "a.safetensors")
-    tensors, facts = {"weight": torch.arange(6.0).reshape(2, 3)}, {"history": [{"val_loss": 1.0}], "best_epoch": 1}
-    file.save(Unfinished(tensors, facts))
-    seed = file.path.read_bytes()
+def evaluation(folder: Path) -> Reader:
+    """comparisons.read_evaluation. The first byte says which of its files it is."""
+    detail = {"track": "own", "dataset": _dataset(), "models": {"student_distilled": {"seeds": [0, 1]}}}
+    tables = {"student_distilled": {"accuracy": 0.9}}, {"a_vs_b": {"gain": 0.1}}, detail
+    valid = [*(json.dumps(table).encode() for table in tables), m.archive(list(_predictions().items()))]
 
     def read(content: bytes) -> None:
-        file.path.write_bytes(content)
-        found = file.load()
-        if found is None:
-            raise UserError("nothing to go on with")
-        if found.facts != facts or not torch.equal(found.tensors["weight"], tensors["weight"]):
+        number = min(content[0], 3) if content else 3
+        files = dict(zip(FILES, [*valid[:number], content[1:], *valid[number + 1 :]], strict=True))
+        read_evaluation("{}", files.__getitem__)
+
+    def mutate(random: Random) -> bytes:
+        number = random.randrange(4)
+        arrays = number == 3
+        hostile = m.odd_npz(_predictions(), random, folder / SIGN) if arrays else m.json_text(tables[number], random)
+        return bytes([number]) + hostile
+
+    return Reader(b"\3" + valid[3], mutate, read)
+
+
+def saved_training(folder: Path) -> Reader:
+    """cache.Entry.load, which returns None where others refuse."""
+    entry, record = Entry(folder, "a"), Record(**_description(), epochs=2)
+    entry.save(record, {"model": {"weight": torch.arange(6.0).reshape(2, 3)}})
+    seed = entry.state.read_bytes()
+
+    def read(_: Path) -> None:
+        loaded = entry.load()
+        if loaded is None:
+            raise UserError("nothing to resume from")
+        if loaded[0] != record or loaded[1]["model"]["weight"].sum() != 15:
             raise AssertionError("something else than was saved")
 
-    return Reader(seed, lambda random: m.damage(seed, random), read)
+    return Reader.of_file(entry.state, seed, lambda random: m.damage(seed, random), read)
+
+
+def training_record(folder: Path) -> Reader:
+    """cache.read_record, which returns None where others refuse."""
+
+    def read(_: Path) -> None:
+        if read_record(folder, "a") is None:
+            raise UserError("no record")
+
+    value = _description() | {"epochs": 2, "started": 1.5, "loads": [{"system/cpu_utilization_percentage": 9.0}]}
+    return Reader.of_json(folder / "a" / "record.json", value, read)
 
 
 def request(folder: Path) -> Reader:
-    """The server, by its ASGI application. A 4xx is a refusal."""
-    import mlflow
-    from mlflow.models import ModelSignature
-    from mlflow.pyfunc import scoring_server
-    from mlflow.types import Schema, TensorSpec
-
-    from pipeline import served_student
-    from pipeline.serving.server import LIMIT, GuardBody
-
+    """The server, by its ASGI application. The first byte stands for the type. A 4xx is a refusal."""
     (folder / "student.onnx").write_bytes(_onnx())
     mlflow.pyfunc.save_model(
         folder / "model",
-        python_model=served_student.__file__,
+        python_model=str(ROOT / "pipeline" / "serving" / "pyfunc_model.py"),
         artifacts={"onnx": str(folder / "student.onnx")},
         signature=ModelSignature(inputs=Schema([TensorSpec(np.dtype(np.float64), (-1, 8, 8, 1))])),
         pip_requirements=[],
@@ -325,50 +284,34 @@ def request(folder: Path) -> Reader:
     app = GuardBody(scoring_server.init(mlflow.pyfunc.load_model(str(folder / "model"))), LIMIT, (8, 8, 1))
     loop = asyncio.new_event_loop()
     value = {"inputs": np.zeros((2, 8, 8, 1), int).tolist()}
-    kinds = (b"application/json", b"text/csv", b"application/vnd.apache.parquet", b"", b"application/json; charset=x")
     image = json.dumps(value["inputs"][0]).encode()
     large = (b"[]", b"[1]", b'{"":1}', b"[[[[[[0]]]]]]", b'""', b"1.5", b"1e9", b"null", b"9" * 4000, b"[" * 500, image)
+    frames = ((b'{"inputs": [', b"]}"), (b"[", b"]"), (b'{"dataframe_records": [', b"]}"), (b"", b""))
 
     def read(content: bytes) -> None:
-        number, body = int.from_bytes(content[:1]) % len(kinds), content[1:]
-        status = loop.run_until_complete(_status(app, kinds[number], body))
+        kind = CONTENT_TYPES[int.from_bytes(content[:1]) % len(CONTENT_TYPES)]
+        status = loop.run_until_complete(_status(app, kind, content[1:]))
         if 400 <= status < 500:
             raise UserError(str(status))
         if status != 200:
-            raise AssertionError(f"status {status} for {kinds[number]}")
+            raise AssertionError(f"status {status} for {kind}")
 
     def mutate(random: Random) -> bytes:
         body = m.json_text(value, random)
         if random.random() < 0.02:
-            unit = random.choice(large)
-            start, end = random.choice(
-                ((b'{"inputs": [', b"]}"), (b"[", b"]"), (b'{"dataframe_records": [', b"]}"), (b"", b""))
-            )
+            unit, (start, end) = random.choice(large), random.choice(frames)
             body = start + b",".join([unit] * ((LIMIT - 100) // (len(unit) + 1))) + end
         return bytes([random.choice((0, 0, 0, 0, 1, 2, 3, 4))]) + body
 
     return Reader(b"\0" + json.dumps(value).encode(), mutate, read)
 
 
-READERS: dict[str, Make] = {
-    reader.__name__: reader
-    for reader in (
-        checkpoint,
-        initial_weights,
-        own_images,
-        mnist,
-        prepared_arrays,
-        prepared_description,
-        stage_json,
-        parameters,
-        study,
-        image,
-        exported_student,
-        predictions,
-        progress,
-        request,
-    )
-}
+CONTENT_TYPES = (b"application/json", b"text/csv", b"application/vnd.apache.parquet", b"", b"application/json; charset=x")
+MAKERS: tuple[Make, ...] = (
+    *(checkpoint, initial_weights, own_images, mnist, prepared_arrays, prepared_description, stage_json, parameters, study),
+    *(image, exported_student, predictions, evaluation, saved_training, training_record, request),
+)
+READERS: dict[str, Make] = {maker.__name__: maker for maker in MAKERS}
 
 
 def hostile(reader: Reader, random: Random, folder: Path) -> bytes:
@@ -392,7 +335,7 @@ def bombard(make: Make, count: int) -> Tally:
 
 
 def _one_process(make: Make, count: int, tally: Tally) -> None:
-    """Go on from where `tally` is, until the end or until the process hangs or dies."""
+    """Continue from where `tally` is, until the end or until the process hangs or dies."""
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -410,13 +353,13 @@ def _one_process(make: Make, count: int, tally: Tally) -> None:
                     tally.crashes[f"input {tally.injected} hung"] += 1
                     tally.injected += 1
                     return
-                outcome, said, executed, peak, seconds = ours.recv()
+                outcome, message, executed, peak, seconds = ours.recv()
                 tally.injected += 1
                 tally.executed += executed
                 tally.peak, tally.slowest = max(tally.peak, peak - base), max(tally.slowest, seconds)
                 setattr(tally, outcome, getattr(tally, outcome) + 1)
                 if outcome == "crashed":
-                    tally.crashes[said] += 1
+                    tally.crashes[message] += 1
         except EOFError:
             process.join()
             tally.crashed += 1
@@ -443,15 +386,15 @@ def _child(make: Make, first: int, count: int, pipe: Connection, folder: Path) -
     for number in range(first, count):
         content = hostile(reader, Random(f"{make.__name__} {number}"), folder)
         start = time.perf_counter()
-        outcome, said = judge(reader.read, content)
+        outcome, message = judge(reader.read, content)
         executed = bool(seen) or (folder / SIGN).exists()
         seen.clear()
         shutil.rmtree(folder / SIGN, ignore_errors=True)
-        pipe.send((outcome, said, executed, _peak_of(), time.perf_counter() - start))
+        pipe.send((outcome, message, executed, _peak_of(), time.perf_counter() - start))
 
 
 def judge(read: Read, content: bytes) -> tuple[str, str]:
-    """What a reader does with an input: "accepted", "refused" or "crashed", and how it said so."""
+    """What a reader does with an input: "accepted", "refused" or "crashed", and its message."""
     try:
         read(content)
     except UserError as error:
@@ -474,16 +417,23 @@ def _address_space() -> int:
 
 
 def _dataset() -> dict:
-    return {
-        "name": "digits",
-        "classes": ["a", "b", "c"],
-        "image_shape": [8, 8, 1],
-        "mean": 0.5,
-        "std": 0.5,
-        "images": {"train": 20, "val": 20, "test": 20},
-        "validation": "official",
-        "fingerprint": "0" * 64,
-    }
+    counts = {"images": {"train": 20, "val": 20, "test": 20}, "validation": "official", "fingerprint": "0" * 64}
+    return {"name": "digits", "classes": ["a", "b", "c"], "image_shape": [8, 8, 1], "mean": 0.5, "std": 0.5, **counts}
+
+
+def _description() -> dict:
+    epoch = {"train_loss": 0.1, "train_accuracy": 0.9, "val_loss": 0.2, "val_accuracy": 0.8, "terms": {"hard": 0.1}}
+    network = {"architecture": "compact_cnn", "arguments": {"width": 2, "hidden": 4}, "device": "cpu"}
+    names = {"format": 3, "digest": "0" * 32, "setting": "1" * 32, "model": "teacher", "seed": 0}
+    results = {"history": [epoch], "best_epoch": 1, "chance": 0.1}
+    return {**names, **network, "dataset": _dataset(), "parameters": {"lr": 0.1}, **results}
+
+
+def _predictions() -> dict[str, bytes]:
+    """The .npy files of predictions."""
+    probabilities = np.full((2, 20, 3), 1 / 3, np.float32)
+    arrays = {"labels": np.zeros(20, np.int64), "seeds": np.arange(2), "student_distilled": probabilities}
+    return {f"{name}.npy": _npy(array) for name, array in arrays.items()}
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -501,54 +451,34 @@ def _arrays() -> dict[str, bytes]:
 
 def _onnx() -> bytes:
     """A model like the exported student, with one layer."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 18]>
+        student (uint8[N, 8, 8, 1] images, float[64, 3] weights) => (float[N, 3] probabilities) {
+            pixels = Cast<to = 1>(images)
+            flat = Flatten(pixels)
+            logits = MatMul(flat, weights)
+            probabilities = Softmax(logits)
+        }""")
+    model.graph.input.pop()
     weights = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
-    nodes = [
-        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
-        helper.make_node("Flatten", ["pixels"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
-        helper.make_node("Softmax", ["logits"], ["probabilities"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "student",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 8, 8, 1])],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", 3])],
-        [numpy_helper.from_array(weights, "weights")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    helper.set_model_props(model, {"classes": json.dumps(["a", "b", "c"])})
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weights, "weights"))
+    onnx.helper.set_model_props(model, {"classes": json.dumps(["a", "b", "c"])})
     onnx.checker.check_model(model)
     return model.SerializeToString()
 
 
 async def _status(app: Callable, kind: bytes, body: bytes) -> int:
     """The status with which an ASGI application answers a request."""
-    sent: list[dict] = []
+    messages: list[dict] = []
 
     async def receive() -> dict:
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: dict) -> None:
-        sent.append(message)
+        messages.append(message)
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": "/invocations",
-        "raw_path": b"/invocations",
-        "query_string": b"",
-        "headers": [(b"content-type", kind)] if kind else [],
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 80),
-    }
-    await app(scope, receive, send)
-    return sent[0]["status"]
+    scope = {"type": "http", "method": "POST", "path": "/invocations", "query_string": b"", "scheme": "http"}
+    await app(scope | {"headers": [(b"content-type", kind)] if kind else []}, receive, send)
+    return messages[0]["status"]
 
 
 def hostile_input(count: int, readers: dict[str, Make] | None = None) -> list[Outcome]:
@@ -559,10 +489,8 @@ def hostile_input(count: int, readers: dict[str, Make] | None = None) -> list[Ou
 
 def outcome(name: str, tally: Tally) -> Outcome:
     """The tally of a reader as a row of the table: wrong is what crashed, hung, was executed, or needed 1 GiB."""
-    for said, times in tally.crashes.most_common():
-        print(f"{name}: {times} x {said}")
+    for message, times in tally.crashes.most_common():
+        print(f"{name}: {times} x {message}")
     harmed = tally.crashed + tally.hung + tally.executed + (tally.peak >= MEMORY)
-    told = (
-        f"{tally.refused} refused, {tally.accepted} accepted; peak {tally.peak:.0f} MiB, slowest {tally.slowest:.1f} s"
-    )
-    return Outcome(f"hostile input: {name}", tally.injected, tally.injected - harmed, 0, harmed, told)
+    details = f"{tally.refused} refused, {tally.accepted} accepted; peak {tally.peak:.0f} MiB, slowest {tally.slowest:.1f} s"
+    return Outcome(f"hostile input: {name}", tally.injected, tally.injected - harmed, 0, harmed, details)

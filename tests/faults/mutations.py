@@ -4,12 +4,15 @@ Bytes are damaged blindly; zip archives, arrays, PNG, JSON and YAML are taken ap
 parses well but lies is reached too.
 """
 
+import ast
 import copy
+import functools
 import json
 import os
 import pickle
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,25 +20,14 @@ from typing import Any
 import yaml
 
 INTEGERS = (0, 1, 2**7, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**62, 2**64 - 1)
-ODD = (
-    *(None, True, -1, 0, 1, 65_536, 2**31, 2**64, 10**400, 0.5, 1e308, float("nan"), float("inf")),
-    *(
-        "",
-        "x" * 10_000,
-        "../../../etc/passwd",
-        "\0\x1b[2J",
-        "<deep>",
-        "<long>",
-        "F4",
-        "BF16",
-        [],
-        {},
-        [[]] * 1000,
-        [{}],
-        {"": {}},
-    ),
-)
+NUMBERS = (None, True, -1, 0, 1, 65_536, 2**31, 2**64, 10**400, 0.5, 1e308, float("nan"), float("inf"))
+TEXTS = ("", "x" * 10_000, "../../../etc/passwd", "\0\x1b[2J", "<deep>", "<long>", "F4", "BF16")
+ODD = (*NUMBERS, *TEXTS, [], {}, [[]] * 1000, [{}], {"": {}})
+KEYS = ("extra", "name", "in_channels", "__class__", "", "x" * 1000)
+DESCRIPTORS = ["<i8", ">i8", "<f8", "<f2", "|b1", "<c16", "<U5", "<U0", "|V0", "|S3", "<M8[ns]", "O", "<u8", "xx"]
+SIDES = (0, 1, -1, 2**20, 2**31, 2**40, 2**62, 10**30, True, 1.5, None)
 BOMB = 3 * 2**30  # bytes of zeros that a few MB unpack to
+MIB = 2**20
 
 
 class Payload:
@@ -75,24 +67,15 @@ def damage(content: bytes, random: Random) -> bytes:
 
 def foreign(random: Random, sign: Path) -> bytes:
     """A file of another kind altogether."""
-    payload = Payload(sign)
-    return random.choice(
-        (
-            b"",
-            b"\0" * 100_000,
-            random.randbytes(1000),
-            pickle.dumps(payload),
-            pickle.dumps(payload, protocol=0),
-            archive([("a.npy", array_file("|O", (1,), pickle.dumps([payload])))]),
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n("
-            + str(sign).encode()
-            + b") (w) file closefile showpage\n",
-            b"\x93NUMPY\x01\0",
-            b"PK\x05\x06" + b"\0" * 18,
-            array_file("|u1", (2**40,), b""),
-            yaml_text({}, random, sign),
-        )
+    payload, postscript = Payload(sign), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n"
+    files = (
+        *(b"", b"\0" * 100_000, random.randbytes(1000), b"\x93NUMPY\x01\0", b"PK\x05\x06" + b"\0" * 18),
+        *(pickle.dumps(payload), pickle.dumps(payload, protocol=0), array_file("|u1", (2**40,), b"")),
+        archive([("a.npy", array_file("|O", (1,), pickle.dumps([payload])))]),
+        postscript + b"(%s) (w) file closefile showpage\n" % str(sign).encode(),
+        yaml_text({}, random, sign),
     )
+    return random.choice(files)
 
 
 def json_text(value: Any, random: Random) -> bytes:
@@ -100,38 +83,25 @@ def json_text(value: Any, random: Random) -> bytes:
     value = json.loads(json.dumps(value))
     for _ in range(random.randint(1, 3)):
         value = _change(value, random)
-    return _spelt_out(json.dumps(value))
+    text = json.dumps(value)
+    return text.replace('"<deep>"', "[" * 50_000 + "]" * 50_000).replace('"<long>"', "9" * 5000).encode()
 
 
 def yaml_text(value: Any, random: Random, sign: Path) -> bytes:
     """A YAML value likewise, with what YAML can do beyond JSON."""
     text = yaml.safe_dump(_change(json.loads(json.dumps(value)), random), allow_unicode=True).encode()
-    laughs = b"".join(b"a%d: &a%d [%s]\n" % (n + 1, n + 1, b", ".join([b"*a%d" % n] * 9)) for n in range(20))
-    merges = b"".join(b"a%d: &a%d {<<: [%s]}\n" % (n + 1, n + 1, b", ".join([b"*a%d" % n] * 9)) for n in range(20))
-    extra = (
-        b"a0: &a0 [x]\n" + laughs,
-        b"a0: &a0 {x: 1}\n" + merges,
-        b"kd: &a [*a]\n",
-        b"x: !!python/object/apply:os.mkdir ['%s']\n" % str(sign).encode(),
-        b"!!python/object/apply:os.mkdir ['%s']\n" % str(sign).encode(),
-        b"x: " + b"[" * random.choice((100, 100_000)),
-        b"x: " + b"{a: " * 5000,
-        b"x: " + b"9" * 5000 + b"\n",
-        b"x: 0x" + b"f" * 50_000 + b"\n",
-        b"x: " + b"1:" * 20_000 + b"1\n",
-        b"x: 2001-99-99\n",
-        b"x: !!binary '???'\n",
-        b"x: !!set {? [a]}\n",
-        b"? {a: b}\n: c\n",
-        b"\0",
-        b"\xff\xfe",
-        b"x: |\n " + b"y" * 2_000_000 + b"\n",
-        b"- a\n" * 200_000,
-        b"--- a\n--- b\n",
-        b"%YAML 9.9\n---\n",
-        "x: \u2028\x85\ufeff\n".encode(),
+    aliases = [b", ".join([b"*a%d" % n] * 9) for n in range(20)]
+    laughs = b"".join(b"a%d: &a%d [%s]\n" % (n + 1, n + 1, nine) for n, nine in enumerate(aliases))
+    merges = b"".join(b"a%d: &a%d {<<: [%s]}\n" % (n + 1, n + 1, nine) for n, nine in enumerate(aliases))
+    code = b"!!python/object/apply:os.mkdir ['%s']\n" % str(sign).encode()
+    extras = (
+        *(b"a0: &a0 [x]\n" + laughs, b"a0: &a0 {x: 1}\n" + merges, b"kd: &a [*a]\n", b"x: " + code, code),
+        *(b"x: " + b"[" * random.choice((100, 100_000)), b"x: " + b"{a: " * 5000, b"x: " + b"9" * 5000 + b"\n"),
+        *(b"x: 0x" + b"f" * 50_000 + b"\n", b"x: " + b"1:" * 20_000 + b"1\n", b"x: 2001-99-99\n", b"x: !!binary '???'\n"),
+        *(b"x: !!set {? [a]}\n", b"? {a: b}\n: c\n", b"\0", b"\xff\xfe", b"x: |\n " + b"y" * 2_000_000 + b"\n"),
+        *(b"- a\n" * 200_000, b"--- a\n--- b\n", b"%YAML 9.9\n---\n", "x: \u2028\x85\ufeff\n".encode()),
     )
-    return random.choice((text, text + random.choice(extra), random.choice(extra) + text, random.choice(extra)))
+    return random.choice((text, text + random.choice(extras), random.choice(extras) + text, random.choice(extras)))
 
 
 def safetensors_file(content: bytes, random: Random, described: str) -> bytes:
@@ -149,7 +119,7 @@ def safetensors_file(content: bytes, random: Random, described: str) -> bytes:
 
 
 def array_file(descr: Any, shape: Any, data: bytes, header: str | None = None, version: int = 1) -> bytes:
-    """An .npy file that says what it is told to."""
+    """An .npy file with this header, true or not."""
     text = (header or repr({"descr": descr, "fortran_order": False, "shape": shape})).encode() + b"\n"
     return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(text)) + text + data
 
@@ -157,43 +127,23 @@ def array_file(descr: Any, shape: Any, data: bytes, header: str | None = None, v
 def odd_array(content: bytes, random: Random, sign: Path) -> bytes:
     """An .npy file (version 1) with another header, other data or both."""
     size = struct.unpack("<H", content[8:10])[0]
-    said, data = eval(content[10 : 10 + size], {"__builtins__": {}}), content[10 + size :]
-    descr, shape = said["descr"], said["shape"]
-    deep = "(" * random.choice((50, 150, 4000)) + "1" + ")" * 4000
+    header, data = ast.literal_eval(content[10 : 10 + size].decode()), content[10 + size :]
+    descr, shape = header["descr"], header["shape"]
     match random.randrange(8):
         case 0:
-            side = random.choice((0, 1, -1, 2**20, 2**31, 2**40, 2**62, 10**30, True, 1.5, None))
             at = random.randrange(len(shape))
-            return array_file(descr, (*shape[:at], side, *shape[at + 1 :]), data)
+            return array_file(descr, (*shape[:at], random.choice(SIDES), *shape[at + 1 :]), data)
         case 1:
-            odd = (
-                "<i8",
-                ">i8",
-                "<f8",
-                "<f2",
-                "|b1",
-                "<c16",
-                "<U5",
-                "<U0",
-                "|V0",
-                "|S3",
-                "<M8[ns]",
-                "O",
-                "<u8",
-                "xx",
-                "",
-            )
-            other = random.choice((*odd, [("a", "<i4"), ("b", "|O")], ("<i4", (2**40,)), [("a", "|V0")], 7, None))
-            return array_file(other, shape, data)
+            structured = [("a", "<i4"), ("b", "|O")], ("<i4", (2**40,)), [("a", "|V0")]
+            return array_file(random.choice((*DESCRIPTORS, *structured, "", 7, None)), shape, data)
         case 2:
             return array_file(descr, shape, data[: random.randrange(len(data))])
         case 3:
             return array_file(descr, shape, data + data)
         case 4:
-            header = random.choice(
-                (deep, "{", "[]", "{'descr': " + deep + "}", "'" * 9, "{'shape': 1L}", "\0", "9" * 5000)
-            )
-            return array_file(descr, shape, data, header)
+            deep = "(" * random.choice((50, 150, 4000)) + "1" + ")" * 4000
+            headers = (deep, "{", "[]", "{'descr': " + deep + "}", "'" * 9, "{'shape': 1L}", "\0", "9" * 5000)
+            return array_file(descr, shape, data, random.choice(headers))
         case 5:
             return array_file("|O", random.choice((shape, (1,), ())), pickle.dumps([Payload(sign)]))
         case 6:
@@ -227,23 +177,19 @@ def archive(entries: list[tuple[str, bytes]], random: Random | None = None, bomb
     body, directory = b"", b""
     for name, content in entries:
         method, flags, size = 8, 0, len(content)
-        packed = content if method == 0 else _deflated(content)
+        packed = _deflated(content)
         if name == bomb:
-            head = array_file("|u1", (BOMB // 784, 28, 28), b"")
-            method, size, packed = 8, len(head) + BOMB // 784 * 784, _zeros_after(head)
-        checksum = zlib.crc32(content)
+            start = array_file("|u1", (BOMB // 784, 28, 28), b"")
+            size, packed = len(start) + BOMB // 784 * 784, _deflated(start, zlib.Z_FULL_FLUSH) + _zeros() * (BOMB // MIB - 1)
         if random and random.random() < 0.1:
             method = random.choice((0, 1, 8, 9, 12, 14, 93, 99))
         if random and random.random() < 0.1:
             flags = random.choice((1, 1 << 5, 1 << 6, 1 << 11))
         if random and random.random() < 0.1:
             size = random.choice(INTEGERS) % 2**32
-        same = struct.pack("<HHHHHIIIHH", 20, flags, method, 0, 33, checksum, len(packed), size, len(name), 0)
-        offset = len(body)
+        same = struct.pack("<HHHHHIIIHH", 20, flags, method, 0, 33, zlib.crc32(content), len(packed), size, len(name), 0)
+        directory += b"PK\x01\x02" + struct.pack("<H", 20) + same + struct.pack("<HHHII", 0, 0, 0, 0, len(body)) + name.encode()
         body += b"PK\x03\x04" + same + name.encode() + packed
-        directory += (
-            b"PK\x01\x02" + struct.pack("<H", 20) + same + struct.pack("<HHHII", 0, 0, 0, 0, offset) + name.encode()
-        )
     count = len(entries)
     return body + directory + b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, count, count, len(directory), len(body), 0)
 
@@ -257,14 +203,13 @@ def odd_png(content: bytes, random: Random) -> bytes:
         at += size + 12
     at = random.randrange(len(chunks))
     kind, data = chunks[at]
+    rest = bytes(random.choice((0, 1, 2, 3, 4, 6, 8, 16)) for _ in range(5))
     match random.randrange(6):
         case 0:
             sides = [random.choice((0, 1, 7, 8, 9, 28, 2**14, 2**16, 2**31 - 1, 2**32 - 1)) for _ in range(2)]
-            rest = [random.choice((0, 1, 2, 3, 4, 6, 8, 16)) for _ in range(5)]
-            chunks[0] = b"IHDR", struct.pack(">IIBBBBB", *sides, *rest)
+            chunks[0] = b"IHDR", struct.pack(">II", *sides) + rest
         case 1:
-            rest = [random.choice((0, 1, 2, 3, 4, 6, 8, 16)) for _ in range(5)]
-            chunks[0] = b"IHDR", chunks[0][1][:8] + bytes(rest)  # the right size
+            chunks[0] = b"IHDR", chunks[0][1][:8] + rest  # the right size
         case 2:
             chunks[at] = kind, damage(data, random)
         case 3:
@@ -272,79 +217,48 @@ def odd_png(content: bytes, random: Random) -> bytes:
         case 4:
             chunks.insert(at, (kind, data))
         case 5:
-            added = random.choice(
-                (b"IDAT", b"zTXt", b"iCCP", b"iTXt", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"eXIf")
-            )
-            text = random.choice((b"a\0\0" + _zlib_zeros(), b"a\0\1\0\0\0" + _zlib_zeros(), b"", data))
-            chunks.insert(random.randrange(1, len(chunks)), (added, text))
+            kinds, zeros = b"IDAT zTXt iCCP iTXt PLTE tRNS acTL fcTL fdAT eXIf".split(), b"\x78\x9c" + _zeros() * 1500
+            text = random.choice((b"a\0\0" + zeros, b"a\0\1\0\0\0" + zeros, b"", data))
+            chunks.insert(random.randrange(1, len(chunks)), (random.choice(kinds), text))
     packed = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
     return content[:8] + b"".join(packed)
 
 
 def _change(value: Any, random: Random) -> Any:
     """`value` with one part of it odd, gone, new or doubled."""
-    places = list(_places(value))
+    places, odd = list(_places(value)), copy.deepcopy(random.choice(ODD))
     if not places or random.random() < 0.03:
-        return _odd(random)
+        return odd
     container, key = random.choice(places)
     match random.randrange(6):
         case 0 | 1 | 2:
-            container[key] = _odd(random)
+            container[key] = odd
         case 3:
             del container[key]
         case 4:
             donor, name = random.choice(places)
-            container[key] = json.loads(json.dumps(donor[name])) if name in _keys(donor) else None
-        case 5:
-            odd = _odd(random)
-            if isinstance(container, dict):
-                container[random.choice(("extra", "name", "in_channels", "__class__", "", "x" * 1000))] = odd
-            else:
-                container.insert(key, odd)
+            container[key] = copy.deepcopy(donor[name])
+        case _ if isinstance(container, dict):
+            container[random.choice(KEYS)] = odd
+        case _:
+            container.insert(key, odd)
     return value
 
 
-def _odd(random: Random) -> Any:
-    return copy.deepcopy(random.choice(ODD))
-
-
-def _keys(container: dict | list) -> Any:
-    return container if isinstance(container, dict) else range(len(container))
-
-
-def _places(value: Any) -> Any:
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every container and key in `value`."""
     if isinstance(value, dict | list):
-        for key in list(_keys(value)):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
             yield value, key
             yield from _places(value[key])
 
 
-def _spelt_out(text: str) -> bytes:
-    return text.replace('"<deep>"', "[" * 50_000 + "]" * 50_000).replace('"<long>"', "9" * 5000).encode()
+def _deflated(content: bytes, flush: int = zlib.Z_FINISH) -> bytes:
+    packer = zlib.compressobj(9, wbits=-15)
+    return packer.compress(content) + packer.flush(flush)
 
 
-def _deflated(content: bytes) -> bytes:
-    packer = zlib.compressobj(wbits=-15)
-    return packer.compress(content) + packer.flush()
-
-
-_ZEROS: dict[int, bytes] = {}
-
-
-def _zero_block(wbits: int) -> bytes:
+@functools.cache
+def _zeros() -> bytes:
     """A MiB of zeros, deflated so that it can be repeated."""
-    if wbits not in _ZEROS:
-        packer = zlib.compressobj(9, wbits=wbits)
-        packer.flush(zlib.Z_FULL_FLUSH)
-        _ZEROS[wbits] = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
-    return _ZEROS[wbits]
-
-
-def _zeros_after(head: bytes) -> bytes:
-    packer = zlib.compressobj(wbits=-15)
-    return packer.compress(head) + packer.flush(zlib.Z_FULL_FLUSH) + _zero_block(-15) * (BOMB // 2**20 - 1)
-
-
-def _zlib_zeros() -> bytes:
-    return b"\x78\x9c" + _zero_block(-15) * 1500
+    return _deflated(bytes(MIB), zlib.Z_FULL_FLUSH)

@@ -14,7 +14,7 @@ class Outcome(NamedTuple):
         How often, and how often nothing was lost and nothing wrong.
     lost, wrong : int
         How often something was missing afterwards, or other than without the fault.
-    told : str
+    details : str
         What else was measured.
     """
 
@@ -23,4 +23,4 @@ class Outcome(NamedTuple):
     survived: int
     lost: int
     wrong: int
-    told: str = ""
+    details: str = ""

@@ -116,9 +116,7 @@ def test_images_that_compress_well_are_no_bomb(tmp_path: Path):
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize(
-    "array", [np.arange(24).reshape(2, 3, 4), np.zeros((0, 8)), np.array(["a", "bc"]), np.array(3)]
-)
+@pytest.mark.parametrize("array", [np.arange(24).reshape(2, 3, 4), np.zeros((0, 8)), np.array(["a", "bc"]), np.array(3)])
 def test_arrays_come_back_as_they_were(tmp_path: Path, array: np.ndarray, order: str):
     array = np.asarray(array, order=order)
     np.save(tmp_path / "a.npy", array)
@@ -184,9 +182,7 @@ def put(at: int, value: int) -> Callable[[bytearray], None]:
     return change
 
 
-@pytest.mark.parametrize(
-    "change", [put(8, 1), put(8, 1 << 5), put(8, 1 << 6), put(10, 1), put(10, 12), put(10, 14), put(10, 99)]
-)
+@pytest.mark.parametrize("change", [put(8, 1), put(8, 1 << 5), put(8, 1 << 6), put(10, 1), put(10, 12), put(10, 14), put(10, 99)])
 def test_an_archive_that_is_encrypted_or_packed_otherwise_is_refused(tmp_path: Path, change):
     path = tmp_path / "a.npz"
     path.write_bytes(zipped(lambda content: None))

@@ -28,9 +28,9 @@ def test_prepared_data_is_what_the_source_held(own_npz: Path, tmp_path: Path):
 
 def test_a_missing_validation_split_is_cut_from_training_images_stratified_and_always_the_same(tmp_path: Path):
     source = read_source(str(write_npz(tmp_path / "bare.npz", val_images=None, val_labels=None)))
-    one, other = (prepare(source, 0.25, tmp_path / name) for name in "ab")
-    assert one == other
-    assert one.images == {"train": 300, "val": 100, "test": 200}
+    first, second = (prepare(source, 0.25, tmp_path / name) for name in "ab")
+    assert first == second
+    assert first.images == {"train": 300, "val": 100, "test": 200}
     data = load_training_data(tmp_path / "a", CPU)
     originals = source.splits["train"][1]
     assert np.allclose(np.bincount(data.val.labels), np.bincount(originals) * 0.25, atol=1)

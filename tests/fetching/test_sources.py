@@ -264,10 +264,10 @@ def test_imagenet_weights_are_fetched_hash_checked_and_lose_their_head(no_mirror
     assert set(state) - set(weights) == {"fc.weight", "fc.bias"}
     assert torch.equal(weights["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
 
-    kept = no_mirror / "data" / "downloads" / "hub" / "checkpoints" / name
+    downloaded = no_mirror / "data" / "downloads" / "hub" / "checkpoints" / name
     mirrored = no_mirror / "mirror" / "hub" / "checkpoints" / name
     mirrored.parent.mkdir(parents=True)
-    mirrored.write_bytes(kept.read_bytes()[:-1])
+    mirrored.write_bytes(downloaded.read_bytes()[:-1])
     monkeypatch.setenv("DATA_MIRROR", "mirror")
     with pytest.raises(UserError, match=f"{name}.*sha256"):
         imagenet_resnet18()

@@ -16,17 +16,13 @@ def count(model: torch.nn.Module) -> int:
 @pytest.mark.parametrize(
     ("name", "arguments", "parameters"),
     [
-        ("compact_cnn", {"width": 32, "hidden": 128, **GREY}, 1_199_882),  # the reference's teacher
-        ("compact_cnn", {"width": 16, "hidden": 64, **GREY}, 300_426),  # the reference's student
+        ("compact_cnn", {"width": 32, "hidden": 128, **GREY}, 1_199_882),  # the original course project's teacher
+        ("compact_cnn", {"width": 16, "hidden": 64, **GREY}, 300_426),  # the original course project's student
         ("simple_cnn", COLOUR, 896 + 18_496 + 401_536 + 1_161),
-        (
-            "resnet18",
-            {"stem": "imagenet", **COLOUR},
-            11_689_512 - 513_000 + 512 * 9 + 9,
-        ),  # torchvision's, less its head
+        ("resnet18", {"stem": "imagenet", **COLOUR}, 11_689_512 - 513_000 + 512 * 9 + 9),  # torchvision's, less its head
     ],
 )
-def test_sizes_are_the_references(name: str, arguments: dict, parameters: int):
+def test_sizes_are_the_original_projects(name: str, arguments: dict, parameters: int):
     assert count(build(name, **arguments)) == parameters
 
 
@@ -41,8 +37,7 @@ def test_the_stem_decides_how_far_images_shrink(stem: str, side: int):
 
 @pytest.mark.parametrize("side", [28, 64, 128, 224])
 @pytest.mark.parametrize(
-    ("name", "arguments"),
-    [("simple_cnn", {}), ("resnet18", {"stem": "imagenet"}), ("compact_cnn", {"width": 4, "hidden": 8})],
+    ("name", "arguments"), [("simple_cnn", {}), ("resnet18", {"stem": "imagenet"}), ("compact_cnn", {"width": 4, "hidden": 8})]
 )
 def test_the_networks_take_every_size_of_medmnist(name: str, arguments: dict, side: int):
     model = build(name, **arguments, **(COLOUR | {"image_size": (side, side)}))

@@ -3,8 +3,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from pipeline.evaluation.comparisons import Evaluation
-from pipeline.reporting.figures import draw_figures, plot_confusion, plot_gains
+from pipeline.evaluation.comparisons import Evaluation, loss_curves
+from pipeline.reporting.figures import draw_figures, plot_confusion, plot_gains, plot_loss_curves
 
 
 def test_every_figure_of_the_report_is_drawn_and_drawn_alike(evaluation: Evaluation, costs: dict, exported: dict):
@@ -33,6 +33,12 @@ def test_names_are_no_mathematics(evaluation_of: Callable[..., Evaluation], cost
 def test_the_gains_are_those_of_the_seeds(evaluation: Evaluation):
     axes = plot_gains(evaluation).axes[0]
     teacher, distilled = (evaluation.detail["models"][model]["figures"] for model in ("teacher", "student_distilled"))
-    expected = [100 * (one["accuracy"] - two["accuracy"]) for one, two in zip(teacher, distilled, strict=True)]
+    expected = [100 * (ours["accuracy"] - theirs["accuracy"]) for ours, theirs in zip(teacher, distilled, strict=True)]
     seeds = [collection.get_offsets()[:, 0] for collection in axes.collections if len(collection.get_offsets()) == 3]
     assert any(np.allclose(gains, expected) for gains in seeds)
+
+
+def test_the_loss_curves_are_in_the_order_of_the_models(evaluation: Evaluation):
+    panels = plot_loss_curves(loss_curves(evaluation)).axes
+    assert [axes.get_title() for axes in panels] == ["teacher", "student_distilled", "student_alone"]
+    assert panels[0].lines[1].get_ydata().tolist() == [1, 1]

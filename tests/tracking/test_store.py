@@ -3,6 +3,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,8 +80,10 @@ def test_credentials_in_the_stores_address_are_never_printed(
     uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    start = time.monotonic()
     with pytest.raises(UserError) as raised:
         Mirror("e")
+    assert time.monotonic() < start + 10
     monkeypatch.setenv("TRACK_LATER", "1")
     try:
         Mirror("e")
@@ -94,6 +97,4 @@ def test_credentials_in_the_stores_address_are_never_printed(
 def test_credentials_in_an_error_are_masked(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://someone:hunter%202@runs.example")
     text = "no route to https://someone:hunter%202@runs.example/api (someone, 'hunter 2'), s3://key:abc@bucket, token=xyz&x=1"
-    assert masked(text) == (
-        "no route to https://***@runs.example/api (someone, '***'), s3://***@bucket, token=***&x=1"
-    )
+    assert masked(text) == ("no route to https://***@runs.example/api (someone, '***'), s3://***@bucket, token=***&x=1")

@@ -16,7 +16,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import md5
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import read_source
-from pipeline.training.cache import Record
+from pipeline.training.cache import Record  # noqa: TC001
 from pipeline.training.recipe import Recipe
 from pipeline.training.seeds import train_seeds
 

@@ -15,9 +15,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.faults.checkout import Checkout, free_port, wait_for
 from tests.conftest import ROOT, small_checkout
-from tests.test_end_to_end import stages_run
+from tests.faults.checkout import Checkout, free_port, wait_for
 
 
 @pytest.fixture
@@ -55,16 +54,15 @@ def test_several_machines_log_into_one_server_and_none_sees_its_store(tracking_s
         assert not (machine.folder / "mlartifacts").exists()
     client = MlflowClient(tracking_server)
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    expected = {
-        f"{model}/seed{seed}": 2 for model in ("teacher", "student_distilled", "student_alone") for seed in (0, 1)
-    }
-    found = Counter(run.info.run_name for run in runs if "summary" not in run.info.run_name)
-    assert found == expected
+    names = Counter(run.info.run_name for run in runs)
+    models = ("teacher", "student_distilled", "student_alone")
+    # The same training on two machines is one run.
+    assert names == dict.fromkeys([name for model in models for name in (model, f"{model}/seed0", f"{model}/seed1")], 1)
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert all(run.info.artifact_uri.startswith("mlflow-artifacts:/") for run in runs)
-    measured = [run for run in runs if "test_accuracy" in run.data.metrics]
-    assert measured
-    files = {file.path for file in client.list_artifacts(measured[0].info.run_id)}
+    assert all("test_accuracy" in run.data.metrics for run in runs)
+    student = next(run for run in runs if run.info.run_name == "student_distilled/seed0")
+    files = {file.path for file in client.list_artifacts(student.info.run_id)}
     assert "confusion_matrix.png" in files
 
 
@@ -103,6 +101,6 @@ def test_what_was_pushed_to_s3_is_pulled_into_an_empty_clone_and_nothing_is_left
     subprocess.run(["git", "clone", "-q", first.folder, second.folder], check=True)
     second.environment |= keys
     second.dvc("pull", "--with-deps", "train_student_alone")
-    assert stages_run(second.dvc("repro", "train_student_alone")) == []
+    assert "Running stage" not in second.dvc("repro", "train_student_alone")
     checkpoint = "models/distillation/student_alone/seed0.safetensors"
     assert (second.folder / checkpoint).read_bytes() == (first.folder / checkpoint).read_bytes()

@@ -1,0 +1,34 @@
+"""Large arrays stay on the disk. What is damaged or hostile: tests/faults/test_hostile_input.py."""
+
+import errno
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.data.npy import SMALL, read_npz
+
+
+def test_an_archive_is_unpacked_onto_the_disk_and_leaves_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    np.savez_compressed(tmp_path / "a.npz", a=np.ones(SMALL - 1000, np.uint8))
+    tracemalloc.start()
+    try:
+        array = read_npz(tmp_path / "a.npz", ["a"])["a"]
+        assert tracemalloc.get_traced_memory()[1] < SMALL / 8
+    finally:
+        tracemalloc.stop()
+    assert not list(Path().iterdir())
+    assert array.all()
+
+
+def test_a_full_disk_is_not_taken_for_a_bad_file(own_npz: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match="no space"):
+        read_npz(own_npz, ["train_images"])

@@ -1,0 +1,98 @@
+"""How a study's points become tasks, and what fails. Nothing here trains; test_runs.py does."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import UserError
+from pipeline.params import Params, load_params
+from studies import tasks
+from studies.study import load_study, with_settings
+from studies.tasks import ROOT, Task, on_ray, one_by_one, plan
+
+EVALUATION = {"evaluation"}
+DISTILLED = {"student_distilled/seed0", *EVALUATION}
+STUDENTS = {"student_alone/seed0", *DISTILLED}
+TRAININGS = {"teacher/seed0", *STUDENTS}
+ALL = {"data set own/images.npz", *TRAININGS}
+
+
+@pytest.fixture
+def params() -> Params:
+    return with_settings(load_params(ROOT / "params.yaml"), {"seeds": [0], "distillation.dataset": "own/images.npz"})
+
+
+def changed(before: list[Task], after: list[Task]) -> set[str]:
+    """The titles of tasks that were not there before."""
+    return {task.title for task in after if task.digest not in {task.digest for task in before}}
+
+
+def test_points_share_what_their_settings_do_not_touch():
+    _, points = load_study("mnist")
+    needed = {task.digest: task for params in points.values() for task in plan(params)}
+    assert Counter(task.title.partition("/")[0] for task in needed.values()) == {
+        "data set mnist": 1,
+        "teacher": 3 * 5,  # shares of the labels, seeds
+        "student_alone": 3 * 3 * 5,  # and sizes
+        "student_distilled": 25 * 5,
+        "evaluation": 25,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "titles"),
+    [
+        ({"baselines.lr": 0.1, "jobs": 2}, set()),
+        ({"kd.alpha": 0.1}, DISTILLED),
+        ({"student.width": 4}, STUDENTS),
+        ({"teacher.width": 4}, TRAININGS - {"student_alone/seed0"}),
+        ({"seeds": [0, 1]}, EVALUATION | {title.replace("0", "1") for title in TRAININGS}),
+        ({"threads": 2}, TRAININGS),
+        ({"distillation.validation": 0.2}, ALL),
+    ],
+)
+def test_a_digest_changes_with_the_parameters(params: Params, settings: dict[str, Any], titles: set[str]):
+    assert changed(plan(params), plan(with_settings(params, settings))) == titles
+
+
+@pytest.mark.parametrize(
+    ("package", "titles"),
+    [("reporting", set()), ("evaluation", EVALUATION), ("training", TRAININGS), ("fetching", ALL), ("data", ALL)],
+)
+def test_a_digest_changes_with_the_code(params: Params, monkeypatch: pytest.MonkeyPatch, package: str, titles: set[str]):
+    before, code = plan(params), tasks._code
+    monkeypatch.setattr(tasks, "_code", lambda packages: code(packages) + "changed" * (package in packages))
+    assert changed(before, plan(params)) == titles
+
+
+def test_a_digest_changes_with_the_images(params: Params, monkeypatch: pytest.MonkeyPatch, no_mirror: Path):
+    (no_mirror / "own").mkdir()
+    (no_mirror / "own/images.npz").write_bytes(b"images")
+    before = plan(params)
+    (no_mirror / "own/images.npz").write_bytes(b"others")
+    tasks._md5.cache_clear()
+    assert changed(before, plan(params)) == ALL
+
+
+def test_what_fails_takes_along_what_needs_it_and_nothing_else():
+    def work(digest: str, *results: str) -> str:
+        if digest == "bad":
+            raise UserError("not\nthere")
+        if digest == "worse":
+            raise KeyError("defect")
+        return "+".join((*results, digest))
+
+    needs = {"bad": (), "worse": (), "good": (), "after_bad": ("good", "bad"), "last": ("after_bad",), "after_good": ("good",)}
+    order = [Task(name, name, work, (), needed, 1, gpu=False) for name, needed in needs.items()]
+    outcomes = {task.digest: outcome for task, outcome in one_by_one(order)}
+    assert outcomes["after_good"] == ("good+after_good", None)
+    assert outcomes["bad"] == outcomes["after_bad"] == outcomes["last"] == (None, "bad: not there")
+    assert outcomes["worse"] == (None, "worse: KeyError: 'defect'")
+
+
+def test_a_cluster_that_is_not_there_is_one_line(params: Params, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(UserError, match=r"^RAY_ADDRESS=127\.0\.0\.1:9: .*refused.*: name a running cluster"):
+        next(on_ray(plan(params), 1, 4))

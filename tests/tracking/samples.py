@@ -1,0 +1,100 @@
+"""Records as trainings leave them, an evaluation, and what the store holds of them."""
+
+from typing import Any
+
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pipeline.core.tracking_uri import tracking_uri
+from pipeline.data.dataset import Dataset
+from pipeline.evaluation.comparisons import Evaluation
+from pipeline.evaluation.metrics import over_seeds, score
+from pipeline.evaluation.statistics import compare
+from pipeline.networks.description import Epoch
+from pipeline.training.cache import Record
+
+DATASET = Dataset(
+    name="digits",
+    classes=["zero", "one (a, b)"],
+    image_shape=(8, 8, 1),
+    mean=0.5,
+    std=0.5,
+    images={"train": 400, "val": 100, "test": 200},
+    validation="official",
+    fingerprint="0" * 64,
+)
+COMMITTED = {"seeds": [0, 1], "kd.temperature": 5, "kd.alpha": 0.7, "distillation.lr": 0.001, "precision": "auto"}
+
+
+def make_record(seed: int = 0, epochs: int = 3, finished: bool = True, model: str = "teacher", **changes: Any) -> Record:
+    """A training's record after so many epochs."""
+    history = [
+        Epoch(train_loss=1 / n, train_accuracy=0.5, val_loss=2 / n, val_accuracy=1 - 0.6 / n, terms={"hard": 0.1 * n})
+        for n in range(1, epochs + 1)
+    ]
+    fields = {
+        "format": 3,
+        "digest": f"{model}-{seed}",
+        "setting": f"{model}-setting",
+        "model": model,
+        "architecture": "compact_cnn",
+        "arguments": {"width": 8, "hidden": 32},
+        "dataset": DATASET,
+        "seed": seed,
+        "parameters": {"distillation.lr": 0.001, "precision": "fp32"},
+        "device": "cpu",
+        "epochs": 3,
+        "started": 1_700_000_000.0 + seed,
+        "seconds": 1.5 * epochs,
+        "history": history,
+        "loads": [{"system/cpu_utilization_percentage": 50.0 + n} for n in range(epochs)],
+        "best_epoch": epochs,
+        "checkpoint_md5": f"md5-{model}-{seed}" if finished else None,
+    }
+    return Record(**fields | changes)
+
+
+def make_evaluation(*records: Record, better: float = 0.2, images: int = 200) -> Evaluation:
+    """Student and student alone, as the records of the first say; `better`: how much more of the images it gets right."""
+    random = np.random.default_rng(0)
+    labels = np.arange(images) % 2
+    models, probabilities, correct, metrics = {}, {}, {}, {}
+    for model, share in (("student_distilled", 0.7 + better), ("student_alone", 0.7)):
+        entries = [record.model_copy(update={"model": model, "digest": f"{model}-{record.seed}"}) for record in records]
+        right = np.stack([random.random(images) < share for _ in entries])
+        of_one = np.where(right, labels, 1 - labels) * 0.8 + 0.1
+        probabilities[model] = np.stack([1 - of_one, of_one], axis=2).astype(np.float32)
+        correct[model] = right
+        figures = [score(labels, rows.astype(float)) for rows in probabilities[model]]
+        losses = [values | {"final_train_loss": 0.5} for values in figures]
+        metrics[model] = over_seeds(losses) | {"parameters": 1000}
+        first = entries[0]
+        models[model] = {
+            **{name: getattr(first, name) for name in ("architecture", "arguments", "parameters")},
+            "setting": f"{model}-setting",
+            "seeds": [record.seed for record in entries],
+            "digests": [record.key for record in entries],
+            "checkpoints": [f"md5-{record.key}" for record in entries],
+            "best_epochs": [record.best_epoch for record in entries],
+            "figures": figures,
+            "histories": [[epoch.model_dump() for epoch in record.history] for record in entries],
+        }
+    compared = {"student_distilled_vs_student_alone": compare(*correct.values()).as_json()}
+    detail = {"track": "distillation", "dataset": DATASET.model_dump(mode="json"), "models": models}
+    return Evaluation(metrics, compared, detail, labels, probabilities)
+
+
+def runs(experiment: str = "e") -> dict[str, Run]:
+    """The store's runs by name; fails for two of one name."""
+    client = MlflowClient(tracking_uri())
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    by_name = {run.info.run_name: run for run in found}
+    assert len(by_name) == len(found), sorted(run.info.run_name for run in found)
+    return by_name
+
+
+def curve(run: Run, name: str) -> list[tuple[int, float]]:
+    """Step and value of a metric's points."""
+    history = MlflowClient(tracking_uri()).get_metric_history(run.info.run_id, name)
+    return [(point.step, point.value) for point in history]

@@ -1,0 +1,372 @@
+import multiprocessing
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc.utils.hydra import apply_overrides
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+from pipeline.core.errors import UserError
+from pipeline.core.files import read_yaml
+from pipeline.core.tracking_uri import tracking_uri
+from pipeline.tracking import mirror as module
+from pipeline.tracking.mirror import Mirror
+from tests.tracking.samples import curve, make_evaluation, make_record, runs
+
+CURVES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "train_hard", "system/cpu_utilization_percentage")
+
+
+class Client:
+    """A store's client of which some calls fail: `before` and `after` they are done, by name."""
+
+    def __init__(self, client: MlflowClient, before: Callable[[str], None], after: Callable[[str], None] = lambda _: None):
+        self.client, self.before, self.after = client, before, after
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            self.calls.append(name)
+            self.before(name)
+            answer = getattr(self.client, name)(*arguments, **named)
+            self.after(name)
+            return answer
+
+        return call
+
+
+def no_answer(_: str) -> None:
+    raise MlflowException("somebody tripped over a cable", TEMPORARILY_UNAVAILABLE)
+
+
+def kill(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(autouse=True)
+def created(store: Path, new_store: bytes) -> None:
+    (store / "mlflow.db").write_bytes(new_store)
+
+
+@pytest.fixture
+def silent(capfd: pytest.CaptureFixture):
+    """Fails if something was said: where nothing goes wrong, nothing is."""
+    yield
+    assert "tracking:" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.usefixtures("silent")
+def test_a_training_is_one_run_with_its_parameters_curves_data_and_origin(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DVC_STAGE", "train_teacher")
+    monkeypatch.setenv("DVC_EXP_NAME", "warm-owl")
+    mirror = Mirror("e")
+    for epochs in range(4):
+        mirror.training(make_record(epochs=epochs, finished=False))
+        assert runs()["teacher/seed0"].info.status == "RUNNING"
+    for _ in range(2):
+        mirror.training(make_record())
+    run, parent = runs()["teacher/seed0"], runs()["teacher"]
+    assert (run.info.status, run.info.start_time, run.info.end_time) == ("FINISHED", 1_700_000_000_000, 1_700_000_004_500)
+    parameters = {"model": "teacher", "dataset": "digits", "distillation.lr": "0.001", "precision": "fp32"}
+    assert run.data.params == parameters | {"seed": "0"}
+    tags = {"dvc.stage": "train_teacher", "dvc.experiment": "warm-owl", "setting": "teacher-setting", "model": "teacher"}
+    tags |= {"training": "teacher-0", "checkpoint_md5": "md5-teacher-0", "mlflow.parentRunId": parent.info.run_id}
+    assert tags.items() <= run.data.tags.items()
+    assert len(run.data.tags["mlflow.source.git.commit"]) == 40
+    assert run.data.tags["mlflow.note.content"].startswith("**teacher/seed0**, trained on digits.\n\nAgain: `git checkout ")
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.tags[0].value) == ("digits", "training")
+    assert {name: [step for step, _ in curve(run, name)] for name in CURVES} == dict.fromkeys(CURVES, [1, 2, 3])
+    assert curve(run, "val_loss") == [(1, 2.0), (2, 1.0), (3, pytest.approx(2 / 3))]
+    assert curve(run, "training_seconds") == [(0, 4.5)]
+    assert parent.info.run_name == "teacher"
+    assert (parent.info.status, parent.data.params) == ("FINISHED", parameters)
+    assert len(runs()) == 2
+
+
+@pytest.mark.usefixtures("silent")
+def test_a_training_that_failed_says_so_until_it_is_resumed():
+    mirror = Mirror("e")
+    mirror.training(make_record(epochs=1, finished=False, failed="the loss is not finite"))
+    assert {run.info.status for run in runs().values()} == {"FAILED"}
+    mirror.training(make_record(epochs=2, finished=False))
+    assert runs()["teacher/seed0"].info.status == "RUNNING"
+    Mirror("e").training(make_record(epochs=3))
+    assert {run.info.status for run in runs().values()} == {"FINISHED"}
+    assert [step for step, _ in curve(runs()["teacher/seed0"], "val_loss")] == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("silent")
+def test_the_seeds_of_a_setting_share_a_parent_which_ends_with_the_last():
+    mirror = Mirror("e")
+    for seed in (1, 0):
+        mirror.training(make_record(seed))
+    mirror.training(make_record(setting="another", digest="another"))
+    client = MlflowClient(tracking_uri())
+    experiment = client.get_experiment_by_name("e").experiment_id
+    parents = client.search_runs([experiment], "tags.parent = 'teacher-setting'")
+    children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parents[0].info.run_id}'")
+    assert sorted(run.info.run_name for run in children) == ["teacher/seed0", "teacher/seed1"]
+    assert (len(parents), parents[0].info.end_time) == (1, 1_700_000_005_500)
+
+
+def test_what_is_in_the_store_already_costs_one_search():
+    mirror = Mirror("e")
+    mirror.training(make_record())
+    mirror.client = Client(mirror.client, lambda _: None)
+    mirror.training(make_record())
+    assert mirror.client.calls == ["search_runs"]
+
+
+def test_two_settings_at_once_are_named_and_repeated_by_their_own_parameters(store: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not by params.yaml as it is now: DVC has changed it for the next experiment by the time that the first is mirrored."""
+    monkeypatch.setenv("DVC_STAGE", "distill_student")
+    monkeypatch.setattr(module, "commit", lambda: "c" * 40)
+    monkeypatch.setattr(module, "code_is_committed", lambda: True)
+    mirror = Mirror("e")
+    for temperature, alpha in ((6, 0.7), (8.0, 0.25), (5, 0.7)):
+        parameters = {"kd.temperature": temperature, "kd.alpha": alpha, "distillation.lr": 0.001, "not.there": 1}
+        name = f"{temperature}-{alpha}"
+        mirror.training(make_record(3, model="student", parameters=parameters, digest=name, setting=name))
+    repeat = {name: run.data.tags["repeat"] for name, run in runs().items()}
+    assert repeat == {
+        "student": "Again: `git checkout cccccccccccc && dvc repro distill_student`",
+        "student/seed3": "Again: `git checkout cccccccccccc && dvc exp run -S 'seeds=[3]' distill_student`",
+        "student T=6": "Again: `git checkout cccccccccccc && dvc exp run -S kd.temperature=6 distill_student`",
+        "student T=6/seed3": (
+            "Again: `git checkout cccccccccccc && dvc exp run -S kd.temperature=6 -S 'seeds=[3]' distill_student`"
+        ),
+        "student T=8 alpha=0.25": (
+            "Again: `git checkout cccccccccccc && dvc exp run -S kd.temperature=8.0 -S kd.alpha=0.25 distill_student`"
+        ),
+        "student T=8 alpha=0.25/seed3": (
+            "Again: `git checkout cccccccccccc && dvc exp run -S kd.temperature=8.0 -S kd.alpha=0.25 -S 'seeds=[3]'"
+            " distill_student`"
+        ),
+    }
+
+
+@pytest.mark.parametrize("value", [1e-5, 1e-7, 12.5, 1e22, 3, True, 'own data/it\'s "ä".npz', [0, 7], None])
+def test_the_command_to_repeat_brings_a_value_back_as_it_was(value: object, committed: dict, tmp_path: Path):
+    committed["block.key"] = "something else"
+    Mirror("e").training(make_record(parameters={"block.key": value}))
+    (run,) = (run for name, run in runs().items() if name.endswith("/seed0"))
+    words = shlex.split(run.data.tags["repeat"].split("`")[1])
+    params = tmp_path / "params.yaml"
+    params.write_text("block:\n  key: something else\n")
+    apply_overrides(params, words[words.index("-S") + 1 :][:1])  # as dvc exp run -S does
+    assert read_yaml(params) == {"block": {"key": value}}
+    assert type(read_yaml(params)["block"]["key"]) is type(value)
+
+
+def test_a_value_that_auto_became_is_in_the_command_but_not_in_the_name():
+    Mirror("e").training(make_record(parameters={"precision": "bf16"}))
+    assert "precision" in runs()["teacher/seed0"].data.tags["repeat"]
+
+
+def test_a_store_that_refuses_or_loses_the_answer_of_every_third_call_ends_exact(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "PAUSE", 0)
+    chance = random.Random(0)
+
+    def unreliable(_: str) -> None:
+        if chance.random() < 0.15:
+            no_answer(_)
+
+    mirror = Mirror("e")
+    mirror.client = Client(mirror.client, unreliable, unreliable)
+    for epochs in range(4):
+        for seed in range(6):
+            mirror.training(make_record(seed, epochs, finished=False))
+    evaluation = make_evaluation(*(make_record(seed) for seed in range(3)))
+    mirror.evaluation(evaluation)
+    for _ in range(500):
+        for seed in range(6):
+            mirror.training(make_record(seed))
+        if not mirror.pending:
+            break
+    assert not mirror.pending
+    assert sorted(runs()) == sorted(
+        ["teacher", *(f"teacher/seed{seed}" for seed in range(6))]
+        + [f"{model}{seed}" for model in evaluation.metrics for seed in ("", "/seed0", "/seed1", "/seed2")]
+    )
+    for name, run in runs().items():
+        assert run.info.status == "FINISHED"
+        assert len(run.inputs.dataset_inputs) in (1, 2)
+        once = [key for key in run.data.metrics if key.startswith("test_") or key in ("best_epoch", "training_seconds")]
+        assert {key: len(curve(run, key)) for key in once} == dict.fromkeys(once, 1)
+        if "seed" in name:
+            names = CURVES if "teacher" in name else CURVES[:-1]
+            assert {key: [step for step, _ in curve(run, key)] for key in names} == dict.fromkeys(names, [1, 2, 3])
+            assert run.data.tags["mlflow.parentRunId"] == runs()[name.split("/")[0]].info.run_id
+
+
+def test_a_kill_between_the_points_and_what_follows_doubles_nothing(monkeypatch: pytest.MonkeyPatch):
+    """MLflow writes the points of a batch first, then its tags."""
+    Mirror("e").training(make_record(epochs=1, finished=False))
+    for name in ("_set_tags", "update_run_info"):
+        with monkeypatch.context() as patch:
+            patch.setattr(SqlAlchemyStore, name, kill)
+            with pytest.raises(KeyboardInterrupt):
+                Mirror("e").training(make_record())
+            assert len(curve(runs()["teacher/seed0"], "training_seconds")) == 1
+    Mirror("e").training(make_record())
+    run = runs()["teacher/seed0"]
+    assert (run.info.status, run.data.tags["checkpoint_md5"]) == ("FINISHED", "md5-teacher-0")
+    assert [step for step, _ in curve(run, "val_loss")] == [1, 2, 3]
+    assert len(curve(run, "training_seconds")) == 1
+
+
+def test_a_store_that_goes_away_is_said_once_asked_again_after_a_while_and_completed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    mirror = Mirror("e")
+    mirror.training(make_record(epochs=1, finished=False))
+    client, mirror.client = mirror.client, Client(mirror.client, no_answer)
+    for epochs in (2, 3):
+        mirror.training(make_record(epochs=epochs, finished=False))
+    mirror.training(make_record())
+    mirror.training(make_record(seed=1))
+    assert len(mirror.client.calls) == 1
+    clock[0] += module.PAUSE + 1
+    mirror.training(make_record(seed=1))
+    assert len(mirror.client.calls) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert "cable" in said
+    assert "make sync" in said
+    mirror.client = client
+    mirror.evaluation(make_evaluation(make_record(0), make_record(1)))
+    assert len(runs()) == 2
+    clock[0] += module.PAUSE + 1
+    mirror.training(make_record(seed=2))
+    assert len(runs()) == 10
+    assert len(curve(runs()["teacher/seed0"], "val_loss")) == 3
+    assert {run.info.status for run in runs().values()} == {"FINISHED"}
+
+
+def test_a_store_that_does_not_answer_at_the_start_is_an_error_unless_it_may_come_later(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        with pytest.raises(UserError, match="TRACK_LATER=1"):
+            Mirror("e")
+        patch.setenv("TRACK_LATER", "1")
+        mirror = Mirror("e")
+        mirror.training(make_record())
+        assert capfd.readouterr().err.count("make sync") == 1
+    monkeypatch.setattr(module, "PAUSE", 0)
+    mirror.training(make_record(1))  # the store is back
+    assert set(runs()) == {"teacher", "teacher/seed0", "teacher/seed1"}
+
+
+def test_what_the_store_refuses_is_said_once_and_costs_nothing_else(capfd: pytest.CaptureFixture):
+    def refuse(name: str) -> None:
+        if name == "log_inputs":
+            raise MlflowException("no such\nthing", INVALID_PARAMETER_VALUE)
+
+    mirror = Mirror("e")
+    mirror.client = Client(mirror.client, refuse)
+    for seed in (0, 1):
+        mirror.training(make_record(seed))
+    assert capfd.readouterr().err.count("\n") == 1
+    assert len(mirror.refusals) == 1
+    assert not mirror.pending
+    assert {run.info.status for run in runs().values()} == {"FINISHED"}
+
+
+@pytest.mark.usefixtures("silent")
+def test_names_values_and_numbers_that_mlflow_has_limits_for():
+    epochs = 300
+    history = [make_record(epochs=1).history[0].model_copy(update={"terms": {"odd (name)": 0.5}}) for _ in range(epochs)]
+    parameters = {f"block.key{number}": "x" * 7000 for number in range(150)}
+    Mirror("e").training(make_record(epochs=epochs, history=history, parameters=parameters))
+    run = runs()["teacher/seed0"]
+    assert len(curve(run, "val_loss")) == len(curve(run, "train_odd _name_")) == epochs
+    assert len(run.data.params["block.key149"]) == 6000
+
+
+def mirror_all(_: int) -> None:
+    module.committed_parameters = lambda _: {}
+    mirror = Mirror("e")
+    for seed in range(3):
+        mirror.training(make_record(seed))
+
+
+def test_processes_that_mirror_the_same_trainings_make_one_run_of_each(capfd: pytest.CaptureFixture):
+    Mirror("e")
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        pool.map(mirror_all, range(3), chunksize=1)
+    assert len(runs()) == 4
+    assert {len(curve(run, "val_loss")) for name, run in runs().items() if "seed" in name} == {3}
+    assert "tracking:" not in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("silent")
+def test_test_results_go_to_each_checkpoints_run_and_their_means_to_the_parent(store: Path):
+    evaluation = make_evaluation(make_record(0), make_record(1))
+    for seed in (0, 1):
+        Mirror("e").training(make_record(seed, model="student_alone"))
+    for _ in range(2):
+        Mirror("e").evaluation(evaluation)
+    run, parent, first = (runs()[name] for name in ("student_alone/seed1", "student_alone", "student_distilled"))
+    figures = evaluation.detail["models"]["student_alone"]["figures"][1]
+    assert {f"test_{name}": value for name, value in figures.items()}.items() <= run.data.metrics.items()
+    assert run.data.metrics["test_accuracy_low"] < figures["accuracy"] < run.data.metrics["test_accuracy_high"]
+    assert 0 < run.data.metrics["test_f1.one _a_ b_"] < 1
+    assert curve(run, "test_accuracy") == [(0, figures["accuracy"])]
+    assert sorted(data.tags[0].value for data in run.inputs.dataset_inputs) == ["test", "training"]
+    client = MlflowClient(tracking_uri())
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"classification_report.txt", "confusion_matrix.png"}
+    assert (store / f"mlartifacts/e/{run.info.run_id}/artifacts/confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
+    assert parent.data.metrics["test_accuracy_sd"] == evaluation.metrics["student_alone"]["accuracy_sd"]
+    assert parent.data.tags["accuracy"].count(" ± ") == 1
+    assert parent.info.end_time < 1_700_000_010_000  # as its trainings, not as the evaluation
+    assert not {"verdict", "test_parameters"} & {*parent.data.tags, *parent.data.metrics}
+    assert first.data.tags["gain"].endswith("points over student_alone")
+    assert first.data.tags["verdict"] in ("better", "not distinguishable")
+    assert "**student_alone**" in first.data.tags["mlflow.note.content"]
+    assert "Again: " in first.data.tags["mlflow.note.content"]
+    table = (store / f"mlartifacts/e/{first.info.run_id}/artifacts/results.md").read_text()
+    assert "student_alone" in table
+    assert not client.list_artifacts(parent.info.run_id)
+
+
+def test_changed_results_replace_the_old_ones(monkeypatch: pytest.MonkeyPatch):
+    for better in (0.2, 0.25):
+        Mirror("e").evaluation(make_evaluation(make_record(0), make_record(1), better=better))
+    evaluation = make_evaluation(make_record(0), make_record(1), better=0.25)
+    run, parent = runs()["student_distilled/seed0"], runs()["student_distilled"]
+    assert run.data.metrics["test_accuracy"] == evaluation.detail["models"]["student_distilled"]["figures"][0]["accuracy"]
+    assert parent.data.metrics["test_accuracy"] == evaluation.metrics["student_distilled"]["accuracy"]
+    assert [step for step, _ in curve(run, "test_accuracy")] == [0, 0]
+    drawn = []
+    monkeypatch.setattr("pipeline.reporting.figures.plot_confusion", lambda *_: drawn.append(_))
+    Mirror("e").evaluation(evaluation)
+    assert not drawn
+
+
+@pytest.mark.usefixtures("silent")
+def test_a_checkpoint_that_the_store_does_not_know_gets_its_run_from_the_evaluation_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DVC_STAGE", "evaluate@distillation")
+    for _ in range(2):
+        Mirror("e").evaluation(make_evaluation(make_record(0), make_record(1)))
+    run = runs()["student_alone/seed1"]
+    assert len(runs()) == 6
+    assert (run.info.status, run.data.tags["checkpoint_md5"]) == ("FINISHED", "md5-student_alone-1")
+    assert [step for step, _ in curve(run, "val_loss")] == [1, 2, 3]
+    assert "dvc.stage" not in run.data.tags  # not the one that evaluates
+
+
+def test_a_process_that_trains_does_not_load_mlflow_or_torch_for_the_mirror():
+    code = "import sys, pipeline.tracking.mirror; assert not {'mlflow', 'torch', 'numpy', 'pydantic'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)
