@@ -10,7 +10,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.epochs=2 \
         -S distillation.dataset=mnist5k -S distillation.epochs=3 -S 'seeds=[0,1]'
 
-.PHONY: help install demo test screenshots bench faults study study-table register serve lint format ui clean
+.PHONY: help install demo test screenshots bench faults study study-table register serve sync lint format ui clean
 
 help:
 	@echo "make demo     install, run the whole graph on 5,000 embedded images, print the results (3 minutes)"
@@ -22,11 +22,12 @@ help:
 	@echo "make study-table STUDY=mnist  table and figure of what has finished, into metrics/studies/"
 	@echo "make register  the exported student into MLflow's registry, as champion if it is better than the present one"
 	@echo "make serve     MLflow's model server with the champion, on http://127.0.0.1:5001"
+	@echo "make sync      bring the MLflow store up to date: after an outage, with others' experiments, for a new store"
 	@echo "make install  create .venv with everything that requirements.txt names"
 	@echo "make ui       open the MLflow UI on http://127.0.0.1:$(PORT)"
-	@echo "make lint     ruff: rules and formatting"
+	@echo "make lint     ruff: rules and formatting; import-linter: the order of the packages"
 	@echo "make format   let ruff rewrite the formatting"
-	@echo "make clean    remove .venv, downloads and unfinished trainings; results and tracking stay"
+	@echo "make clean    remove .venv, downloads, the caches of trainings and studies; results and tracking stay"
 
 install: .venv/installed
 
@@ -40,21 +41,21 @@ demo: .venv/installed
 	@echo "  make ui                             every training's curves, confusion matrix and test accuracy, in the browser"
 	@echo "  source .venv/bin/activate           then, for example:"
 	@echo "  dvc exp show --only-changed         experiments side by side"
-	@echo "  dvc repro report@distillation       the real thing: full MNIST, about 10 minutes on 2 cores (downloads 12 MB)"
+	@echo "  dvc repro report@distillation       the real thing: full MNIST (downloads 12 MB)"
 	@echo "  README.md                           the full run, varying it, your own images"
 
-# Two at a time; threads that wait leave their core to the other's.
+# Two at a time.
 test: .venv/installed-for-tests
-	OMP_WAIT_POLICY=passive pytest -n 2 --dist loadfile
+	pytest -n 2 --dist loadfile
 
 screenshots: .venv/installed-for-tests
-	SCREENSHOTS=docs pytest tests/test_mlflow_pages.py
+	SCREENSHOTS=docs pytest tests/tracking/test_pages.py
 
 bench: .venv/installed
 	python -m benchmarks.bench $(BENCH)
 
 faults: .venv/installed-for-tests
-	python -m faults $(FAULTS)
+	python -m tests.faults $(FAULTS)
 
 study: .venv/installed-for-studies
 	python -m studies.study run $(STUDY) $(if $(JOBS),--workers $(JOBS))
@@ -69,9 +70,13 @@ register: .venv/installed
 serve: .venv/installed
 	PORT=$(or $(SERVE_PORT),5001) python -m pipeline.serving.server
 
+sync: .venv/installed
+	python -m pipeline.tracking.sync
+
 lint: .venv/installed-for-tests
 	ruff check .
 	ruff format --check .
+	lint-imports
 
 format: .venv/installed-for-tests
 	ruff check --fix .
@@ -81,7 +86,7 @@ ui: .venv/installed
 	mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
 
 clean:
-	rm -rf .venv data/downloads .progress
+	rm -rf .venv data/downloads .trainings .studies
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -60,26 +60,25 @@ def plan(params: Params) -> list[Task]:
     """The tasks of a point, each after those that it needs; the last is its evaluation."""
     tasks, track, folder = [], params.distillation, Path()
 
-    def add(title: str, work: Callable[..., Any], code: tuple[str, ...], *arguments: Any, needs: tuple[str, ...]) -> str:
+    def add(work: Callable[..., Any], code: tuple[str, ...], *arguments: Any, needs: tuple[str, ...]) -> str:
         facts = (work.__name__, arguments, needs, _code(code), version("torch"))
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+        title = arguments[0].title if work is train_network else work.__name__
         gpu = work is not prepare_data and params.device in ("auto", "cuda")
         tasks.append(Task(digest, title, work, arguments, needs, params.threads, gpu))
         return digest
 
-    def add_training(recipe: Recipe, *needs: str) -> str:
-        return add(recipe.title, train_network, CODE, recipe, needs=needs)
-
     own = own_file(track.dataset)
     source = (track.dataset, track.size, track.validation, _md5(own) if own and own.is_file() else None)
-    data = add(f"data set {track.dataset}", prepare_data, ("data", "fetching"), *source, needs=())
-    trainings = []
+    data = add(prepare_data, ("data", "fetching"), *source, needs=())
+    checkpoints = []
     for seed in params.seeds:
-        teacher = add_training(train_teacher.recipe(params, seed, folder), data)
-        alone = add_training(train_student_alone.recipe(params, seed, folder), data)
-        trainings += [teacher, alone, add_training(distill_student.recipe(params, seed, folder, folder), data, teacher)]
+        teacher = add(train_network, CODE, train_teacher.recipe(params, seed, folder), needs=(data,))
+        alone = add(train_network, CODE, train_student_alone.recipe(params, seed, folder), needs=(data,))
+        distilled = distill_student.recipe(params, seed, folder, folder)
+        checkpoints += [teacher, alone, add(train_network, CODE, distilled, needs=(data, teacher))]
     settings = (params.device, params.threads, tuple(params.seeds))
-    add("evaluation", evaluate, ("data", "evaluation", "networks"), *settings, needs=(data, *trainings))
+    add(evaluate, ("data", "evaluation", "networks"), *settings, needs=(data, *checkpoints))
     return tasks
 
 

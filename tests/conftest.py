@@ -46,13 +46,13 @@ def is_mapped(address: int) -> bool:
     raise AssertionError(hex(address))
 
 
-def small_checkout(folder: Path) -> Checkout:
-    """A copy of the project whose tracks both read a small file, two seeds, one epoch or two."""
+def small_checkout(folder: Path, **parameters: object) -> Checkout:
+    """A copy of the project whose tracks both read a small file, two seeds, one epoch or two, unless `parameters` say otherwise."""
     folder.mkdir(parents=True)
     write_npz(folder / "own.npz")
-    both = {"baselines__dataset": "own.npz", "distillation__dataset": "own.npz"}
-    few = {"baselines__epochs": 1, "distillation__epochs": 2, "seeds": [0, 1]}
-    return copy_checkout(folder, **both, **few, baselines__pretrained=False)
+    small = {"baselines__dataset": "own.npz", "distillation__dataset": "own.npz", "baselines__pretrained": False}
+    small |= {"baselines__epochs": 1, "distillation__epochs": 2, "seeds": [0, 1]}
+    return copy_checkout(folder, **(small | parameters))
 
 
 @pytest.fixture(scope="session")

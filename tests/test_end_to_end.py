@@ -127,7 +127,7 @@ def stale(checkout: Checkout) -> set[str]:
         ("serving", set()),
         ("reporting", {"report@baselines", "report@distillation"}),
         ("evaluation", {"evaluate@baselines", "evaluate@distillation", "report@baselines", "report@distillation"}),
-        ("training", {"train_baselines@simple_cnn", "train_baselines@resnet18", "train_teacher", "distill_student", "train_student_alone"}),
+        ("training", {"train_baselines@simple_cnn", "train_baselines@resnet18", "train_teacher", "distill_student", "train_student_alone", "measure_cost@baselines", "measure_cost@distillation"}),
         ("networks", set(STAGES) - {"fetch_data@baselines", "fetch_data@distillation", "report@baselines", "report@distillation"}),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,5 +27,5 @@ def test_imports_go_down(tmp_path: Path, path: str, line: str):
     if path:
         with (tmp_path / path).open("a") as file:
             file.write(f"\n{line}\n")
-    done = subprocess.run(["lint-imports", "--no-cache"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == (1 if path else 0), done.stdout

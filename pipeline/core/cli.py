@@ -13,20 +13,17 @@ from pipeline.core.provenance import code_digest
 
 
 def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
-    """Run `main` as a process, with one command-line argument for each name in `choices`.
+    """Run `main` as a process, with one command-line argument for each name in `choices`: one of its values or, for None, any.
 
-    An argument is one of the values given for it or, for None, any text. A `UserError` or a full disk becomes one line on
-    stderr and exit status 1, Ctrl-C status 130. Anything else is a defect of ours and keeps its traceback. Under DVC, the
-    stage ends with DVC, and fails if the code has changed while it ran: DVC would record the changed code as the one that ran.
+    A `UserError` or a full disk becomes one line on stderr and exit status 1, Ctrl-C status 130. Anything else is a defect of
+    ours and keeps its traceback. Under DVC, which would record changed code as the code that ran, changed code is an error.
     """
     parser = ArgumentParser(description=sys.modules["__main__"].__doc__, formatter_class=RawDescriptionHelpFormatter)
     for name, values in choices.items():
         parser.add_argument(name, choices=values)
-    arguments = vars(parser.parse_args())
-    under_dvc = "DVC_STAGE" in os.environ
+    arguments, under_dvc, code = vars(parser.parse_args()), "DVC_STAGE" in os.environ, code_digest()
     if under_dvc:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    code = code_digest()
     try:
         main(**arguments)
         if under_dvc and code_digest() != code:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
 import yaml
 
 from pipeline.core.errors import UserError
@@ -19,11 +20,7 @@ LARGEST_YAML = 100_000  # bytes
 
 
 def main_checkout() -> Path:
-    """The checkout that the user stands in.
-
-    DVC runs queued experiments in temporary copies and names the checkout they were made from in `DVC_ROOT`;
-    what must outlive an experiment (tracking store, downloads) and what a user names by a relative path belongs there.
-    """
+    """The checkout that the user stands in: for DVC's temporary copies, which do not last, the one they were made from."""
     return Path(os.environ.get("DVC_ROOT") or Path(__file__).parents[2]).resolve()
 
 
@@ -32,16 +29,19 @@ def from_main_checkout(path: str | Path) -> Path:
     return Path(os.path.normpath(main_checkout() / Path(path).expanduser()))
 
 
+def _remove_partial(path: Path) -> None:
+    """Remove what this process has prepared of `path`, and what killed processes had."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        pid = partial.suffixes[-2].removeprefix(".")
+        if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _replacement(path: Path) -> Iterator[Path]:
-    """Yield a free name beside `path`; what is there takes its place when the block ends well, and is removed otherwise."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        from psutil import pid_exists
-
-        pid = left.suffixes[-2].removeprefix(".")
-        if pid.isdecimal() and (int(pid) == os.getpid() or not pid_exists(int(pid))):
-            _remove(left)  # a killed process left it
+    """Yield a free name beside `path`; what the block puts there replaces `path` when it ends well and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_partial(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -50,11 +50,7 @@ def _replacement(path: Path) -> Iterator[Path]:
         error.filename = error.filename or str(path)
         raise
     finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        _remove_partial(path)
 
 
 @contextlib.contextmanager
@@ -78,8 +74,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def write_atomic(path: Path, *parts: bytes | str) -> None:
     """Write `path` so that it appears complete or, when anything fails, stays as it was. Raises OSError."""
     with atomic_file(path) as file:
-        for part in parts:
-            file.write(part.encode() if isinstance(part, str) else part)
+        file.writelines(part.encode() if isinstance(part, str) else part for part in parts)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -105,7 +100,7 @@ def md5(path: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-5 as a number, as YAML 1.2, which DVC writes, and unlike PyYAML. No aliases: a few can stand for gigabytes."""
+    """Reads 1e-5 as a number, as YAML 1.2 has it and DVC writes it. No aliases: with them a few lines can stand for gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
@@ -113,8 +108,8 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_NUMBER = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
+_EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
 def read_yaml(path: Path) -> Any:

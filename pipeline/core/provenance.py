@@ -17,9 +17,22 @@ PIPELINE = Path(__file__).parents[1]
 DECIDE_NOTHING = ("core", "tracking", "serving", "reporting", "params.py")  # of a result's bytes
 
 
+def git(*arguments: str) -> str:
+    """What git prints in the checkout that this code lies in; nothing if it fails."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=PIPELINE.parent, capture_output=True, text=True, check=False).stdout  # noqa: S603, S607
+    except OSError:
+        return ""
+
+
 def commit() -> str:
     """The git commit that the code comes from; in an experiment's temporary copy, that of the user's checkout."""
     return os.environ.get("DVC_EXP_BASELINE_REV") or git("rev-parse", "HEAD").strip()
+
+
+def code_is_committed() -> bool:
+    """Whether pipeline/ and dvc.yaml are as in a commit; False where git does not say."""
+    return bool(commit()) and not git("status", "--porcelain", "--", "pipeline", "dvc.yaml")
 
 
 def committed_parameters(revision: str) -> dict[str, Any]:
@@ -33,24 +46,7 @@ def committed_parameters(revision: str) -> dict[str, Any]:
 
 def _leaves(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in block.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def code_is_committed() -> bool:
-    """Whether pipeline/ and dvc.yaml are as in a commit; False where git does not say."""
-    return bool(commit()) and not git("status", "--porcelain", "--", "pipeline", "dvc.yaml")
-
-
-def git(*arguments: str) -> str:
-    """What git prints in the checkout that this code lies in; nothing if it fails."""
-    command = ["git", *arguments]
-    try:
-        return subprocess.run(command, cwd=PIPELINE.parent, capture_output=True, text=True, check=False).stdout  # noqa: S603 (git)
-    except OSError:
-        return ""
+        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
 
 def code_digest(packages: Iterable[str] | None = None) -> str:
@@ -65,14 +61,13 @@ def code_digest(packages: Iterable[str] | None = None) -> str:
 
 def machine() -> dict[str, str | int]:
     """Processor, cores, accelerator and versions."""
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    names = [match.group(1) for path in gpus if (match := re.search(r"Model:\s*(.*)", path.read_text()))]
-    found = {
-        "processor": models[0] if models else platform.processor(),
+    info, gpus = Path("/proc/cpuinfo"), sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    processor = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    gpu = re.search(r"Model:\s*(.*)", gpus[0].read_text()) if gpus else None
+    return {
+        "processor": processor[1] if processor else platform.processor(),
         "cores": os.cpu_count() or 1,
         "python": platform.python_version(),
         "torch": version("torch"),
+        **({"gpu": gpu[1]} if gpu else {}),
     }
-    return found | ({"gpu": names[0]} if names else {})

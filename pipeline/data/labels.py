@@ -18,14 +18,9 @@ def known_labels(labels: Tensor, share: float, seed: int) -> Tensor:
 
     int64, ascending. A smaller share is a part of a larger one.
     """
-    if share == 1:
-        return torch.arange(len(labels), device=labels.device)
-    random = np.random.default_rng(seed)
-    values = labels.cpu().numpy()
-    drawn = []
-    for label in np.unique(values):
-        of_class = random.permutation(np.flatnonzero(values == label))
-        drawn.append(of_class[: max(1, round(share * len(of_class)))])
+    random, values = np.random.default_rng(seed), labels.cpu().numpy()
+    of_classes = [random.permutation(np.flatnonzero(values == label)) for label in np.unique(values)]
+    drawn = [of_class[: max(1, round(share * len(of_class)))] for of_class in of_classes]
     return torch.from_numpy(np.sort(np.concatenate(drawn))).to(labels.device)
 
 

@@ -1,8 +1,7 @@
 """Prepared data: its layout, and how the stages read it and put it on the device.
 
 A prepared set is a folder: `dataset.json` describes it, and `train/`, `val/` and `test/` hold `images.npy`, uint8 of shape
-(N, H, W, C), and `labels.npy`, int64 of shape (N,). The splits are separate folders so that a stage depends on, and reads,
-only those that it may see.
+(N, H, W, C), and `labels.npy`, int64 of shape (N,). A stage depends on, and reads, only the splits that it may see.
 """
 
 import warnings
@@ -41,13 +40,11 @@ def load_split(folder: Path, split: str, device: torch.device) -> Split:
     """
     images, labels = (read_npy(folder / split / f"{name}.npy") for name in Split._fields)
     if (images.dtype, images.ndim, labels.dtype, labels.shape) != (np.uint8, 4, np.int64, images.shape[:1]):
-        raise UserError(
-            f"{folder / split}: not prepared images and labels: {images.dtype} of shape {images.shape},"
-            f" {labels.dtype} of shape {labels.shape}"
-        )
+        shapes = f"{images.dtype} of shape {images.shape}, {labels.dtype} of shape {labels.shape}"
+        raise UserError(f"{folder / split}: not prepared images and labels: {shapes}")
     with warnings.catch_warnings(action="ignore"):  # that they are not to be written to
-        found = Split(torch.from_numpy(images), torch.from_numpy(labels).to(device))
-    return found._replace(images=found.images.to(device)) if fits(images.nbytes, device) else found
+        images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+    return Split(images.to(device) if fits(images.nbytes, device) else images, labels.to(device))
 
 
 def load_training_data(folder: Path, device: torch.device) -> TrainingData:

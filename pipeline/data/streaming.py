@@ -2,7 +2,8 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -13,12 +14,10 @@ AHEAD = 4  # batches
 def fits(size: int, device: torch.device) -> bool:
     """Whether `size` bytes of images leave half of the memory that is free on `device`."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        from psutil import virtual_memory
+        return size <= torch.cuda.mem_get_info(device)[0] / 2
+    from psutil import virtual_memory
 
-        free = virtual_memory().available
-    return size <= free / 2
+    return size <= virtual_memory().available / 2
 
 
 def streamed(images: Tensor, batches: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
@@ -32,10 +31,9 @@ def streamed(images: Tensor, batches: Sequence[Tensor], device: torch.device) ->
         return torch.index_select(images, 0, rows, out=batch)
 
     with ThreadPoolExecutor(AHEAD) as pool:
-        pending: deque[Future[Tensor]] = deque()
-        for rows in batches:
-            pending.append(pool.submit(read, rows.cpu()))
-            if len(pending) > AHEAD:
-                yield pending.popleft().result().to(device, non_blocking=True)
+        started = (pool.submit(read, rows.cpu()) for rows in batches)
+        pending = deque(islice(started, AHEAD))
         while pending:
-            yield pending.popleft().result().to(device, non_blocking=True)
+            batch = pending.popleft().result()
+            pending.extend(islice(started, 1))
+            yield batch.to(device, non_blocking=True)

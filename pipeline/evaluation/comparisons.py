@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5, write_atomic, write_json
 from pipeline.data.dataset import Dataset
-from pipeline.networks.description import Description, checkpoints_in
+from pipeline.networks.description import checkpoints_in
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,40 +26,20 @@ FILES = ("metrics/{}.json", "metrics/{}_comparisons.json", "metrics/detail/{}.js
 class Evaluation(NamedTuple):
     """A track's results, as the stage evaluate writes them.
 
-    Attributes
-    ----------
-    metrics : dict
-        By model: means over the seeds, `_sd` and `_ci95` beside what varies, and `parameters` (their number).
-    comparisons : dict
-        By "<model>_vs_<other>": the figures of `statistics.Comparison` and its verdict.
-    detail : dict
-        `track`, `dataset` (a Dataset) and by model, under `models`: the training's `architecture`, `arguments`, `parameters` and
-        `setting`; by seed, `seeds`, `digests`, `checkpoints` (MD5), `best_epochs`, `figures` and `histories` (a dict per epoch);
-        `at_chance` (the seeds that learned nothing); `by_class` (means over the seeds).
-    labels : int64 array of shape (N,)
-    probabilities : dict of float32 arrays of shape (S, N, K)
-        By model; in the order of the seeds, the test images and the classes.
+    `detail` holds `track`, `dataset` (a Dataset) and by model, under `models`: the training's `architecture`, `arguments`,
+    `parameters` and `setting`; by seed, `seeds`, `digests`, `checkpoints` (MD5), `best_epochs`, `figures` and `histories` (a dict
+    per epoch); `at_chance` (the seeds that learned nothing); `by_class` (means over the seeds).
     """
 
-    metrics: dict[str, dict[str, float]]
-    comparisons: dict[str, dict[str, Any]]
+    metrics: dict[str, dict[str, float]]  # by model: `over_seeds` of its figures, and `parameters` (their number)
+    comparisons: dict[str, dict[str, Any]]  # by "<model>_vs_<other>": the fields of `statistics.Comparison` and its verdict
     detail: dict[str, Any]
-    labels: np.ndarray
-    probabilities: dict[str, np.ndarray]
+    labels: np.ndarray  # int64, (N,)
+    probabilities: dict[str, np.ndarray]  # by model, float32, (S, N, K): in the order of the seeds, test images and classes
 
     def pooled(self, model: str) -> tuple[np.ndarray, np.ndarray]:
         """Labels (S * N,) and probabilities (S * N, K) of one model, all seeds."""
-        probabilities = self.probabilities[model]
-        return np.tile(self.labels, len(probabilities)), probabilities.reshape(-1, probabilities.shape[2])
-
-
-class _Predictions(NamedTuple):
-    """One checkpoint on the test images."""
-
-    md5: str
-    description: Description
-    parameters: int  # of the network
-    probabilities: np.ndarray  # float64, (N, K)
+        return np.tile(self.labels, len(self.probabilities[model])), np.concatenate(self.probabilities[model])
 
 
 def evaluate_track(
@@ -81,62 +61,55 @@ def evaluate_track(
     from pipeline.evaluation.statistics import compare
 
     labels = test.labels.cpu().numpy()
-    predictions = {model: [_predict(path, dataset, test) for path in checkpoints_in(folder / model)] for model in models}
-    seeds = {model: [run.description.seed for run in runs] for model, runs in predictions.items()}
+    details, parameters, probabilities = {}, {}, {}
+    for model in models:
+        details[model], parameters[model], probabilities[model] = _predict(folder / model, dataset, test)
+    seeds = {model: detail["seeds"] for model, detail in details.items()}
     if len(set(map(tuple, seeds.values()))) > 1:
         raise UserError(f"{folder}: the models were trained with different seeds, {seeds}: run dvc repro")
-    figures = {model: [score(labels, run.probabilities) for run in runs] for model, runs in predictions.items()}
-    for student, teacher in teachers.items():
-        for values, ours, theirs in zip(figures[student], predictions[student], predictions[teacher], strict=True):
-            values.update(fidelity(ours.probabilities, theirs.probabilities))
-    metrics, details, correct, probabilities = {}, {}, {}, {}
-    for model, runs in predictions.items():
-        losses = [{"final_train_loss": run.description.history[-1].train_loss} for run in runs]
-        varying = [values | loss for values, loss in zip(figures[model], losses, strict=True)]
-        metrics[model] = over_seeds(varying) | {"parameters": runs[0].parameters}
-        details[model] = _detail(runs, labels) | {"figures": figures[model]}
-        correct[model] = np.stack([run.probabilities.argmax(axis=1) == labels for run in runs])
-        probabilities[model] = np.stack([run.probabilities for run in runs]).astype(np.float32)
+    metrics = {}
+    for model, detail in details.items():
+        figures = [score(labels, of_seed) for of_seed in probabilities[model]]
+        if model in teachers:
+            pairs = zip(figures, probabilities[model], probabilities[teachers[model]], strict=True)
+            figures = [values | fidelity(of_student, of_teacher) for values, of_student, of_teacher in pairs]
+        detail["figures"] = figures
+        losses = [{"final_train_loss": history[-1]["train_loss"]} for history in detail["histories"]]
+        metrics[model] = over_seeds(figures) | over_seeds(losses) | {"parameters": parameters[model]}
+    correct = {model: values.argmax(axis=2) == labels for model, values in probabilities.items()}
     compared = {f"{model}_vs_{other}": compare(correct[model], correct[other]).as_json() for model, other in comparisons}
     detail = {"track": track, "dataset": dataset.model_dump(mode="json"), "models": details}
-    return Evaluation(metrics, compared, detail, labels, probabilities)
+    return Evaluation(metrics, compared, detail, labels, {model: p.astype(np.float32) for model, p in probabilities.items()})
 
 
-def _predict(path: Path, dataset: Dataset, test: "Split") -> _Predictions:
-    """One checkpoint's predictions. Raises UserError if it was trained on other data than `dataset`."""
+def _predict(folder: Path, dataset: Dataset, test: "Split") -> tuple[dict[str, Any], int, np.ndarray]:
+    """One model's `Evaluation.detail` (without `figures`), number of parameters, and probabilities, float64 (S, N, K)."""
+    from pipeline.evaluation.metrics import by_class, over_seeds
+    from pipeline.evaluation.statistics import above_chance
     from pipeline.networks.checkpoints import load_checkpoint
     from pipeline.networks.inference import predict
 
-    classifier, description = load_checkpoint(path, test.labels.device)
-    if description.dataset != dataset:
-        raise UserError(f"{path}: trained on other data ({description.dataset.name}) than is in data/: run dvc repro")
-    probabilities = predict(classifier, test.images).double().softmax(dim=1).cpu().numpy()
-    return _Predictions(md5(path), description, sum(p.numel() for p in classifier.parameters()), probabilities)
-
-
-def _detail(runs: Sequence[_Predictions], labels: np.ndarray) -> dict[str, Any]:
-    """One model's entry in `Evaluation.detail`, without its figures."""
-    from pipeline.evaluation.metrics import by_class, over_seeds
-    from pipeline.evaluation.statistics import above_chance
-
-    descriptions = [run.description for run in runs]
-    first, images = descriptions[0], descriptions[0].dataset.images["val"]
-    classes = [by_class(labels, run.probabilities, first.dataset.classes) for run in runs]
-    at_chance = [
-        description.seed
-        for description in descriptions
-        if not above_chance(round(description.best()[0] * images), images, description.chance)
-    ]
-    return {
+    paths, descriptions, probabilities = checkpoints_in(folder), [], []
+    for path in paths:
+        classifier, description = load_checkpoint(path, test.labels.device)
+        if description.dataset != dataset:
+            raise UserError(f"{path}: trained on other data ({description.dataset.name}) than is in data/: run dvc repro")
+        descriptions.append(description)
+        probabilities.append(predict(classifier, test.images).double().softmax(dim=1).cpu().numpy())
+    first, images, labels = descriptions[0], dataset.images["val"], test.labels.cpu().numpy()
+    correct = {description.seed: round(description.best()[0] * images) for description in descriptions}
+    classes = [by_class(labels, of_seed, dataset.classes) for of_seed in probabilities]
+    detail = {
         **{key: getattr(first, key) for key in ("architecture", "arguments", "parameters", "setting")},
         "seeds": [description.seed for description in descriptions],
         "digests": [description.digest for description in descriptions],
-        "checkpoints": [run.md5 for run in runs],
+        "checkpoints": [md5(path) for path in paths],
         "best_epochs": [description.best_epoch for description in descriptions],
-        "at_chance": at_chance,
-        "by_class": {name: over_seeds([figures[name] for figures in classes]) for name in first.dataset.classes},
+        "at_chance": [seed for seed, count in correct.items() if not above_chance(count, images, first.chance)],
+        "by_class": {name: over_seeds([figures[name] for figures in classes]) for name in dataset.classes},
         "histories": [[epoch.model_dump() for epoch in description.history] for description in descriptions],
     }
+    return detail, sum(weight.numel() for weight in classifier.parameters()), np.stack(probabilities)
 
 
 def loss_curves(evaluation: Evaluation) -> "pd.DataFrame":
@@ -154,23 +127,18 @@ def loss_curves(evaluation: Evaluation) -> "pd.DataFrame":
     return losses.agg(loss="mean", low="min", high="max").reset_index()
 
 
-def confusions(evaluation: Evaluation) -> dict[str, np.ndarray]:
-    """By model, the counts of all seeds, (K, K): rows are the true classes, columns the predicted ones."""
-    from pipeline.evaluation.metrics import confusion
-
-    return {model: confusion(*evaluation.pooled(model)) for model in evaluation.probabilities}
-
-
 def write_evaluation(evaluation: Evaluation, root: Path) -> None:
     """Write the files that `read_evaluation` reads, and the values of DVC's plots, below `root`. Equal input, equal bytes."""
     import pandas as pd
 
+    from pipeline.evaluation.metrics import confusion
+
     metrics, comparisons, detail, labels, probabilities = evaluation
     track, classes = detail["track"], detail["dataset"]["classes"]
-    counts = confusions(evaluation)
-    cells = pd.MultiIndex.from_product([counts, classes, classes], names=["model", "actual", "predicted"])
-    confusion = pd.Series(np.stack(list(counts.values())).ravel(), cells, name="count").reset_index()
-    for name, frame in (("losses", loss_curves(evaluation)), ("confusion", confusion)):
+    cells = pd.MultiIndex.from_product([probabilities, classes, classes], names=["model", "actual", "predicted"])
+    counts = np.concatenate([confusion(*evaluation.pooled(model)).ravel() for model in probabilities])
+    confusions = pd.Series(counts, cells, name="count").reset_index()
+    for name, frame in (("losses", loss_curves(evaluation)), ("confusion", confusions)):
         write_atomic(root / f"metrics/plots/{track}/{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
     *tables, predictions = (path.format(track) for path in FILES)
     for path, content in zip(tables, (metrics, comparisons, detail), strict=True):
@@ -181,10 +149,7 @@ def write_evaluation(evaluation: Evaluation, root: Path) -> None:
 
 
 def read_evaluation(track: str, read: Callable[[str], bytes]) -> Evaluation:
-    """A track's results from the files that `read` gives by their path in the checkout.
-
-    Raises UserError if one is missing, damaged or does not fit the others.
-    """
+    """A track's results, from `read(path in the checkout)`. Raises UserError if a file is missing, damaged or does not fit."""
     *tables, predictions = (path.format(track) for path in FILES)
     try:
         metrics, comparisons, detail = (dict(json.loads(read(path := table))) for table in tables)

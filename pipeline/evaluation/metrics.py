@@ -14,6 +14,7 @@ from sklearn import metrics as sk
 from pipeline.evaluation.statistics import half_width
 
 CALIBRATION_BINS = 15
+TINY = np.finfo(float).tiny  # what a probability of 0 counts as where its logarithm is taken
 
 
 def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
@@ -30,19 +31,16 @@ def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
 def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
     """Accuracy, AUC, weighted F1 (0-1), negative log-likelihood (nats per image) and expected calibration error (0-1)."""
     predicted = probabilities.argmax(axis=1)
+    of_true_class = probabilities[np.arange(len(labels)), labels]
+    bins = reliability(labels, probabilities)
+    gap = (bins["accuracy"] - bins["confidence"]).abs()
     return {
         "accuracy": float(sk.accuracy_score(labels, predicted)),
         "auc": auc(labels, probabilities),
         "f1_weighted": float(sk.f1_score(labels, predicted, average="weighted", zero_division=0)),
-        "nll": negative_log_likelihood(labels, probabilities),
-        "ece": calibration_error(reliability(labels, probabilities)),
+        "nll": float(-np.log(np.maximum(of_true_class, TINY)).mean()),
+        "ece": float((gap * bins["images"]).sum() / len(labels)),  # Guo et al. 2017, eq. 3
     }
-
-
-def negative_log_likelihood(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Mean of -log of the true class's probability, nats. A probability of 0 counts as the smallest number above it."""
-    of_true_class = probabilities[np.arange(len(labels)), labels]
-    return float(-np.log(np.maximum(of_true_class, np.finfo(float).tiny)).mean())
 
 
 def reliability(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
@@ -54,22 +52,9 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
     confidence = probabilities.max(axis=1).astype(float)
     correct = probabilities.argmax(axis=1) == labels
     bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
-    images = np.bincount(bins, minlength=CALIBRATION_BINS)
-    divisor = np.maximum(images, 1)
-    return pd.DataFrame(
-        {
-            "bin": np.arange(1, CALIBRATION_BINS + 1) / CALIBRATION_BINS,
-            "images": images,
-            "confidence": np.bincount(bins, confidence, CALIBRATION_BINS) / divisor,
-            "accuracy": np.bincount(bins, correct, CALIBRATION_BINS) / divisor,
-        }
-    )
-
-
-def calibration_error(bins: pd.DataFrame) -> float:
-    """Expected calibration error, 0-1: |accuracy - confidence| of the bins, weighted by their images (Guo et al. 2017, eq. 3)."""
-    gap = (bins["accuracy"] - bins["confidence"]).abs()
-    return float((gap * bins["images"]).sum() / bins["images"].sum())
+    images, *sums = (np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, confidence, correct))
+    means = {name: total / np.maximum(images, 1) for name, total in zip(("confidence", "accuracy"), sums, strict=True)}
+    return pd.DataFrame({"bin": np.arange(1, CALIBRATION_BINS + 1) / CALIBRATION_BINS, "images": images} | means)
 
 
 def fidelity(probabilities: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
@@ -78,16 +63,15 @@ def fidelity(probabilities: np.ndarray, teacher: np.ndarray) -> dict[str, float]
     The share for which both name the same class, 0-1, and the mean of KL(teacher || student) at temperature 1, nats.
     """
     agreement = probabilities.argmax(axis=1) == teacher.argmax(axis=1)
-    divergence = rel_entr(teacher, np.maximum(probabilities, np.finfo(float).tiny)).sum(axis=1)
+    divergence = rel_entr(teacher, np.maximum(probabilities, TINY)).sum(axis=1)
     return {"agreement_with_teacher": float(agreement.mean()), "kl_from_teacher": float(divergence.mean())}
 
 
 def by_class(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, float]]:
     """Precision, recall and F1 (0-1) of each class by its name."""
-    columns = sk.precision_recall_fscore_support(
-        labels, probabilities.argmax(axis=1), labels=range(len(classes)), average=None, zero_division=0
-    )
-    rows = np.transpose(columns[:3]).tolist()
+    options = {"labels": range(len(classes)), "average": None, "zero_division": 0}
+    columns = sk.precision_recall_fscore_support(labels, probabilities.argmax(axis=1), **options)[:3]
+    rows = np.transpose(columns).tolist()
     return {name: dict(zip(("precision", "recall", "f1"), row, strict=True)) for name, row in zip(classes, rows, strict=True)}
 
 
@@ -103,15 +87,11 @@ def confusion(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 
 
 def over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each figure over the seeds' runs and, from two seeds on, beside it two measures of its spread.
-
-    `<figure>_sd` is the sample standard deviation, `<figure>_ci95` half the width of Student's 95 % interval of the mean.
-    """
+    """Mean of each figure; of several seeds also `_sd`, the sample standard deviation, and `_ci95`, the mean's `half_width`."""
     summary = {}
     for key in runs[0]:
         values = [run[key] for run in runs]
         summary[key] = fmean(values)
         if len(values) > 1:
-            summary[f"{key}_sd"] = stdev(values)
-            summary[f"{key}_ci95"] = half_width(values)
+            summary |= {f"{key}_sd": stdev(values), f"{key}_ci95": half_width(values)}
     return summary

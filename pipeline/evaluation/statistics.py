@@ -17,31 +17,16 @@ RESAMPLES = 5000
 
 
 class Comparison(NamedTuple):
-    """The accuracy of one model minus that of another, trained with the same seeds; shares of 1.
+    """The accuracy of one model minus that of another, trained with the same seeds; shares of 1."""
 
-    Attributes
-    ----------
-    gain : float
-        Mean over seeds and test images.
-    low, high : float
-        The 95 % interval: the wider, at either end, of the two that follow.
-    seeds_low, seeds_high : float
-        Student's t interval of the seeds' gains (a paired t test): the chance of training. NaN for a single seed.
-    bootstrap_low, bootstrap_high : float
-        Percentiles over resamples of seeds and test images, both models' predictions drawn together: the chance of both.
-    detectable : float
-        The smallest gain that this number of seeds and images shows with a probability of 80 %. NaN for a single seed.
-    seeds, images : int
-    """
-
-    gain: float
-    low: float
+    gain: float  # mean over seeds and test images
+    low: float  # the 95 % interval: the wider, at either end, of the two that follow
     high: float
-    seeds_low: float
+    seeds_low: float  # Student's t interval of the seeds' gains (a paired t test): the chance of training; NaN for a single seed
     seeds_high: float
-    bootstrap_low: float
+    bootstrap_low: float  # percentiles over resamples of seeds and test images, both models' drawn together: the chance of both
     bootstrap_high: float
-    detectable: float
+    detectable: float  # the smallest gain that this number of seeds and images shows with a probability of 80 %; NaN for one seed
     seeds: int
     images: int
 
@@ -54,29 +39,23 @@ class Comparison(NamedTuple):
 
     def as_json(self) -> dict[str, float | str]:
         """The figures and the verdict, without those that a single seed does not have."""
-        figures = {key: value for key, value in self._asdict().items() if not np.isnan(value)}
-        return figures | {"verdict": self.verdict}
+        return {key: value for key, value in self._asdict().items() if not np.isnan(value)} | {"verdict": self.verdict}
 
 
 def compare(correct: np.ndarray, other: np.ndarray) -> Comparison:
-    """One model against another, from which test images each classified correctly.
-
-    Both are bool arrays of shape (S, N), by seed and image; row s of both is of the same seed.
-    """
+    """Two models by which test images each classified correctly: bool arrays (S, N), row s of both of the same seed."""
     if correct.shape != other.shape:
         raise ValueError(f"the two models have other seeds or images: {correct.shape} and {other.shape}")
     difference = correct.astype(np.int8) - other.astype(np.int8)
     seeds, images = difference.shape
-    gains = difference.mean(axis=1)
-    gain = float(gains.mean())
+    gains = difference.mean(axis=1).tolist()
+    gain, half, tail = float(np.mean(gains)), half_width(gains), (1 - CONFIDENCE) / 2
     resampled = bootstrap(difference)
-    tail = (1 - CONFIDENCE) / 2
-    bootstrap_low, bootstrap_high = (float(value) for value in np.quantile(resampled, [tail, 1 - tail]))
-    half = half_width(gains.tolist())
+    bootstrap_low, bootstrap_high = np.quantile(resampled, [tail, 1 - tail]).tolist()
     low, high, detectable = bootstrap_low, bootstrap_high, float("nan")
     if seeds > 1:
         low, high = max(-1.0, min(low, gain - half)), min(1.0, max(high, gain + half))
-        error = max(stdev(gains.tolist()) / seeds**0.5, float(resampled.std()))
+        error = max(stdev(gains) / seeds**0.5, float(resampled.std()))
         detectable = float(t.ppf(1 - tail, seeds - 1) + t.ppf(POWER, seeds - 1)) * error
     return Comparison(gain, low, high, gain - half, gain + half, bootstrap_low, bootstrap_high, detectable, seeds, images)
 
@@ -99,16 +78,16 @@ def share_interval(correct: int, images: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def bootstrap(difference: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Means of (S, N) values over resamples of rows and of columns, each drawn with replacement: shape (resamples,).
+def bootstrap(difference: np.ndarray) -> np.ndarray:
+    """Means of (S, N) values over 5,000 resamples of rows and of columns, each drawn with replacement: shape (5000,).
 
     Rows and columns are crossed (every seed sees every image), so both are drawn anew in each resample, as in Owen 2007,
     "The pigeonhole bootstrap" (arXiv:0712.1111).
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     rows, columns = difference.shape
     # Images on which all seeds agree are alike: draw how many of each kind, not which.
     kinds, counts = np.unique(difference, axis=1, return_counts=True)
-    drawn_columns = random.multinomial(columns, counts / columns, size=resamples)
-    drawn_rows = random.multinomial(rows, np.full(rows, 1 / rows), size=resamples)
+    drawn_columns = random.multinomial(columns, counts / columns, size=RESAMPLES)
+    drawn_rows = random.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
     return np.einsum("br,rk,bk->b", drawn_rows, kinds, drawn_columns, optimize=True) / (rows * columns)

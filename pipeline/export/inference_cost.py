@@ -8,18 +8,14 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from timeit import repeat
 from typing import Any
 
 import numpy as np
 
-LATENCY_PASSES = 200
-THROUGHPUT_PASSES = 30
-THROUGHPUT_BATCH = 256
-
-Run = Callable[[np.ndarray], Any]
+BATCH = 256  # images
 
 
 def inference_cost(path: Path) -> dict[str, float]:
@@ -34,41 +30,27 @@ def measure(path: Path) -> dict[str, float]:
 
     All cores are used. The memory is the whole process's, libraries included; left out on systems without /proc.
     """
-    run, image_shape = (_open_onnx if path.suffix == ".onnx" else _open_checkpoint)(path)
-    images = np.random.default_rng(0).integers(0, 256, (THROUGHPUT_BATCH, *image_shape), dtype=np.uint8)
-    single = _seconds(run, images[:1], LATENCY_PASSES)
-    batch = _seconds(run, images, THROUGHPUT_PASSES)
+    run, image_shape = _open(path)
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, *image_shape), dtype=np.uint8)
+    single = repeat(lambda: run(images[:1]), number=1, repeat=223)[23:]  # seconds, after a warm-up
+    batch = repeat(lambda: run(images), number=1, repeat=36)[6:]
     figures = {
         "latency_ms": 1000 * float(np.median(single)),
         "latency_p95_ms": 1000 * float(np.quantile(single, 0.95)),
-        "images_per_second": THROUGHPUT_BATCH / float(np.median(batch)),
+        "images_per_second": BATCH / float(np.median(batch)),
     }
-    status = Path("/proc/self/status")
-    if status.exists():
-        peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
-        figures["peak_memory_mib"] = int(peak.group(1)) / 2**10
+    if (status := Path("/proc/self/status")).exists():
+        figures["peak_memory_mib"] = int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
     return figures
 
 
-def _seconds(run: Run, images: np.ndarray, passes: int) -> list[float]:
-    """Seconds of each pass, after a warm-up."""
-    seconds = []
-    for number in range(-(passes // 10) - 3, passes):
-        start = time.perf_counter()
-        run(images)
-        if number >= 0:
-            seconds.append(time.perf_counter() - start)
-    return seconds
+def _open(path: Path) -> tuple[Callable[[np.ndarray], Any], tuple[int, int, int]]:
+    """A function that predicts images with the model in `path`, and the shape (H, W, C) of its images."""
+    if path.suffix == ".onnx":
+        from pipeline.export.onnx_model import Student
 
-
-def _open_onnx(path: Path) -> tuple[Run, tuple[int, int, int]]:
-    from pipeline.export.onnx_model import Student
-
-    student = Student(path)
-    return lambda images: student.session.run(None, {"images": images}), student.shape
-
-
-def _open_checkpoint(path: Path) -> tuple[Run, tuple[int, int, int]]:
+        student = Student(path)
+        return lambda images: student.session.run(None, {"images": images}), student.shape
     import torch
 
     from pipeline.networks.checkpoints import load_checkpoint

@@ -10,15 +10,13 @@ import numpy as np
 import onnx
 import torch
 from google.protobuf.message import DecodeError
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from torch import nn
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
-from pipeline.export.onnx_model import BATCH
+from pipeline.export.onnx_model import batches
 from pipeline.networks.architectures import Classifier
-
-OPSET = 18
 
 
 def export_onnx(classifier: Classifier, image_shape: tuple[int, int, int], classes: list[str], path: Path) -> None:
@@ -31,9 +29,8 @@ def export_onnx(classifier: Classifier, image_shape: tuple[int, int, int], class
             input_names=["images"],
             output_names=["probabilities"],
             dynamic_shapes=({0: torch.export.Dim("N")},),
-            opset_version=OPSET,
+            opset_version=18,
             verbose=False,
-            dynamo=True,
         )
     _save(program.model_proto, classes, path)
 
@@ -51,7 +48,6 @@ def quantize(source: Path, calibration: np.ndarray, classes: list[str], path: Pa
                 source,
                 raw,
                 _Calibration(calibration),
-                quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
@@ -59,28 +55,25 @@ def quantize(source: Path, calibration: np.ndarray, classes: list[str], path: Pa
             )
             model = onnx.load(raw)
         except DecodeError as error:
-            raise UserError(
-                f"no space left in {source.parent} or {folder}, it seems: what was written there reads back as {error}"
-            ) from error
+            places = f"{source.parent} or {folder}"
+            raise UserError(f"no space left in {places}, it seems: what was written there reads back as {error}") from error
     _save(model, classes, path)
 
 
 class _Calibration(CalibrationDataReader):
     def __init__(self, images: np.ndarray) -> None:
-        self.batches = iter(np.array_split(images, -(-len(images) // BATCH)))
+        self.inputs = ({"images": batch} for batch in batches(images))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        batch = next(self.batches, None)
-        return None if batch is None else {"images": batch}
+        return next(self.inputs, None)
 
 
 def _save(model: onnx.ModelProto, classes: list[str], path: Path) -> None:
     """Write `model` without what the exporter notes about itself: source lines and paths of this machine."""
-    for node in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
-        node.doc_string = ""
-        del node.metadata_props[:]
-    del model.graph.metadata_props[:]
-    model.graph.doc_string = ""
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
+        part.doc_string = ""
+        del part.metadata_props[:]
     onnx.helper.set_model_props(model, {"classes": json.dumps(classes)})
     onnx.checker.check_model(model)
     write_atomic(path, model.SerializeToString(deterministic=True))

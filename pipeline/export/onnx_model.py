@@ -12,23 +12,12 @@ from onnxruntime import InferenceSession, SessionOptions
 
 from pipeline.core.errors import UserError
 
-BATCH = 250  # images per pass
-
 
 class Student:
-    """An ONNX file as stage export_student writes it.
-
-    Attributes
-    ----------
-    classes : list of str
-    shape : (H, W, C) of an image
-    """
+    """An ONNX file as stage export_student writes it: its `classes`, and the `shape` (H, W, C) of its images."""
 
     def __init__(self, path: Path, threads: int = 0) -> None:
-        """Open `path` to compute with `threads` threads; 0: one per core.
-
-        Raises UserError for a file that is missing, damaged, or another model.
-        """
+        """Open `path` to compute with `threads` threads; 0: one per core. Raises UserError for anything but such a file."""
         self.path = path
         options = SessionOptions()
         options.intra_op_num_threads = threads
@@ -46,8 +35,12 @@ class Student:
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Probabilities, float32 of shape (N, K), of uint8 images of shape (N, H, W, C), on the CPU. Raises UserError."""
-        batches = np.array_split(images, -(-len(images) // BATCH))
         try:
-            return np.concatenate([self.session.run(None, {"images": batch})[0] for batch in batches])
+            return np.concatenate([self.session.run(None, {"images": batch})[0] for batch in batches(images)])
         except Exception as error:  # as above
             raise UserError(f"{self.path}: cannot be run: {error}: dvc repro export_student") from error
+
+
+def batches(images: np.ndarray) -> list[np.ndarray]:
+    """`images`, at least one, in parts of at most 250, the number that is computed at a time."""
+    return np.array_split(images, -(-len(images) // 250))

@@ -26,16 +26,14 @@ class Checksum(NamedTuple):
         """What is wrong with the file at `path`, for a message; None if its checksum is this."""
         with path.open("rb") as file:
             actual = hashlib.file_digest(file, lambda: hashlib.new(self.algorithm, usedforsecurity=False)).hexdigest()
-        right = actual.startswith(self.digest)
-        return None if right else f"wrong checksum: {self.algorithm} is {actual}, not {self.digest}"
+        return None if actual.startswith(self.digest) else f"wrong checksum: {self.algorithm} is {actual}, not {self.digest}"
 
 
 def download(urls: Sequence[str], path: Path, checksum: Checksum) -> None:
-    """Put the file that each of `urls` serves to `path`.
+    """Put the file that each of `urls` serves to `path`. A second process that wants the same file waits for the first.
 
-    A partial file is kept beside `path`, hidden, and a later call resumes it. A second process that wants the same file
-    waits for the first. Raises ConnectionError if no URL serves the right file: at once where they all refuse it, else
-    after the last attempt. Raises OSError if the file cannot be written.
+    A partial file is kept beside `path`, hidden, and a later call resumes it. Raises ConnectionError if no URL serves the right
+    file: at once where they all refuse it, else after the last attempt. Raises OSError if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -49,21 +47,20 @@ def download(urls: Sequence[str], path: Path, checksum: Checksum) -> None:
                 try:
                     resumed = _fetch(url, partial)
                 except requests.RequestException as error:
-                    problem = f"{url}: {error}"
-                    if _is_final(error):
-                        candidates.remove(url)
-                    continue
-                mismatch = checksum.mismatch(partial)
-                if not mismatch:
-                    os.replace(partial, path)
-                    return
-                problem = f"{url} serves another file: {mismatch}"
-                partial.unlink()
-                if not resumed:  # otherwise the part from before may be to blame: start over
+                    status = 0 if error.response is None else error.response.status_code
+                    problem, final = f"{url}: {error}", 400 <= status < 500 and status not in (408, 429)  # too slow, too often
+                else:
+                    mismatch = checksum.mismatch(partial)
+                    if not mismatch:
+                        os.replace(partial, path)
+                        return
+                    problem, final = f"{url} serves another file: {mismatch}", not resumed
+                    partial.unlink()  # where it was resumed, the part from before may be to blame: start over
+                if final:
                     candidates.remove(url)
             if not candidates:
-                break
-    raise ConnectionError(problem if not candidates else f"{len(WAITS)} attempts, the last: {problem}")
+                raise ConnectionError(problem)
+    raise ConnectionError(f"{len(WAITS)} attempts, the last: {problem}")
 
 
 def _fetch(url: str, partial: Path) -> bool:
@@ -83,9 +80,3 @@ def _fetch(url: str, partial: Path) -> bool:
                 file.write(chunk)
                 bar.update(len(chunk))
     return resumed
-
-
-def _is_final(error: requests.RequestException) -> bool:
-    """Whether another attempt would fail as well: HTTP's 4xx, but for 408 (too slow) and 429 (too often)."""
-    status = 0 if error.response is None else error.response.status_code
-    return 400 <= status < 500 and status not in (408, 429)

@@ -21,23 +21,27 @@ def prepare(source: Source, validation: float, folder: Path) -> Dataset:
     Without a validation split in the source, a share of `validation` of its training images becomes one, stratified by
     class, always the same images. Raises UserError if a class has too few images for that.
     """
-    splits, origin = dict(source.splits), "official"
-    rows: dict[str, np.ndarray | None] = dict.fromkeys(SPLITS)  # of a split's arrays; None: all of them in order
-    if "val" not in splits:
-        rows["train"], rows["val"] = _split_rows(source.name, splits["train"][1], validation)
-        splits["val"] = splits["train"]
+    rows, origin = {split: np.arange(len(labels)) for split, (_, labels) in source.splits.items()}, "official"
+    if "val" not in rows:
+        from sklearn.model_selection import train_test_split
+
         origin = f"{validation:g} of the training images, stratified, seed {VALIDATION_SEED}"
+        options = {"stratify": source.splits["train"][1], "random_state": VALIDATION_SEED}
+        try:
+            rows["train"], rows["val"] = train_test_split(rows["train"], test_size=validation, **options)
+        except ValueError as error:
+            raise UserError(f"dataset {source.name}: no validation split can be cut from its training images: {error}") from error
     digest = hashlib.sha256()
     for split in SPLITS:
-        for name, array in zip(("images", "labels"), splits[split], strict=True):
+        for name, array in zip(("images", "labels"), source.splits.get(split, source.splits["train"]), strict=True):
             _write(folder / split / f"{name}.npy", array, rows[split], digest)
     dataset = Dataset(
         name=source.name,
         classes=source.classes,
-        image_shape=splits["train"][0].shape[1:],
+        image_shape=source.splits["train"][0].shape[1:],
         mean=source.mean,
         std=source.std,
-        images={split: len(splits[split][1] if rows[split] is None else rows[split]) for split in SPLITS},
+        images={split: len(rows[split]) for split in SPLITS},
         validation=origin,
         fingerprint=digest.hexdigest(),
     )
@@ -45,26 +49,15 @@ def prepare(source: Source, validation: float, folder: Path) -> Dataset:
     return dataset
 
 
-def _write(path: Path, array: np.ndarray, rows: np.ndarray | None, digest: "hashlib._Hash") -> None:
-    """Write those rows of `array` (None: all) as an .npy file, a chunk at a time, and add them to the digest."""
-    shape = (len(array) if rows is None else len(rows), *array.shape[1:])
+def _write(path: Path, array: np.ndarray, rows: np.ndarray, digest: "hashlib._Hash") -> None:
+    """Write those rows of `array` as an .npy file, a chunk at a time, and add them to the digest."""
+    shape = (len(rows), *array.shape[1:])
     digest.update(f"{path.parent.name}/{path.stem} {array.dtype} {shape}\n".encode())
     step = max(1, CHUNK // (array.itemsize * math.prod(shape[1:])))
     with atomic_file(path) as file:
         header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, shape[0], step):
-            chunk = slice(start, start + step)
-            block = np.ascontiguousarray(array[chunk if rows is None else rows[chunk]]).data
+        for start in range(0, len(rows), step):
+            block = np.ascontiguousarray(array[rows[start : start + step]]).data
             digest.update(block)
             file.write(block)
-
-
-def _split_rows(name: str, labels: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of the training images that stay, and of those that validate."""
-    from sklearn.model_selection import train_test_split
-
-    try:
-        return train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=VALIDATION_SEED)
-    except ValueError as error:
-        raise UserError(f"dataset {name}: no validation split can be cut from its training images: {error}") from error

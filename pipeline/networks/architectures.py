@@ -12,20 +12,11 @@ from pipeline.networks import onednn
 
 
 class Classifier(nn.Module):
-    """A network with its input scaling: raw images in, logits out.
-
-    Parameters
-    ----------
-    network : module from float32 (N, C, H, W) to logits (N, num_classes)
-    mean, std : float
-        Of the pixels divided by 255: the network sees (pixel / 255 - mean) / std.
-    """
+    """A network with its input scaling: it sees (pixel / 255 - mean) / std."""
 
     def __init__(self, network: nn.Module, mean: float, std: float) -> None:
         super().__init__()
-        self.network = network
-        self.mean = mean
-        self.std = std
+        self.network, self.mean, self.std = network, mean, std
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (N, num_classes) for uint8 images of shape (N, H, W, C)."""
@@ -40,7 +31,7 @@ def _relu_pool(x: Tensor) -> Tensor:
 
 
 class SimpleCNN(nn.Module):
-    """Two padded convolutions, each with a pool, and two linear layers: the reference's small baseline."""
+    """Two padded convolutions, each with a pool, and two linear layers: the original course project's small baseline."""
 
     def __init__(self, in_channels: int, image_size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
@@ -57,7 +48,7 @@ class SimpleCNN(nn.Module):
 
 
 class CompactCNN(nn.Module):
-    """Two unpadded convolutions, one pool and two linear layers: the reference's teacher and, at half the width, its student."""
+    """Two unpadded convolutions, a pool, two linear layers: the original course project's teacher and, half as wide, student."""
 
     def __init__(self, width: int, hidden: int, in_channels: int, image_size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
@@ -74,7 +65,7 @@ class CompactCNN(nn.Module):
 
 
 def resnet18(stem: str, in_channels: int, image_size: tuple[int, int], num_classes: int) -> nn.Module:
-    """torchvision's ResNet18 with a last layer of `num_classes`; it takes any `image_size`.
+    """torchvision's ResNet18 for images of any size.
 
     `stem` "imagenet" is torchvision's (7x7, stride 2, then a pool); "cifar" is a 3x3 convolution of stride 1 and no pool, as
     in MedMNIST's benchmark (Yang et al. 2023), which keeps 28x28 images from shrinking to 1x1 before the last block.
@@ -94,10 +85,7 @@ ARCHITECTURES = {"simple_cnn": SimpleCNN, "resnet18": resnet18, "compact_cnn": C
 
 
 def build(name: str, /, **arguments: object) -> nn.Module:
-    """A network by its name in ARCHITECTURES, with fresh weights drawn from torch's global generator.
-
-    Raises UserError for an unknown name and for arguments that the network does not take.
-    """
+    """A network by its name in ARCHITECTURES, with weights drawn from torch's generator. Raises UserError for bad arguments."""
     if name not in ARCHITECTURES:
         raise UserError(f"unknown architecture {name!r}; known: {', '.join(ARCHITECTURES)}")
     try:
@@ -106,12 +94,12 @@ def build(name: str, /, **arguments: object) -> nn.Module:
         raise UserError(f"architecture {name} cannot be built from {arguments}: {error}") from error
 
 
+@torch.no_grad()
 def load_initial(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put pretrained tensors in place of the random ones; what `tensors` does not name stays random.
 
-    A first convolution for grey images gets the sum of the colour filters, which is what it would compute from the same
-    grey in all three channels. One of another kernel size (the "cifar" stem) stays random. Raises UserError for a tensor
-    that the model has no place for.
+    A first convolution for grey images gets the sum of the colour filters, which is what it would compute from the same grey in
+    all three channels. One of another kernel size (the "cifar" stem) stays random. Raises UserError for a tensor of no use.
     """
     own = model.state_dict()
     for key, tensor in tensors.items():
@@ -122,5 +110,4 @@ def load_initial(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 tensor = tensor.sum(dim=1, keepdim=True)
         if key not in own or own[key].shape != tensor.shape:
             raise UserError(f"initial weights do not fit the model: {key} of shape {tuple(tensor.shape)}")
-        with torch.no_grad():
-            own[key].copy_(tensor)
+        own[key].copy_(tensor)

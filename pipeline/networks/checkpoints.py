@@ -4,16 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import write_atomic
 from pipeline.data.dataset import Dataset
 from pipeline.networks.architectures import Classifier, build
-from pipeline.networks.description import Description, parse_description
+from pipeline.networks.description import Description, read_description
 
 
 def new_classifier(architecture: str, arguments: dict[str, Any], dataset: Dataset, seed: int) -> Classifier:
@@ -23,9 +22,8 @@ def new_classifier(architecture: str, arguments: dict[str, Any], dataset: Datase
 
 
 def _network(architecture: str, arguments: dict[str, Any], dataset: Dataset) -> nn.Module:
-    height, width, channels = dataset.image_shape
-    shape = {"in_channels": channels, "image_size": (height, width), "num_classes": len(dataset.classes)}
-    return build(architecture, **(arguments | shape))
+    *size, channels = dataset.image_shape
+    return build(architecture, **arguments | {"in_channels": channels, "image_size": size, "num_classes": len(dataset.classes)})
 
 
 def save_checkpoint(path: Path, classifier: Classifier, description: Description) -> None:
@@ -40,24 +38,21 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Classifier, Descr
 
     Raises UserError for a file that is missing, truncated or no checkpoint, and for weights that do not fit their description.
     """
+    description = read_description(path)
+    dataset = description.dataset
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            description = parse_description(file.metadata())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        dataset = description.dataset
+        tensors = load_file(path)
         with torch.device("meta"):  # without memory, until the tensors in the file are known to be of these sizes
             network = _network(description.architecture, description.arguments, dataset)
-        if (expected := _sizes(network.state_dict())) != (actual := _sizes(tensors)):
-            name = min(name for name, _ in expected.items() ^ actual.items())
-            raise UserError(f"{name} is {actual.get(name, 'missing')}, described as {expected.get(name, 'absent')}")
+        actual, expected = (
+            {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()} for state in (tensors, network.state_dict())
+        )
+        if wrong := min((name for name, _ in expected.items() ^ actual.items()), default=None):
+            raise UserError(f"{wrong} is {actual.get(wrong, 'missing')}, described as {expected.get(wrong, 'absent')}")
         network.load_state_dict(tensors, assign=True)
-    except (OSError, SafetensorError, KeyError, ValidationError, RuntimeError, UserError) as error:
+    except (OSError, SafetensorError, KeyError, RuntimeError, UserError) as error:
         raise UserError(f"{path}: damaged, or weights that do not fit their description: {error}") from error
     return Classifier(network, dataset.mean, dataset.std).to(device).eval(), description
-
-
-def _sizes(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 def load_initial_weights(path: Path) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
 from pipeline.core.errors import UserError
@@ -52,28 +52,20 @@ def read_description(path: Path) -> Description:
     """The description in a checkpoint. Raises UserError for a file that is missing, damaged or no checkpoint."""
     try:
         with safe_open(path, framework="np") as file:
-            return parse_description(file.metadata())
-    except (OSError, SafetensorError, ValidationError, UserError) as error:
+            description = Description.model_validate_json((file.metadata() or {}).get("description", ""))
+        if not 1 <= description.best_epoch <= len(description.history):
+            raise ValueError(f"best_epoch {description.best_epoch} of {len(description.history)}")
+    except (OSError, SafetensorError, ValueError) as error:  # ValueError: pydantic's among them
         raise UserError(f"{path}: damaged, or no checkpoint of this project: {error}") from error
-
-
-def parse_description(metadata: dict[str, str] | None) -> Description:
-    """The description in a safetensors file's metadata. Raises UserError if there is none, ValidationError if it is malformed."""
-    if "description" not in (metadata or {}):
-        raise UserError("its description is missing")
-    description = Description.model_validate_json(metadata["description"])
-    if not 1 <= description.best_epoch <= len(description.history):
-        raise UserError(f"best_epoch {description.best_epoch} of {len(description.history)}")
     return description
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of one model, by seed. Raises UserError if there are none."""
-    numbered = [path for path in folder.glob("seed*.safetensors") if path.stem.removeprefix("seed").isdecimal()]
-    paths = sorted(numbered, key=lambda path: int(path.stem.removeprefix("seed")))
-    if not paths:
-        raise UserError(f"{folder}: no checkpoints: run the stage that trains this model first (dvc repro)")
-    return paths
+    paths = {path.stem.removeprefix("seed"): path for path in folder.glob("seed*.safetensors")}
+    if seeds := sorted(filter(str.isdecimal, paths), key=int):
+        return [paths[seed] for seed in seeds]
+    raise UserError(f"{folder}: no checkpoints: run the stage that trains this model first (dvc repro)")
 
 
 def checkpoint_path(folder: Path, seed: int) -> Path:

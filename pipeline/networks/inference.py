@@ -27,17 +27,14 @@ def choose_device(name: str, number: int = 0) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """The arithmetic, "fp32" or "bf16", that `name` (auto, fp32, bf16) stands for on `device`.
-
-    "auto" is bf16 where the hardware multiplies it natively, fp32 elsewhere.
-    """
+    """The arithmetic that `name` stands for on `device`: "auto" is bf16 where the hardware multiplies it natively, else fp32."""
     if name != "auto":
         return name
     native = {
         "cpu": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
         "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
     }
-    return "bf16" if native.get(device.type, False) else "fp32"
+    return "bf16" if native.get(device.type) else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -47,10 +44,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def predict(model: nn.Module, images: Tensor, precision: str = "fp32") -> Tensor:
-    """Logits, float32 of shape (N, K), on the model's device, for images of shape (N, H, W, C), there or in mapped memory.
-
-    Sets the model to eval mode.
-    """
+    """Logits, float32 of shape (N, K), on the model's device, for images (N, H, W, C) in any memory. Sets eval mode."""
     model.eval()
     device = next(model.parameters()).device
     batches = images.split(max(16, PREDICT_PIXELS // (images.shape[1] * images.shape[2])))

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipeline.evaluation.comparisons import Evaluation, confusions, loss_curves
-from pipeline.evaluation.metrics import reliability
+from pipeline.evaluation.comparisons import Evaluation, loss_curves
+from pipeline.evaluation.metrics import confusion, reliability
 
 MARKERS = "osD^vPX"
 MOST_COUNTS = 30  # classes up to which the counts are written into a confusion matrix
@@ -17,38 +18,31 @@ MOST_NAMES = 100  # classes up to which an axis names every one
 LONGEST_NAME = 32  # characters
 
 
-def draw_figures(
-    evaluation: Evaluation, costs: Mapping[str, Any], exported: Mapping[str, Mapping[str, float]]
-) -> dict[str, bytes]:
+def draw_figures(evaluation: Evaluation, costs: Mapping[str, Any], exported: Mapping[str, Any]) -> dict[str, bytes]:
     """Every figure of a track's report, as PNG by file name.
 
     `costs` and `exported` are the contents of metrics/<track>_costs.json and metrics/export.json.
     """
-    bins = {model: reliability(*evaluation.pooled(model)) for model in evaluation.metrics}
+    pooled = {model: evaluation.pooled(model) for model in evaluation.metrics}
     classes = evaluation.detail["dataset"]["classes"]
     figures = {
         "loss_curves": plot_loss_curves(loss_curves(evaluation)),
-        "reliability": plot_reliability(bins),
+        "reliability": plot_reliability({model: reliability(*predictions) for model, predictions in pooled.items()}),
         "gains": plot_gains(evaluation),
         "size": plot_size(evaluation.metrics, costs["models"], exported),
-    } | {
-        f"confusion_{model}": plot_confusion(counts, classes, f"{model}, all seeds")
-        for model, counts in confusions(evaluation).items()
     }
-    return {f"{name}.png": _png(figure) for name, figure in figures.items()}
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=100)
-    return content.getvalue()
+    for model, predictions in pooled.items():
+        figures[f"confusion_{model}"] = plot_confusion(confusion(*predictions), classes, f"{model}, all seeds")
+    pngs = {}
+    for name, figure in figures.items():
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=100)
+        pngs[f"{name}.png"] = content.getvalue()
+    return pngs
 
 
 def plot_loss_curves(losses: pd.DataFrame) -> Figure:
-    """A panel per model: training and validation loss by epoch, the mean over the seeds with their range.
-
-    `losses` is that of `comparisons.loss_curves`.
-    """
+    """A panel per model of `comparisons.loss_curves`: the mean over the seeds with their range."""
     models = losses["model"].unique()
     figure = Figure(figsize=(4 * len(models), 3.2), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False)[0]
@@ -65,21 +59,18 @@ def plot_loss_curves(losses: pd.DataFrame) -> Figure:
 
 def plot_confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
     """A heat map of a confusion matrix (K, K): colour is the share of the true class, the number in a cell the count."""
-    size = 2.5 + 0.55 * len(classes) if len(classes) <= MOST_COUNTS else 12
+    few = len(classes) <= MOST_COUNTS
+    size = 2.5 + 0.55 * len(classes) if few else 12
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    if len(classes) <= MOST_COUNTS:
-        for (row, column), count in np.ndenumerate(counts):
-            color = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, count, ha="center", va="center", size=8, color=color)
-    ticks = range(0, len(classes), -(-len(classes) // MOST_NAMES))
-    names = [_literal(classes[tick]) for tick in ticks]
-    font = 10 if len(classes) <= MOST_COUNTS else 6
-    axes.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=font)
-    axes.set_yticks(ticks, names, fontsize=font)
+    names = [_literal(name) for name in classes]
+    shares = pd.DataFrame(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), names, names)
+    options = {"annot": counts, "fmt": "d", "annot_kws": {"size": 8}} if few else {}
+    step = -(-len(classes) // MOST_NAMES)
+    options |= {"xticklabels": step, "yticklabels": step, "cbar_kws": {"label": "share of the true class", "shrink": 0.8}}
+    sns.heatmap(shares, cmap="Blues", vmin=0, vmax=1, square=True, ax=axes, **options)
+    axes.tick_params(labelsize=10 if few else 6)
+    axes.tick_params("y", labelrotation=0)
     axes.set(title=_literal(title), xlabel="predicted", ylabel="true")
     return figure
 
@@ -91,10 +82,7 @@ def _literal(name: str) -> str:
 
 
 def plot_reliability(bins_by_model: Mapping[str, pd.DataFrame]) -> Figure:
-    """A reliability diagram per model: accuracy by confidence, and below it how many predictions each bin holds.
-
-    The frames are those of `metrics.reliability`.
-    """
+    """`metrics.reliability` per model: accuracy by confidence, and below it how many predictions each bin holds."""
     figure = Figure(figsize=(3.6 * len(bins_by_model), 4.4), layout="constrained")
     rows = figure.subplots(2, len(bins_by_model), squeeze=False, sharex=True, height_ratios=[3, 1])
     for (upper, lower), (model, frame) in zip(rows.T, bins_by_model.items(), strict=True):
@@ -104,27 +92,21 @@ def plot_reliability(bins_by_model: Mapping[str, pd.DataFrame]) -> Figure:
         upper.set(title=model, ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
         upper.legend(loc="upper left", fontsize=8)
         width = frame["bin"].iloc[0]
-        height = np.maximum(frame["images"], 0.5)
-        lower.bar(frame["bin"] - width / 2, height, width=width, color="0.5", edgecolor="white")
+        lower.bar(frame["bin"] - width / 2, np.maximum(frame["images"], 0.5), width=width, color="0.5", edgecolor="white")
         lower.set(yscale="log", ylim=(0.5, None), xlabel="confidence", ylabel="predictions")
     return figure
 
 
 def plot_gains(evaluation: Evaluation) -> Figure:
     """Each comparison's gain in accuracy with its 95 % interval, and every seed's: percentage points."""
-    comparisons = evaluation.comparisons
+    comparisons, models = evaluation.comparisons, evaluation.detail["models"]
     figure = Figure(figsize=(7, 1.1 + 0.7 * len(comparisons)), layout="constrained")
     axes = figure.subplots()
-    accuracy = {
-        model: np.array([figures["accuracy"] for figures in entry["figures"]])
-        for model, entry in evaluation.detail["models"].items()
-    }
     for row, (name, comparison) in enumerate(comparisons.items()):
         gain, low, high = (100 * comparison[key] for key in ("gain", "low", "high"))
         mean = axes.errorbar(gain, row, xerr=[[gain - low], [high - gain]], fmt="D", color="black", capsize=5)
-        model, other = name.split("_vs_")
-        gains = 100 * (accuracy[model] - accuracy[other])
-        seeds = axes.scatter(gains, [row + 0.22] * len(gains), marker="|", s=80, color="0.4")
+        ours, theirs = (np.array([seed["accuracy"] for seed in models[model]["figures"]]) for model in name.split("_vs_"))
+        seeds = axes.scatter(100 * (ours - theirs), [row + 0.22] * len(ours), marker="|", s=80, color="0.4")
     axes.axvline(0, linestyle=":", color="black", linewidth=1)
     axes.set_yticks(range(len(comparisons)), [name.replace("_vs_", "\nagainst ") for name in comparisons])
     axes.set(ylim=(len(comparisons) - 0.5, -0.5), xlabel="difference in test accuracy (percentage points)")
@@ -132,11 +114,7 @@ def plot_gains(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def plot_size(
-    metrics: Mapping[str, Mapping[str, float]],
-    costs: Mapping[str, Mapping[str, float]],
-    exported: Mapping[str, Mapping[str, float]],
-) -> Figure:
+def plot_size(metrics: Mapping[str, Any], costs: Mapping[str, Any], exported: Mapping[str, Any]) -> Figure:
     """Accuracy (%) with its 95 % interval over the size of the file (kB, logarithmic), a marker per model."""
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
@@ -144,8 +122,8 @@ def plot_size(
         figures = metrics.get(model) or exported[model]
         accuracy, spread = 100 * figures["accuracy"], 100 * figures.get("accuracy_ci95", 0)
         label = model if model in metrics else f"{model} (the exported seed)"
-        size = cost["file_bytes"] / 1000
-        axes.errorbar(size, accuracy, yerr=spread or None, fmt=marker, capsize=4, markersize=7, label=label)
+        options = {"fmt": marker, "capsize": 4, "markersize": 7, "label": label}
+        axes.errorbar(cost["file_bytes"] / 1000, accuracy, yerr=spread or None, **options)
     axes.set(xscale="log", xlabel="size of the file (kB)", ylabel="test accuracy (%)")
     axes.legend(fontsize=8)
     return figure

@@ -14,10 +14,10 @@ from markupsafe import Markup
 
 from pipeline.evaluation.comparisons import Evaluation
 from pipeline.evaluation.statistics import CONFIDENCE, POWER
-from pipeline.reporting.tables import escape, image_counts, markdown_table
+from pipeline.reporting.tables import cell, escape, markdown_table
 
 HARDEST = 3  # classes named as hardest
-MODELS = {  # columns of metrics/<track>.json: heading, factor, digits
+FIGURES = {  # of metrics/<track>.json: heading, factor, digits
     "accuracy": ("accuracy (%)", 100, 2),
     "auc": ("AUC", 1, 4),
     "f1_weighted": ("weighted F1 (%)", 100, 2),
@@ -36,49 +36,34 @@ COSTS = {  # of metrics/<track>_costs.json
     "images_per_second": ("images/s, batches of 256", 1, 0),
     "peak_memory_mib": ("peak memory of the process (MiB)", 1, 0),
 }
-
+SURE = f"{100 * CONFIDENCE:.0f} %"
+Format = Literal["markdown", "html"]
+Json = Mapping[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[object]]]  # headings and rows
 
 
-def render(
-    format: Literal["markdown", "html"],
-    title: str,
-    evaluation: Evaluation,
-    costs: Mapping[str, Any],
-    exported: Mapping[str, Any],
-    figures: Mapping[str, str],
-) -> str:
+def render(format: Format, title: str, evaluation: Evaluation, costs: Json, exported: Json, figures: Mapping[str, str]) -> str:
     """The report. With data URIs for figures, its HTML is one page that needs no other file.
 
     `costs` and `exported` are the contents of metrics/<track>_costs.json and metrics/export.json, `figures` the addresses of what
     `figures.draw_figures` draws, by file name.
     """
-    environment = _environment(format)
-    dataset, models = evaluation.detail["dataset"], evaluation.detail["models"]
-    model, other = next(iter(evaluation.comparisons)).split("_vs_")
+    models, comparisons = evaluation.detail["models"], evaluation.comparisons
+    model, other = next(iter(comparisons)).split("_vs_")
     by_class = models[model]["by_class"]
-    failed = {name: entry["at_chance"] for name, entry in models.items() if entry["at_chance"]}
-    text = environment.get_template("report.jinja").render(
-        title=title,
-        verdicts=[_verdict(environment, *comparison) for comparison in evaluation.comparisons.items()],
-        at_chance="; ".join(f"{name}, seed {', '.join(map(str, seeds))}" for name, seeds in failed.items()),
-        model=model,
-        hardest=sorted(by_class, key=lambda name: by_class[name]["f1"])[:HARDEST],
-        tables={
-            "gains": _gains(evaluation),
-            "models": _models(evaluation),
-            "classes": _classes(models, model, other),
-            "costs": _costs(costs["models"]),
-            "parameters": _parameters(models),
-        },
-        evaluation=evaluation,
-        costs=costs,
-        exported=_exported(exported),
-        dataset=dataset,
-        splits=image_counts(dataset),
-        seeds=models[model]["seeds"],
-        figures=figures,
-    )
+    content = {"title": title, "evaluation": evaluation, "costs": costs, "exported": exported, "figures": figures, "model": model}
+    content["verdicts"] = [sentence(name, comparison, format) for name, comparison in comparisons.items()]
+    content["hardest"] = sorted(by_class, key=lambda name: by_class[name]["f1"])[:HARDEST]
+    present = set().union(*evaluation.metrics.values())
+    measured = {key: column for key, column in FIGURES.items() if key in present}
+    content["tables"] = {
+        "gains": _gains(comparisons),
+        "models": _by_model(evaluation.metrics, measured),
+        "classes": _classes(by_class, models[other]["by_class"], model, other),
+        "costs": _by_model(costs["models"], COSTS),
+        "parameters": _parameters(models),
+    }
+    text = _template(format, "report").render(content)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -87,102 +72,60 @@ def data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def sentence(name: str, comparison: Mapping[str, Any]) -> str:
-    """What a comparison shows, in one sentence of Markdown; `name` is "<model>_vs_<other>"."""
-    return _verdict(_environment("markdown"), name, comparison)
+def sentence(name: str, comparison: Json, format: Format = "markdown") -> str:
+    """What a comparison shows, in one sentence; `name` is "<model>_vs_<other>"."""
+    model, other = name.split("_vs_")
+    text = _template(format, "verdict").render(comparison, model=model, other=other)
+    return Markup(" ".join(text.split()))  # noqa: S704 (a template's)
 
 
-def _environment(format: str) -> jinja2.Environment:
-    """Templates whose variables are escaped for that format."""
+def _template(format: Format, name: str) -> jinja2.Template:
+    """A template whose variables are escaped for that format."""
 
     def for_markdown(value: object) -> object:
         return value if isinstance(value, Markup) else Markup(escape(value))  # noqa: S704 (escaped)
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=for_markdown if format == "markdown" else None,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    options["finalize"] = for_markdown if format == "markdown" else None
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
     environment.filters |= {"points": _points, "one_line": lambda text: type(text)(" ".join(text.split()))}
-    environment.globals |= {
-        "format": f"{format}.jinja",
-        "sure": f"{100 * CONFIDENCE:.0f} %",
-        "power": f"{100 * POWER:.0f} %",
-        "markdown_table": lambda headings, rows: Markup(markdown_table(headings, rows)),  # noqa: S704 (escaped)
-    }
-    return environment
+    environment.globals |= {"format": f"{format}.jinja", "sure": SURE, "power": f"{100 * POWER:.0f} %"}
+    environment.globals["markdown_table"] = lambda headings, rows: Markup(markdown_table(headings, rows))  # noqa: S704 (escaped)
+    return environment.get_template(f"{name}.jinja")
 
 
-def _verdict(environment: jinja2.Environment, name: str, comparison: Mapping[str, Any]) -> Markup:
-    model, other = name.split("_vs_")
-    text = environment.get_template("verdict.jinja").render(comparison, model=model, other=other)
-    return Markup(" ".join(text.split()))  # noqa: S704 (a template's)
-
-
-def _gains(evaluation: Evaluation) -> Table:
-    headings = ["comparison", "gain (points)", f"{100 * CONFIDENCE:.0f} % interval", "over seeds (t)"]
-    headings += ["over seeds and images (bootstrap)", "detectable (points)", "verdict"]
+def _gains(comparisons: Json) -> Table:
+    headings = ["comparison", "gain (points)", f"{SURE} interval", "over seeds (t)", "over seeds and images (bootstrap)"]
+    pairs = [(f"{kind}low", f"{kind}high") for kind in ("", "seeds_", "bootstrap_")]
     rows = []
-    for name, comparison in evaluation.comparisons.items():
-        intervals = []
-        for kind in ("", "seeds_", "bootstrap_"):
-            ends = [_points(comparison[kind + end]) for end in ("low", "high") if kind + end in comparison]
-            intervals.append(" to ".join(ends))
+    for name, comparison in comparisons.items():
+        intervals = [" to ".join(_points(comparison[key]) for key in pair if key in comparison) for pair in pairs]
         detectable = f"{100 * comparison['detectable']:.2f}" if comparison.get("detectable", 2) <= 1 else "none"
         rows.append([name.replace("_vs_", " - "), _points(comparison["gain"]), *intervals, detectable, comparison["verdict"]])
-    return headings, rows
+    return [*headings, "detectable (points)", "verdict"], rows
 
 
-def _models(evaluation: Evaluation) -> Table:
-    present = {key for figures in evaluation.metrics.values() for key in figures}
-    columns = {key: column for key, column in MODELS.items() if key in present}
+def _by_model(models: Json, columns: Mapping[str, tuple[str, float, int]]) -> Table:
     rows = []
-    for model, figures in evaluation.metrics.items():
-        row = [model]
-        for key, (_, factor, digits) in columns.items():
-            cell = f"{figures[key] * factor:.{digits}f}" if key in figures else ""
-            if f"{key}_sd" in figures:
-                spread, half = (f"{figures[f'{key}_{kind}'] * factor:.{digits}f}" for kind in ("sd", "ci95"))
-                cell += f" ± {half} ({spread})"
-            row.append(cell)
-        rows.append(row)
+    for model, figures in models.items():
+        cells = []
+        for key, (_, *style) in columns.items():
+            mean, half, deviation = (cell(figures, f"{key}{kind}", *style) for kind in ("", "_ci95", "_sd"))
+            cells.append(f"{mean} ± {half} ({deviation})" if deviation else mean)
+        rows.append([model, *cells])
     return ["model", *(heading for heading, _, _ in columns.values())], rows
 
 
-def _classes(models: Mapping[str, Any], model: str, other: str) -> Table:
+def _classes(ours: Json, theirs: Json, model: str, other: str) -> Table:
     headings = [f"{key}, {name} (%)" for name in (model, other) for key in ("precision", "recall", "F1")]
     rows = []
-    for name, ours in models[model]["by_class"].items():
-        theirs = models[other]["by_class"][name]
-        cells = [f"{100 * figures[key]:.2f}" for figures in (ours, theirs) for key in ("precision", "recall", "f1")]
-        rows.append([name, *cells, _points(ours["f1"] - theirs["f1"])])
+    for name in ours:
+        cells = [f"{100 * figures[name][key]:.2f}" for figures in (ours, theirs) for key in ("precision", "recall", "f1")]
+        rows.append([name, *cells, _points(ours[name]["f1"] - theirs[name]["f1"])])
     return ["class", *headings, "F1 gained (points)"], rows
 
 
-def _costs(models: Mapping[str, Mapping[str, float]]) -> Table:
-    rows = [
-        [model, *(f"{cost[key] * factor:,.{digits}f}" if key in cost else "" for key, (_, factor, digits) in COSTS.items())]
-        for model, cost in models.items()
-    ]
-    return ["model", *(heading for heading, _, _ in COSTS.values())], rows
-
-
-def _exported(exported: Mapping[str, Mapping[str, float]]) -> list[str]:
-    lines = []
-    for name, figures in exported.items():
-        lines.append(f"{name}: accuracy {100 * figures['accuracy']:.2f} %")
-        if "largest_difference" in figures:
-            lines[-1] += f"; probabilities within {figures['largest_difference']:.2g} of PyTorch's,"
-            lines[-1] += f" the same class for {100 * figures['same_predictions']:.2f} % of the images"
-    if exported and "student_int8" not in exported:
-        lines.append("int8: not kept, it lost too much on the validation images")
-    return lines
-
-
-def _parameters(models: Mapping[str, Any]) -> Table:
+def _parameters(models: Json) -> Table:
     keys = sorted(set().union(*(entry["parameters"] for entry in models.values())))
     rows = [[key, *(entry["parameters"].get(key, "") for entry in models.values())] for key in keys]
     epochs = [", ".join(map(str, entry["best_epochs"])) for entry in models.values()]

@@ -1,7 +1,7 @@
 """Text from anybody's data as Markdown, and the table that a run ends with."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tabulate import tabulate
 
@@ -16,12 +16,6 @@ ORIGINAL = {
     "student_distilled": {"accuracy": 0.9872, "final_train_loss": 0.1191},
     "student_alone": {"accuracy": 0.9864, "final_train_loss": 0.0193},
 }
-COLUMNS = {  # of metrics/<track>.json: heading, factor, digits, whether the original project reported it
-    "accuracy": ("accuracy (%)", 100, 2, True),
-    "auc": ("AUC", 1, 4, False),
-    "f1_weighted": ("weighted F1 (%)", 100, 2, True),
-    "final_train_loss": ("final training loss", 1, 4, True),
-}
 MARKUP = r"[\\`*\[\]<>|~#&$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\."  # an underscore inside a word marks nothing
 
 
@@ -33,14 +27,13 @@ def escape(text: object) -> str:
 
 def markdown_table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A table in GitHub's Markdown of headings and cells that are plain text."""
-    cells = [[escape(cell) for cell in row] for row in rows]
-    return tabulate(cells, [escape(heading) for heading in headings], tablefmt="github", disable_numparse=True)
+    headings, *cells = ([escape(cell) for cell in row] for row in (headings, *rows))
+    return tabulate(cells, headings, tablefmt="github", disable_numparse=True)
 
 
-def image_counts(dataset: dict) -> str:
-    """How many images the splits of a data set hold, as text."""
-    counts = " / ".join(f"{dataset['images'][split]:,}" for split in ("train", "val", "test"))
-    return f"{counts} training / validation / test images"
+def cell(figures: Mapping[str, float], key: str, factor: float, digits: int) -> str:
+    """A figure as text; empty where there is none."""
+    return f"{figures[key] * factor:,.{digits}f}" if key in figures else ""
 
 
 def results_table(evaluation: Evaluation, original_dataset: str) -> str:
@@ -48,23 +41,23 @@ def results_table(evaluation: Evaluation, original_dataset: str) -> str:
 
     `original_dataset` names the data that the original course project used.
     """
-    dataset = evaluation.detail["dataset"]
-    headings = ["model", "parameters"]
-    for heading, _, _, reported in COLUMNS.values():
-        headings += [heading, f"original ({original_dataset})"] if reported else [heading]
+    dataset, original = evaluation.detail["dataset"], f"original ({original_dataset})"
+    headings = ["accuracy (%)", original, "AUC", "weighted F1 (%)", original, "final training loss", original]
+    styles = {"accuracy": (100, 2), "auc": (1, 4), "f1_weighted": (100, 2), "final_train_loss": (1, 4)}  # factor, digits
     rows = []
     for model, figures in evaluation.metrics.items():
-        row = [model, f"{figures['parameters']:,.0f}"]
-        for key, (_, factor, digits, reported) in COLUMNS.items():
-            values = [figures[key], *([figures[f"{key}_sd"]] if f"{key}_sd" in figures else [])]
-            row.append(" ± ".join(f"{value * factor:.{digits}f}" for value in values))
-            if reported:
-                original = ORIGINAL[model].get(key)
-                row.append("" if original is None else f"{original * factor:.{digits}f}")
+        row = [model, cell(figures, "parameters", 1, 0)]
+        for key, style in styles.items():
+            row.append(" ± ".join(cell(figures, name, *style) for name in (key, f"{key}_sd") if name in figures))
+            if key != "auc":  # which the original project did not report
+                row.append(cell(ORIGINAL[model], key, *style))
         rows.append(row)
     seeds = len(evaluation.probabilities[model])
-    heading = f"{evaluation.detail['track']}: {dataset['name']}, {image_counts(dataset)}, {seeds} seed{'s' if seeds > 1 else ''}"
+    images = " / ".join(f"{dataset['images'][split]:,}" for split in ("train", "val", "test"))
+    heading = f"{evaluation.detail['track']}: {dataset['name']}, {images} training / validation / test images, "
+    heading += f"{seeds} seed{'s' if seeds > 1 else ''}"
+    table = markdown_table(["model", "parameters", *headings], rows)
     note = f"Original course project: one seed, on {original_dataset}"
     if dataset["name"] != original_dataset:
         note += f", which is not {dataset['name']}: shown for orientation, no comparison"
-    return f"{escape(heading)}\n\n{markdown_table(headings, rows)}\n\n{escape(note)}.\n"
+    return f"{escape(heading)}\n\n{table}\n\n{escape(note)}.\n"

@@ -16,12 +16,10 @@ from pipeline.core.cli import run
 from pipeline.core.errors import UserError
 from pipeline.export.onnx_model import Student
 
-MODEL = Path("models/student/student.onnx")
-
 
 def main(folder: str) -> None:
     """Print the table for the images in `folder`."""
-    student = Student(MODEL)
+    student = Student(Path("models/student/student.onnx"))
     paths = sorted(Path(folder).glob("*.png"))
     if not paths:
         raise UserError(f"{folder}: no PNG files there")
@@ -41,10 +39,8 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
         refused = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
         with refused, Image.open(path, formats=["PNG"]) as image:
             if image.size != (width, height):  # known before the pixels are unpacked
-                raise UserError(f"{path}: {image.size[0]}x{image.size[1]} pixels; the student takes {width}x{height}")
+                raise ValueError(f"{image.size[0]}x{image.size[1]} pixels; the student takes {width}x{height}")
             return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(shape)
-    except UserError:
-        raise
     except Exception as error:  # Pillow raises a dozen types on hostile bytes
         raise UserError(f"{path}: cannot be read as an image: {error}") from error
 

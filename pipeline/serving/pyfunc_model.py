@@ -4,20 +4,17 @@ Needs MLflow, NumPy and ONNX Runtime, nothing of this project.
 """
 
 import json
-from typing import Any
 
 import numpy as np
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel
-
-BATCH = 250  # images per pass
+from mlflow.pyfunc import PythonModel, PythonModelContext
 
 
 class Student(PythonModel):
     """Artifact `onnx`: a file as written by stage export_student."""
 
-    def load_context(self, context: Any) -> None:
+    def load_context(self, context: PythonModelContext) -> None:
         """Open the ONNX file: MLflow calls this once."""
         from onnxruntime import InferenceSession
 
@@ -35,12 +32,10 @@ class Student(PythonModel):
         if not ((images >= 0) & (images <= 255) & (images == np.floor(images))).all():
             extent = f"these are from {images.min()} to {images.max()}"
             raise MlflowException.invalid_parameter_value(f"pixels must be whole numbers from 0 to 255; {extent}")
-        batches = np.array_split(images.astype(np.uint8), -(-len(images) // BATCH))
+        batches = np.array_split(images.astype(np.uint8), -(-len(images) // 250))
         rows = np.concatenate([self.session.run(None, {"images": batch})[0] for batch in batches])
-        return [
-            {"class": self.classes[row.argmax()], "probabilities": dict(zip(self.classes, row.tolist(), strict=True))}
-            for row in rows
-        ]
+        named = [dict(zip(self.classes, row.tolist(), strict=True)) for row in rows]
+        return [{"class": max(row, key=row.get), "probabilities": row} for row in named]
 
 
 set_model(Student())

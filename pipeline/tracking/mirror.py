@@ -5,7 +5,6 @@ Nothing is read back from MLflow for a result.
 """
 
 import contextlib
-import getpass
 import hashlib
 import json
 import os
@@ -13,15 +12,15 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import UserError, one_line
 from pipeline.core.files import main_checkout
 from pipeline.core.provenance import code_is_committed, commit, committed_parameters
-from pipeline.tracking.store import NoAnswerError, is_no_answer, masked, open_store, store_lock
+from pipeline.core.tracking_uri import masked
+from pipeline.tracking.store import NoAnswerError, is_no_answer, open_store, store_lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -89,6 +88,11 @@ class Mirror:
         except Exception as error:
             self._wait(error)
 
+    def _wait(self, error: Exception) -> None:
+        if self.away_since is None:
+            _say(f"no answer ({one_line(error)}). The work goes on: make sync brings the store up to date")
+        self.away_since = time.monotonic()
+
     @contextlib.contextmanager
     def _unless_refused(self) -> Iterator[None]:
         """Say what the store refuses for good, once, and go on without it."""
@@ -97,16 +101,10 @@ class Mirror:
         except Exception as error:
             if is_no_answer(error):
                 raise
-            line = f"tracking: not in the store: {one_line(masked(f'{type(error).__name__}: {error}'))}"
+            line = f"not in the store: {type(error).__name__}: {error}"
             if line not in self.refusals:
-                print(line, file=sys.stderr, flush=True)
+                _say(line)
             self.refusals.add(line)
-
-    def _wait(self, error: Exception) -> None:
-        if self.away_since is None:
-            line = f"tracking: no answer ({one_line(masked(error))}). The work goes on: make sync brings the store up to date"
-            print(line, file=sys.stderr, flush=True)
-        self.away_since = time.monotonic()
 
     def _training(self, record: "Record", origin: Mapping[str, str]) -> "Run":
         run = self._run(TRAINING, record, origin)
@@ -123,17 +121,15 @@ class Mirror:
         # Logged again, a point is still one point to MLflow if its time is the same.
         self._log(run, [(name, value, start + step, step) for name, value, step in points])
         status = "FINISHED" if record.finished else "FAILED" if record.failed else "RUNNING"
-        if status == "RUNNING":
-            if run.info.status != status:
-                self.client.update_run(run_id, status)
-            return run
         end = start + int(1000 * (record.seconds or 0))
         if run.info.status != status:
-            self.client.set_terminated(run_id, status, end)
-        parent = self._run(PARENT, record, origin)
-        if (parent.info.end_time or 0) < end:
-            self.client.set_terminated(parent.info.run_id, status, end)
-        self._log(run, tags={MIRRORED: digest} | ({CHECKPOINT: record.checkpoint_md5} if record.finished else {}))
+            end_run = self.client.update_run if status == "RUNNING" else partial(self.client.set_terminated, end_time=end)
+            end_run(run_id, status)
+        if status != "RUNNING":
+            parent = self._run(PARENT, record, origin)
+            if (parent.info.end_time or 0) < end:
+                self.client.set_terminated(parent.info.run_id, status, end)
+            self._log(run, tags={MIRRORED: digest} | ({CHECKPOINT: record.checkpoint_md5} if record.finished else {}))
         return run
 
     def _evaluation(self, evaluation: "Evaluation", origin: Mapping[str, str]) -> None:
@@ -163,12 +159,13 @@ class Mirror:
         classes, title = record.dataset.classes, f"{record.model}, seed {record.seed}"
         matrix = confusion(labels, probabilities)
         low, high = share_interval(int(matrix.trace()), len(labels))
-        f1 = {f"f1.{name.replace('/', '_')}": row["f1"] for name, row in by_class(labels, probabilities, classes).items()}
+        rows = by_class(labels, probabilities, classes).items()
+        f1 = {f"f1.{name.replace('/', '_')}": row["f1"] for name, row in rows}
         with self._unless_refused():
             self.client.log_text(run.info.run_id, report(labels, probabilities, classes), "classification_report.txt")
             self.client.log_figure(run.info.run_id, plot_confusion(matrix, classes, title), "confusion_matrix.png")
         self._log_input(run, record, "test")
-        self._log_results(run, figures | {"accuracy_low": low, "accuracy_high": high} | f1, {EVALUATED: digest})
+        self._log_results(run, {**figures, "accuracy_low": low, "accuracy_high": high, **f1}, {EVALUATED: digest})
 
     def _summary(self, parent: "Run", evaluation: "Evaluation", model: str) -> None:
         """A parent run holds its seeds' means and, in tags that a table shows, what its model was compared with."""
@@ -202,24 +199,28 @@ class Mirror:
         self._log(run, [(*item, now, 0) for item in values.items() if run.data.metrics.get(item[0]) != item[1]])
         self._log(run, tags=tags)  # after the points: they say that all is there
 
-    def _log(self, run: "Run", points=(), params: Mapping[str, Any] = {}, tags: Mapping[str, str] = {}) -> None:
+    def _log(
+        self, run: "Run", points: Iterable[tuple] = (), params: Mapping | None = None, tags: Mapping[str, str] | None = None
+    ) -> None:
+        """Log points (name, value, time in ms, step), parameters and tags, in this order."""
         from mlflow.entities import Metric, Param, RunTag
 
-        metrics = [Metric(*point) for point in points]
-        parameters = [Param(name, str(value)[:6000]) for name, value in params.items()]
+        metrics, labels = [Metric(*point) for point in points], [RunTag(*tag) for tag in (tags or {}).items()]
         with self._unless_refused():
-            self.client.log_batch(run.info.run_id, metrics, parameters, [RunTag(*tag) for tag in tags.items()])
+            values = [Param(name, str(value)[:6000]) for name, value in (params or {}).items()]
+            self.client.log_batch(run.info.run_id, metrics, values, labels)
 
     def _log_input(self, run: "Run", record: "Record", context: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         data = record.dataset
-        digest = _digest(data.fingerprint, context)  # one for each context: MLflow leaves out a second context of a digest
+        digest = _digest(data.fingerprint, context)  # MLflow leaves out a second context of a digest
         profile = json.dumps({"images": data.images, "shape": data.image_shape, "classes": len(data.classes)})
         source = json.dumps({"uri": str(main_checkout() / "data")})
         dataset = Dataset(data.name[:500], digest, "local", source, profile=profile)
         with self._unless_refused():
-            self.client.log_inputs(run.info.run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+            inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
+            self.client.log_inputs(run.info.run_id, datasets=inputs)
 
     def _find(self, tag: str, value: str) -> "Run | None":
         """The run with a tag. Of several, which lost answers leave behind, one stays, the same whoever looks; the others go."""
@@ -258,8 +259,8 @@ def _record(detail: Mapping[str, Any], model: str, row: int) -> "Record":
     if record and record.checkpoint_md5 == by_seed["checkpoint_md5"]:
         return record
     shared = {name: entry[name] for name in ("setting", "architecture", "arguments", "parameters")}
-    known = {"dataset": detail["dataset"], "epochs": len(by_seed["history"])}
-    return Record(format=3, model=model, device="unknown", **known, **shared, **by_seed)
+    shared |= {"dataset": detail["dataset"], "epochs": len(by_seed["history"])}
+    return Record(format=3, model=model, device="unknown", **shared, **by_seed)
 
 
 def _curves(record: "Record", step: int) -> dict[str, float]:
@@ -273,36 +274,31 @@ def _curves(record: "Record", step: int) -> dict[str, float]:
 
 def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = None) -> tuple[str, dict[str, str]]:
     """Name and tags of a run, by how its parameters differ from those of its commit."""
-    tags = {name: value for name, value in (_environment() | origin).items() if value}
-    revision = tags.get(COMMIT, "")
-    committed = committed_parameters(revision)
+    from mlflow.tracking.context.registry import resolve_tags  # the user and the program
+
+    process = {STAGE: os.environ.get("DVC_STAGE"), EXPERIMENT: os.environ.get("DVC_EXP_NAME")}
+    process |= {COMMIT: commit(), DIRTY: "" if code_is_committed() else "true"}
+    tags = {name: value for name, value in resolve_tags(process | origin).items() if value}
+    committed = committed_parameters(tags.get(COMMIT, ""))
     varied = {name: value for name, value in record.parameters.items() if committed.get(name, value) != value}
     shown = {SHORT.get(name, name.split(".")[-1]): value for name, value in varied.items() if committed[name] != "auto"}
-    numbers = {name: f"{value:g}" if isinstance(value, float) else value for name, value in shown.items()}
-    title = " ".join([record.model, *(f"{name}={value}" for name, value in numbers.items())])[:120]
+    words = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items()]
+    title = " ".join([record.model, *words])[:120]
     if seed is not None:
         title += f"/seed{seed}"
         varied |= {"seeds": [seed]} if seed not in committed.get("seeds", [seed]) else {}
-    settings = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in varied.items()]
-    options = [word for setting in settings for word in ("-S", shlex.quote(setting))]
-    command = " ".join(["dvc", *(["exp", "run"] if options else ["repro"]), *options, tags.get(STAGE, "")]).strip()
-    repeat = f"Again: `{f'git checkout {revision[:12]} && ' if revision else ''}{command}`"
+    settings = [shlex.quote(f"{name}={json.dumps(value, ensure_ascii=False)}") for name, value in varied.items()]
+    command = " -S ".join(["dvc exp run" if settings else "dvc repro", *settings])
+    checkout = f"git checkout {tags[COMMIT][:12]} && " if COMMIT in tags else ""
+    repeat = f"Again: `{' '.join([checkout + command, *filter(None, [tags.get(STAGE)])])}`"
     repeat += " (The code had uncommitted changes.)" if DIRTY in tags else ""
     note = f"**{title}**, trained on {record.dataset.name}.\n\n{repeat}"
     tags |= {"model": record.model, "dataset": record.dataset.name, "device": record.device, "setting": record.setting}
     return title, tags | {"repeat": repeat[:8000], NOTE: note[:8000]}
 
 
-def _environment() -> dict[str, str]:
-    """Tags that say where this process comes from; empty ones are left out."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a number that has no name
-        user = ""
-    source = {"mlflow.user": user, "mlflow.source.type": "LOCAL", "mlflow.source.name": Path(sys.argv[0]).name}
-    code = {COMMIT: commit(), DIRTY: "" if code_is_committed() else "true"}
-    dvc = {STAGE: os.environ.get("DVC_STAGE", ""), EXPERIMENT: os.environ.get("DVC_EXP_NAME", "")}
-    return source | code | dvc
+def _say(text: str) -> None:
+    print(f"tracking: {one_line(masked(text))}", file=sys.stderr, flush=True)
 
 
 def _digest(*parts: str | bytes) -> str:

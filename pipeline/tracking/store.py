@@ -1,18 +1,15 @@
 """The MLflow store: opened by several processes at once, and with errors that show no password."""
 
-import logging
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
 from filelock import FileLock
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import main_checkout, write_atomic
-from pipeline.core.tracking_uri import tracking_uri
+from pipeline.core.tracking_uri import masked, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,7 +38,6 @@ def open_store(experiment: str) -> tuple["MlflowClient", str]:
         from mlflow.store.db import utils
 
         utils.MAX_RETRY_COUNT = 1  # an absent PostgreSQL would be asked for 100 s
-        logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs a database's errors before it raises them
         with store_lock():
             _create_sqlite(uri)
             client = MlflowClient(uri)
@@ -49,7 +45,7 @@ def open_store(experiment: str) -> tuple["MlflowClient", str]:
             experiment_id = found.experiment_id if found else _create_experiment(client, experiment, uri)
     except Exception as error:
         kind = NoAnswerError if is_no_answer(error) else UserError
-        message = f"MLflow store {masked(uri)}: {masked(error)}. Set MLFLOW_TRACKING_URI to a store that answers"
+        message = masked(f"MLflow store {uri}: {error}. Set MLFLOW_TRACKING_URI to a store that answers")
         raise kind(message) from error
     if found and found.lifecycle_stage == "deleted":
         restore = f"restore it (mlflow experiments restore -x {experiment_id})"
@@ -92,13 +88,3 @@ def is_no_answer(error: Exception) -> bool:
     if isinstance(error, MlflowException):
         return (status := error.get_http_status_code()) >= 500 or status in TEMPORARY
     return isinstance(error, SQLAlchemyError | OSError)  # an error of requests is an OSError
-
-
-def masked(text: object) -> str:
-    """`text` without the credentials in the store's address, or in any other."""
-    text = str(text)
-    if match := re.search(r"://[^:/@]*:(.+)@", tracking_uri()):
-        for secret in {match[1], unquote(match[1])}:
-            text = text.replace(secret, "***")
-    text = re.sub(r"(?<=://)[^\s'\"]*@", "***@", text)
-    return re.sub(r"(?i)((?:password|passwd|secret|token)=)[^&\s'\"]+", r"\1***", text)

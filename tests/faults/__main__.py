@@ -15,12 +15,12 @@ from tabulate import tabulate
 
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.provenance import code_is_committed, commit, machine
+from tests.faults.checkout import Outcome
 from tests.faults.dvc_queue import queued
 from tests.faults.full_disk import full_disk
 from tests.faults.hostile_input import hostile_input
 from tests.faults.kills import kills
 from tests.faults.outages import outages
-from tests.faults.outcome import Outcome
 
 RESULTS = Path(__file__).with_name("results.json")
 PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from mlflow import MlflowClient
@@ -22,6 +22,17 @@ SMALL = {  # both tracks on the images inside an installed package
     "distillation__dataset": "mnist5k",
 }
 CURVES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+
+
+class Outcome(NamedTuple):
+    """What came of a kind of fault: one row of the table."""
+
+    fault: str
+    injected: int
+    survived: int  # nothing was lost and nothing wrong
+    lost: int  # something was missing afterwards
+    wrong: int  # something was other than without the fault
+    details: str = ""
 
 
 class Checkout:

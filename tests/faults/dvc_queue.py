@@ -13,9 +13,8 @@ from pathlib import Path
 import psutil
 
 from pipeline.training.cache import Record
-from tests.faults.checkout import SMALL, Checkout, complete, copy_checkout
+from tests.faults.checkout import SMALL, Checkout, Outcome, complete, copy_checkout
 from tests.faults.kills import records
-from tests.faults.outcome import Outcome
 
 SEEDS = (1, 2, 3, 4)  # an experiment each, so that every training is known by its run's name
 MODELS = ("teacher", "student_distilled", "student_alone")

@@ -11,9 +11,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 from pipeline.core.files import md5
-from tests.faults.checkout import SMALL, Checkout, copy_checkout
-from tests.faults.outcome import Outcome
+from tests.faults.checkout import SMALL, Checkout, Outcome, copy_checkout
 
 SIZE = "4G"
 LEFT = (5 * 2**20, 2**18)  # bytes
@@ -95,7 +96,5 @@ def results(checkout: Checkout) -> dict[str, str]:
 
 def outputs(checkout: Checkout, stage: str) -> tuple[str, ...]:
     """The paths that a stage writes."""
-    from dvc.repo import Repo
-
-    with Repo(str(checkout.folder)) as repo:
-        return tuple(out.def_path for item in repo.index.stages if item.name == stage for out in item.outs)
+    lock = yaml.safe_load((checkout.folder / "dvc.lock").read_text())
+    return tuple(output["path"] for output in lock["stages"][stage]["outs"])

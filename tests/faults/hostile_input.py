@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -54,10 +55,10 @@ from pipeline.serving.registry import read_predictions
 from pipeline.serving.server import LIMIT, GuardBody
 from pipeline.training.cache import Entry, Record, read_record
 from tests.faults import mutations as m
-from tests.faults.checkout import ROOT
-from tests.faults.outcome import Outcome
+from tests.faults.checkout import ROOT, Outcome
 
 CPU = torch.device("cpu")
+CONTEXT = multiprocessing.get_context("spawn")
 PATIENCE = 10  # seconds for one input
 MEMORY = 1024  # MiB over what the reader has anyway
 ADDRESS_SPACE = 8 * 2**30  # bytes more than a process has when it starts: what a bomb meets before the machine does
@@ -112,14 +113,17 @@ class Tally:
     """What became of the inputs for one reader."""
 
     injected: int = 0
-    accepted: int = 0
-    refused: int = 0
-    crashed: int = 0
-    hung: int = 0
-    executed: int = 0
+    verdicts: Counter[str] = field(default_factory=Counter)  # accepted, refused, crashed, hung, executed
+    messages: Counter[str] = field(default_factory=Counter)  # of crashes
     peak: float = 0.0  # MiB over what the process had after a valid input
     slowest: float = 0.0  # seconds
-    crashes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, verdict: str, message: str = "", executed: bool = False, peak: float = 0.0, seconds: float = 0.0) -> None:
+        """Count one more input."""
+        self.injected += 1
+        self.verdicts.update([verdict] + ["executed"] * executed)
+        self.messages.update([message] if verdict in ("crashed", "hung") else [])
+        self.peak, self.slowest = max(self.peak, peak), max(self.slowest, seconds)
 
 
 def checkpoint(folder: Path) -> Reader:
@@ -225,23 +229,11 @@ def predictions(folder: Path) -> Reader:
 
 
 def evaluation(folder: Path) -> Reader:
-    """comparisons.read_evaluation. The first byte says which of its files it is."""
+    """comparisons.read_evaluation: its predictions."""
     detail = {"track": "own", "dataset": _dataset(), "models": {"student_distilled": {"seeds": [0, 1]}}}
-    tables = {"student_distilled": {"accuracy": 0.9}}, {"a_vs_b": {"gain": 0.1}}, detail
-    valid = [*(json.dumps(table).encode() for table in tables), m.archive(list(_predictions().items()))]
-
-    def read(content: bytes) -> None:
-        number = min(content[0], 3) if content else 3
-        files = dict(zip(FILES, [*valid[:number], content[1:], *valid[number + 1 :]], strict=True))
-        read_evaluation("{}", files.__getitem__)
-
-    def mutate(random: Random) -> bytes:
-        number = random.randrange(4)
-        arrays = number == 3
-        hostile = m.odd_npz(_predictions(), random, folder / SIGN) if arrays else m.json_text(tables[number], random)
-        return bytes([number]) + hostile
-
-    return Reader(b"\3" + valid[3], mutate, read)
+    tables = dict(zip(FILES, [b"{}", b"{}", json.dumps(detail).encode()], strict=False))
+    read = lambda path: read_evaluation("{}", lambda name: tables.get(name) or path.read_bytes())  # noqa: E731
+    return Reader.of_npz(folder / "evaluation.npz", _predictions(), read)
 
 
 def saved_training(folder: Path) -> Reader:
@@ -327,47 +319,36 @@ def hostile(reader: Reader, random: Random, folder: Path) -> bytes:
 
 
 def bombard(make: Make, count: int) -> Tally:
-    """Give `count` inputs to the reader that `make` makes; the n-th is the same each time."""
+    """Give `count` inputs, always the same, to the reader that `make` makes. A process that hangs or dies is replaced."""
     tally = Tally()
     while tally.injected < count:
-        _one_process(make, count, tally)
+        with tempfile.TemporaryDirectory() as folder:
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_child, args=(make, tally.injected, count, theirs, Path(folder)), daemon=True)
+            process.start()
+            theirs.close()
+            try:
+                _receive(ours, process, count, tally)
+            except EOFError:
+                process.join()
+                tally.add("crashed", f"input {tally.injected}: the process ended with {process.exitcode}")
+            finally:
+                process.kill()
+                process.join()
     return tally
 
 
-def _one_process(make: Make, count: int, tally: Tally) -> None:
-    """Continue from where `tally` is, until the end or until the process hangs or dies."""
-    with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_child, args=(make, tally.injected, count, theirs, Path(folder)), daemon=True)
-        process.start()
-        theirs.close()
-        try:
-            if not ours.poll(300):
-                raise TimeoutError(f"{make.__name__}: not ready")
-            base = ours.recv()
-            while tally.injected < count:
-                if not ours.poll(PATIENCE):
-                    tally.hung += 1
-                    tally.peak = max(tally.peak, _peak_of(process.pid) - base)
-                    tally.crashes[f"input {tally.injected} hung"] += 1
-                    tally.injected += 1
-                    return
-                outcome, message, executed, peak, seconds = ours.recv()
-                tally.injected += 1
-                tally.executed += executed
-                tally.peak, tally.slowest = max(tally.peak, peak - base), max(tally.slowest, seconds)
-                setattr(tally, outcome, getattr(tally, outcome) + 1)
-                if outcome == "crashed":
-                    tally.crashes[message] += 1
-        except EOFError:
-            process.join()
-            tally.crashed += 1
-            tally.crashes[f"input {tally.injected}: the process ended with {process.exitcode}"] += 1
-            tally.injected += 1
-        finally:
-            process.kill()
-            process.join()
+def _receive(pipe: Connection, process: BaseProcess, count: int, tally: Tally) -> None:
+    """Count what a process says of its inputs, until the last or until it hangs. Raises EOFError if it dies."""
+    if not pipe.poll(300):
+        raise TimeoutError("not ready")
+    base = pipe.recv()
+    while tally.injected < count:
+        if not pipe.poll(PATIENCE):
+            tally.add("hung", f"input {tally.injected} hung", peak=_peak_of(process.pid) - base)
+            return
+        verdict, message, executed, peak, seconds = pipe.recv()
+        tally.add(verdict, message, executed, peak - base, seconds)
 
 
 def _child(make: Make, first: int, count: int, pipe: Connection, folder: Path) -> None:
@@ -377,20 +358,19 @@ def _child(make: Make, first: int, count: int, pipe: Connection, folder: Path) -
     reader = make(folder)
     with contextlib.suppress(UserError):  # MNIST's own files are not here
         reader.read(reader.seed)
-    seen: list[str] = []
-    sys.addaudithook(lambda event, _: seen.append(event) if event in GIVEAWAYS else None)
+    giveaways: list[str] = []
+    sys.addaudithook(lambda event, _: giveaways.append(event) if event in GIVEAWAYS else None)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + ADDRESS_SPACE,) * 2)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
-    base = _peak_of()
-    pipe.send(base)
+    pipe.send(_peak_of())
     for number in range(first, count):
         content = hostile(reader, Random(f"{make.__name__} {number}"), folder)
         start = time.perf_counter()
-        outcome, message = judge(reader.read, content)
-        executed = bool(seen) or (folder / SIGN).exists()
-        seen.clear()
+        verdict, message = judge(reader.read, content)
+        executed = bool(giveaways) or (folder / SIGN).exists()
+        giveaways.clear()
         shutil.rmtree(folder / SIGN, ignore_errors=True)
-        pipe.send((outcome, message, executed, _peak_of(), time.perf_counter() - start))
+        pipe.send((verdict, message, executed, _peak_of(), time.perf_counter() - start))
 
 
 def judge(read: Read, content: bytes) -> tuple[str, str]:
@@ -489,8 +469,10 @@ def hostile_input(count: int, readers: dict[str, Make] | None = None) -> list[Ou
 
 def outcome(name: str, tally: Tally) -> Outcome:
     """The tally of a reader as a row of the table: wrong is what crashed, hung, was executed, or needed 1 GiB."""
-    for message, times in tally.crashes.most_common():
+    for message, times in tally.messages.most_common():
         print(f"{name}: {times} x {message}")
-    harmed = tally.crashed + tally.hung + tally.executed + (tally.peak >= MEMORY)
-    details = f"{tally.refused} refused, {tally.accepted} accepted; peak {tally.peak:.0f} MiB, slowest {tally.slowest:.1f} s"
+    counts = tally.verdicts
+    harmed = counts["crashed"] + counts["hung"] + counts["executed"] + (tally.peak >= MEMORY)
+    figures = f"peak {tally.peak:.0f} MiB, slowest {tally.slowest:.1f} s"
+    details = f"{counts['refused']} refused, {counts['accepted']} accepted; {figures}"
     return Outcome(f"hostile input: {name}", tally.injected, tally.injected - harmed, 0, harmed, details)

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from pipeline.core.files import md5
 from pipeline.training.cache import Record, read_record
-from tests.faults.checkout import SMALL, Checkout, complete, copy_checkout, kill
-from tests.faults.outcome import Outcome
+from tests.faults.checkout import SMALL, Checkout, Outcome, complete, copy_checkout, kill
 
 KILLS_PER_TRAINING = 3
 EPOCHS = {"baselines": 2, "distillation": 6}

@@ -45,23 +45,13 @@ def damage(content: bytes, random: Random) -> bytes:
     for _ in range(random.randint(1, 3)):
         at, size = random.randrange(len(content) + 1), random.choice((1, 4, 64, 4096))
         head, there, tail = content[:at], content[at : at + size], content[at + size :]
-        match random.randrange(7):
-            case 0:
-                content = head
-            case 1:
-                content = head + bytes(byte ^ (1 << random.randrange(8)) for byte in there[:4]) + there[4:] + tail
-            case 2:
-                content = head + random.randbytes(len(there)) + tail
-            case 3:
-                content = head + random.choice((b"\0", b"\xff")) * len(there) + tail
-            case 4:
-                content = head + there * random.choice((0, 2, 100)) + tail
-            case 5:  # a length or an offset, perhaps
-                width, order = random.choice((1, 2, 4, 8)), random.choice(("little", "big"))
-                value = random.choice(INTEGERS) % 256**width
-                content = head + value.to_bytes(width, order) + content[at + width :]
-            case 6:
-                content = content[random.randrange(len(content) + 1) :][:at] + content
+        width, order = random.choice((1, 2, 4, 8)), random.choice(("little", "big"))
+        number = (random.choice(INTEGERS) % 256**width).to_bytes(width, order)  # a length or an offset, perhaps
+        flipped = bytes(byte ^ (1 << random.randrange(8)) for byte in there[:4]) + there[4:]
+        filled = random.choice((b"\0", b"\xff")) * len(there)
+        changed = (flipped, random.randbytes(len(there)), filled, there * random.choice((0, 2, 100)))
+        moved = content[random.randrange(len(content) + 1) :][:at] + content
+        content = random.choice((head, *(head + part + tail for part in changed), head + number + content[at + width :], moved))
     return content
 
 
@@ -129,27 +119,20 @@ def odd_array(content: bytes, random: Random, sign: Path) -> bytes:
     size = struct.unpack("<H", content[8:10])[0]
     header, data = ast.literal_eval(content[10 : 10 + size].decode()), content[10 + size :]
     descr, shape = header["descr"], header["shape"]
-    match random.randrange(8):
-        case 0:
-            at = random.randrange(len(shape))
-            return array_file(descr, (*shape[:at], random.choice(SIDES), *shape[at + 1 :]), data)
-        case 1:
-            structured = [("a", "<i4"), ("b", "|O")], ("<i4", (2**40,)), [("a", "|V0")]
-            return array_file(random.choice((*DESCRIPTORS, *structured, "", 7, None)), shape, data)
-        case 2:
-            return array_file(descr, shape, data[: random.randrange(len(data))])
-        case 3:
-            return array_file(descr, shape, data + data)
-        case 4:
-            deep = "(" * random.choice((50, 150, 4000)) + "1" + ")" * 4000
-            headers = (deep, "{", "[]", "{'descr': " + deep + "}", "'" * 9, "{'shape': 1L}", "\0", "9" * 5000)
-            return array_file(descr, shape, data, random.choice(headers))
-        case 5:
-            return array_file("|O", random.choice((shape, (1,), ())), pickle.dumps([Payload(sign)]))
-        case 6:
-            return array_file(random.choice(("<U0", "|V0", "|u1")), (random.choice((2**40, 2**62)), 0, 8), b"")
-        case _:
-            return array_file(descr, shape, data, version=random.choice((2, 3)))
+    at, part = random.randrange(len(shape)), data[: random.randrange(len(data))]
+    deep = "(" * random.choice((50, 150, 4000)) + "1" + ")" * 4000
+    headers = (deep, "{", "[]", "{'descr': " + deep + "}", "'" * 9, "{'shape': 1L}", "\0", "9" * 5000)
+    structured = [("a", "<i4"), ("b", "|O")], ("<i4", (2**40,)), [("a", "|V0")]
+    files = (
+        array_file(descr, (*shape[:at], random.choice(SIDES), *shape[at + 1 :]), data),
+        array_file(random.choice((*DESCRIPTORS, *structured, "", 7, None)), shape, data),
+        *(array_file(descr, shape, part), array_file(descr, shape, data + data)),
+        array_file(descr, shape, data, header=random.choice(headers)),
+        array_file("|O", random.choice((shape, (1,), ())), pickle.dumps([Payload(sign)])),
+        array_file(random.choice(("<U0", "|V0", "|u1")), (random.choice((2**40, 2**62)), 0, 8), b""),
+        array_file(descr, shape, data, version=random.choice((2, 3))),
+    )
+    return random.choice(files)
 
 
 def odd_npz(arrays: dict[str, bytes], random: Random, sign: Path) -> bytes:
@@ -157,19 +140,11 @@ def odd_npz(arrays: dict[str, bytes], random: Random, sign: Path) -> bytes:
     entries = list(arrays.items())
     at = random.randrange(len(entries))
     name, content = entries[at]
-    match random.randrange(6):
-        case 0 | 1:
-            entries[at] = name, odd_array(content, random, sign)
-        case 2:
-            entries[at] = f"../../{name}", content
-        case 3:
-            entries.append((name, odd_array(content, random, sign)))
-        case 4:
-            del entries[at]
-        case 5:
-            entries.append((random.choice(("class_names.npy", "../x.npy", name)), foreign(random, sign)))
-    bomb = random.choice(entries)[0] if random.random() < 0.1 else None
-    return archive(entries, random, bomb=bomb)
+    odd = name, odd_array(content, random, sign)
+    added = random.choice(("class_names.npy", "../x.npy", name)), foreign(random, sign)
+    changes = ([odd], [odd], [(f"../../{name}", content)], [(name, content), odd], [], [(name, content), added])
+    entries[at : at + 1] = random.choice(changes)
+    return archive(entries, random, bomb=random.choice(entries)[0] if random.random() < 0.1 else None)
 
 
 def archive(entries: list[tuple[str, bytes]], random: Random | None = None, bomb: str | None = None) -> bytes:
@@ -203,23 +178,13 @@ def odd_png(content: bytes, random: Random) -> bytes:
         at += size + 12
     at = random.randrange(len(chunks))
     kind, data = chunks[at]
-    rest = bytes(random.choice((0, 1, 2, 3, 4, 6, 8, 16)) for _ in range(5))
-    match random.randrange(6):
-        case 0:
-            sides = [random.choice((0, 1, 7, 8, 9, 28, 2**14, 2**16, 2**31 - 1, 2**32 - 1)) for _ in range(2)]
-            chunks[0] = b"IHDR", struct.pack(">II", *sides) + rest
-        case 1:
-            chunks[0] = b"IHDR", chunks[0][1][:8] + rest  # the right size
-        case 2:
-            chunks[at] = kind, damage(data, random)
-        case 3:
-            del chunks[at]
-        case 4:
-            chunks.insert(at, (kind, data))
-        case 5:
-            kinds, zeros = b"IDAT zTXt iCCP iTXt PLTE tRNS acTL fcTL fdAT eXIf".split(), b"\x78\x9c" + _zeros() * 1500
-            text = random.choice((b"a\0\0" + zeros, b"a\0\1\0\0\0" + zeros, b"", data))
-            chunks.insert(random.randrange(1, len(chunks)), (random.choice(kinds), text))
+    kinds, zeros = [b"IDAT", b"zTXt", b"iCCP", b"iTXt", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"eXIf"], _zeros() * 1500
+    text = random.choice((b"a\0\0\x78\x9c" + zeros, b"a\0\1\0\0\0\x78\x9c" + zeros, b"", data))
+    sides = struct.pack(">II", *(random.choice((0, 1, 7, 8, 28, 2**14, 2**16, 2**31 - 1, 2**32 - 1)) for _ in range(2)))
+    added = (kind, data), (random.choice(kinds), text)
+    chunks[at : at + 1] = random.choice(
+        ([(kind, damage(data, random))], [(kind, sides + data[8:])], [], [(kind, data)] * 2, added)
+    )
     packed = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
     return content[:8] + b"".join(packed)
 

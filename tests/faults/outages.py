@@ -1,7 +1,7 @@
 """A tracking server that goes away while a model is trained.
 
 Every outage is one training of a seed of its own, against a real MLflow server behind a proxy. It counts as survived if the
-checkpoint has the bytes of an undisturbed training and the server has, after a sync, one finished run of it with every point once.
+checkpoint has the bytes of an undisturbed training and the server has, after `make sync`, one finished run with every point once.
 """
 
 import random
@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.core.files import md5
-from tests.faults.checkout import SMALL, Checkout, complete, copy_checkout, free_port, kill, wait_for
+from tests.faults.checkout import SMALL, Checkout, Outcome, complete, copy_checkout, free_port, kill, wait_for
 from tests.faults.kills import epochs_done
-from tests.faults.outcome import Outcome
-from tests.faults.proxy import FAULTS, proxy
+from tests.faults.proxy import FAULTS, Proxy
 
 EPOCHS = 12
 STAGE = "train_student_alone"
@@ -47,7 +46,7 @@ def outages(folder: Path, count: int, random_seed: int = 0) -> list[Outcome]:
     shutil.rmtree(checkout.folder / ".trainings")
     kinds = [FAULTS[number % len(FAULTS)] for number in range(count)]
     wrong, lost = set(), set()
-    with mlflow_server(checkout) as upstream, proxy(upstream) as server:
+    with mlflow_server(checkout) as upstream, Proxy(upstream) as server:
         checkout.environment["MLFLOW_TRACKING_URI"] = uri = f"http://127.0.0.1:{server.port}"
         for seed, kind in enumerate(kinds):
             checkout.set(seeds=[seed])

@@ -1,26 +1,24 @@
 """An HTTP proxy on 127.0.0.1 in front of a server, with outages to switch on."""
 
-import contextlib
 import http.client
 import os
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
 
 FAULTS = ("refused", "reset", "answer lost", "hanging", "HTTP 500", "slow")
 SLOW = 3  # seconds per request
 
 
 class Proxy:
-    """Passes requests on to the port `upstream`, except while there is a fault."""
+    """Passes requests on to the port `upstream`, except while there is a fault. A context: closed at its end."""
 
     def __init__(self, upstream: int) -> None:
         self.upstream = upstream
         self.fault: str | None = None
-        self._server: ThreadingHTTPServer | None = None
         self._listen(0)
         self.port = self._server.server_port
 
@@ -34,7 +32,7 @@ class Proxy:
         """Be out of order in one of the ways in FAULTS."""
         self.fault = fault
         if fault == "refused":
-            self.close()
+            self._close()
 
     def end(self) -> None:
         """Work again."""
@@ -42,21 +40,16 @@ class Proxy:
             self._listen(self.port)
         self.fault = None
 
-    def close(self) -> None:
-        """Stop listening."""
+    def _close(self) -> None:
         self._server.shutdown()
         self._server.socket.close()
 
+    def __enter__(self) -> Self:
+        return self
 
-@contextlib.contextmanager
-def proxy(upstream: int) -> Iterator[Proxy]:
-    """A proxy until the block ends."""
-    opened = Proxy(upstream)
-    try:
-        yield opened
-    finally:
-        opened.end()
-        opened.close()
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        self._close()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -80,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = upstream.getresponse()
         content = answer.read()
         upstream.close()
-        if fault == "answer lost":  # what was asked for is done, and nobody hears of it
+        if fault == "answer lost":  # the request is carried out all the same
             return self._cut()
         return self._answer(answer.status, {"Content-Type": answer.getheader("Content-Type", "text/plain")}, content)
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults.__main__ import RESULTS, page, read_results
+from tests.faults.checkout import Outcome
 from tests.faults.full_disk import full_disk
 from tests.faults.kills import kills
 from tests.faults.outages import outages
-from tests.faults.outcome import Outcome
 
 
 def all_survive(outcomes: list[Outcome], injected: int) -> None:

@@ -109,7 +109,7 @@ def test_each_training_has_its_run_in_mlflow(one_by_one: Checkout, on_ray: Check
 
 def test_a_point_that_fails_is_named_and_the_others_finish(one_by_one: Checkout, on_ray: Checkout):
     for checkout in (one_by_one, on_ray):
-        reason = rf"error: small-\w+: data set missing\.npz: dataset {checkout.folder}/missing\.npz: there is no such file"
+        reason = rf"error: small-\w+: prepare_data: dataset {checkout.folder}/missing\.npz: there is no such file"
         assert len(re.findall(reason, checkout.output)) == checkout.output.count("error: small") == 1
         assert len(re.findall(r"small-\w+: finished", checkout.output)) == 2
         assert "small: 3 points, 2 finished; 11 of 19 tasks done now" in checkout.output

