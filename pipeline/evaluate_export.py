@@ -13,22 +13,18 @@ from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.inference import predict
 from pipeline.params import load_params
 
-STUDENT = Path("models/student")
-
 
 def main() -> None:
-    threads = load_params().threads
+    student, threads, cpu = Path("models/student"), load_params().threads, torch.device("cpu")
     torch.set_num_threads(threads)
-    cpu = torch.device("cpu")
-    test = load_split(Path("data/distillation"), "test", cpu)
-    labels = test.labels.numpy()
-    classifier, _ = load_checkpoint(STUDENT / "student.safetensors", cpu)
-    expected = predict(classifier, test.images).softmax(dim=1).numpy()
-    results = {"pytorch": {"accuracy": float((expected.argmax(axis=1) == labels).mean())}}
-    for path in sorted(STUDENT.glob("*.onnx")):
-        exported = Student(path, threads).probabilities(test.images.numpy())
+    images, labels = load_split(Path("data/distillation"), "test", cpu)
+    classifier, _ = load_checkpoint(student / "student.safetensors", cpu)
+    expected = predict(classifier, images).softmax(dim=1).numpy()
+    results = {"pytorch": {"accuracy": float((expected.argmax(axis=1) == labels.numpy()).mean())}}
+    for path in sorted(student.glob("*.onnx")):
+        exported = Student(path, threads).probabilities(images.numpy())
         results[path.stem] = {
-            "accuracy": float((exported.argmax(axis=1) == labels).mean()),
+            "accuracy": float((exported.argmax(axis=1) == labels.numpy()).mean()),
             "largest_difference": float(np.abs(exported - expected).max()),  # of a probability
             "same_predictions": float((exported.argmax(axis=1) == expected.argmax(axis=1)).mean()),  # share of the images
         }

@@ -1,7 +1,4 @@
-"""Stage fetch_data: put a track's images, and the weights its networks start from, into data/<track>/.
-
-The only stage that uses the network.
-"""
+"""Stage fetch_data, alone to use the network: put a track's images, and the weights to start from, into data/<track>/."""
 
 from pathlib import Path
 
@@ -16,13 +13,12 @@ from pipeline.params import TRACKS, load_params
 
 
 def main(track: str) -> None:
-    params = load_params()
-    block = {"baselines": params.baselines, "distillation": params.distillation}[track]
+    block = getattr(load_params(), track)
     link_own_file(block.dataset, Path("data/own") / track)
     source = read_source(block.dataset, block.size)
     initial = {}
     if track == "baselines":  # a model without published weights gets an empty file: it starts from random ones
-        initial = {"simple_cnn": {}, "resnet18": imagenet_resnet18() if params.baselines.pretrained else {}}
+        initial = {"simple_cnn": {}, "resnet18": imagenet_resnet18() if block.pretrained else {}}
     with atomic_folder(Path("data") / track) as folder:
         dataset = prepare(source, block.validation, folder)
         for model, tensors in initial.items():
@@ -32,11 +28,10 @@ def main(track: str) -> None:
 
 def link_own_file(dataset: str, folder: Path) -> None:
     """Link the user's own file into `folder`, on which this stage depends, so that DVC notices when it changes."""
-    path = own_file(dataset)
     for link in folder.iterdir():
         if link.is_symlink():
             link.unlink()
-    if path and path.is_file():
+    if (path := own_file(dataset)) and path.is_file():
         (folder / path.name).symlink_to(path)
 
 

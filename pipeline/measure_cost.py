@@ -1,7 +1,4 @@
-"""Stage measure_cost: what each of a track's models costs, observed on this machine.
-
-Timings differ from run to run. They have a stage of their own, on which no result depends: only the report shows them.
-"""
+"""Stage measure_cost: observe what each of a track's models costs here. Timings differ: no result depends on this stage."""
 
 from pathlib import Path
 from statistics import fmean
@@ -24,18 +21,16 @@ def main(track: str) -> None:
     for model in TRACKS[track].models:
         paths = checkpoints_in(Path("models") / track / model)
         costs[model] = network_cost(paths[0]) | inference_cost(paths[0])
-        digests = [read_description(path).digest for path in paths]
-        records = [record for digest in digests if (record := read_record(trainings_folder(), digest))]
-        if seconds := [record.seconds for record in records if record.seconds is not None]:
+        records = [read_record(trainings_folder(), read_description(path).digest) for path in paths]
+        if seconds := [record.seconds for record in records if record and record.seconds is not None]:
             costs[model]["training_seconds"] = fmean(seconds)  # of one seed
     if track == "distillation":
         for path in sorted(Path("models/student").glob("*.onnx")):
             costs[path.stem] = {"file_bytes": path.stat().st_size} | inference_cost(path)
-    where = {"machine": machine(), "commit": commit(), "code_is_committed": code_is_committed()}
-    write_json(Path(f"metrics/{track}_costs.json"), {"models": costs, **where})
-    for model, figures in costs.items():
-        latency, throughput = figures["latency_ms"], figures["images_per_second"]
-        print(f"{model}: {latency:.2f} ms per image, {throughput:,.0f} images/s in batches")
+    code = {"commit": commit(), "code_is_committed": code_is_committed()}
+    write_json(Path(f"metrics/{track}_costs.json"), {"models": costs, "machine": machine(), **code})
+    for model, cost in costs.items():
+        print(f"{model}: {cost['latency_ms']:.2f} ms per image, {cost['images_per_second']:,.0f} images/s in batches")
 
 
 def network_cost(path: Path) -> dict[str, int]:
@@ -44,11 +39,8 @@ def network_cost(path: Path) -> dict[str, int]:
     image = torch.zeros((1, *description.dataset.image_shape), dtype=torch.uint8, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         classifier.to("meta")(image)
-    return {
-        "parameters": sum(tensor.numel() for tensor in classifier.parameters()),
-        "multiply_adds": counter.get_total_flops() // 2,
-        "file_bytes": path.stat().st_size,
-    }
+    parameters = sum(tensor.numel() for tensor in classifier.parameters())
+    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2, "file_bytes": path.stat().st_size}
 
 
 if __name__ == "__main__":

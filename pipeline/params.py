@@ -10,11 +10,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pipeline.core.errors import UserError
 from pipeline.core.files import read_yaml
 
-Count = Annotated[int, Field(ge=1, le=100_000)]
-BatchSize = Annotated[int, Field(ge=2, le=1_000_000)]
-LearningRate = Annotated[float, Field(gt=0, le=10)]
-ValidationShare = Annotated[float, Field(gt=0, lt=0.5)]
-LabelFraction = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -29,9 +24,6 @@ class Block(BaseModel):
     """A block of params.yaml: its keys are exactly these, their types exact."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-Size = Literal[28, 64, 128, 224]
 
 
 class Track(NamedTuple):
@@ -69,25 +61,22 @@ class ResNet18(Block):
     stem: Literal["imagenet", "cifar"]
 
 
-class Baselines(Block):
+class Training(Block):
     dataset: Text
-    size: Size
-    validation: ValidationShare
-    epochs: Count
-    batch_size: BatchSize
-    lr: LearningRate
+    size: Literal[28, 64, 128, 224]
+    validation: Annotated[float, Field(gt=0, lt=0.5)]
+    epochs: Annotated[int, Field(ge=1, le=100_000)]
+    batch_size: Annotated[int, Field(ge=2, le=1_000_000)]
+    lr: Annotated[float, Field(gt=0, le=10)]
+
+
+class Baselines(Training):
     pretrained: bool
     resnet18: ResNet18
 
 
-class Distillation(Block):
-    dataset: Text
-    size: Size
-    validation: ValidationShare
-    label_fraction: LabelFraction
-    epochs: Count
-    batch_size: BatchSize
-    lr: LearningRate
+class Distillation(Training):
+    label_fraction: Annotated[float, Field(gt=0, le=1)]
 
 
 class CompactCNN(Block):
@@ -118,7 +107,7 @@ class Params(Block):
     kd: KD
     tracking: Tracking
 
-    def training(self, track: Baselines | Distillation) -> dict[str, Any]:
+    def training(self, track: Training) -> dict[str, Any]:
         """How a track's networks are trained: arguments of training.recipe.Recipe."""
         settings = {name: getattr(track, name) for name in ("epochs", "batch_size", "lr")} | {"precision": self.precision}
         return {"settings": settings, "device": self.device, "threads": self.threads}

@@ -5,23 +5,20 @@
     python -m studies.study run mnist --one-by-one     the same in this process, without Ray
     python -m studies.study collect mnist              write metrics/studies/mnist.csv, .md and .png from what is finished
 
-A point is params.yaml with settings of the study. An interrupted study resumes with the same command; after a change in settings,
-code or data, what they decide runs anew.
+An interrupted study resumes with the same command; after a change in settings, code or data, what they decide runs anew.
 """
 
 import argparse
+import functools
 import hashlib
 import io
 import itertools
 import json
 import math
-import operator
 import sys
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import pandas as pd
-from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from pydantic import Field, ValidationError
 from tqdm import tqdm
@@ -35,7 +32,6 @@ from pipeline.training.cache import prune, read_record, trainings_folder
 from studies.tasks import MODELS, ROOT, Task, on_ray, one_by_one, plan, result_path, train_network
 
 MOST_POINTS = 10_000  # of a grid
-STYLES = {"color": list(TABLEAU_COLORS)[:8], "marker": list("osD^vPX*"), "linestyle": ["-", "--", ":", "-."] * 2}
 
 
 class Grid(Block):
@@ -55,12 +51,12 @@ class Study(Block):
 
 
 class Point(NamedTuple):
-    """One combination of a grid."""
+    """params.yaml with one combination of a grid's settings."""
 
     name: str  # the same for the same settings
     grid: Grid
-    params: Params
     settings: dict[str, Any]  # by dotted parameter: all that the study names
+    params: Params
 
 
 def main() -> None:
@@ -80,8 +76,8 @@ def main() -> None:
         plans = {point.name: plan(point.params) for point in points}
         if arguments.action == "collect":
             collect(arguments.study, points, plans)
-        elif not run(arguments, plans, points[0].params.tracking.experiment):
-            sys.exit(1)
+        else:
+            run(arguments, plans, points[0].params.tracking.experiment)
     except UserError as error:
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
@@ -90,14 +86,11 @@ def main() -> None:
 
 
 def load_study(name: str, threads: int | None = None) -> list[Point]:
-    """The points of studies/<name>.yaml, grid by grid, with these threads unless None; a point may be in two grids.
-
-    Raises UserError for a missing or malformed file and for settings that params.yaml does not allow.
-    """
+    """The points of studies/<name>.yaml, grid by grid, with these threads unless None. Raises UserError for a bad file."""
     path, params = ROOT / "studies" / f"{name}.yaml", load_params(ROOT / "params.yaml").model_dump()
     if not path.is_file():
-        names = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
-        raise UserError(f"{path}: cannot be read; the studies here: {names}")
+        names = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise UserError(f"{path}: no such study; there are: {names}")
     combinations, last = [], {"threads": threads} if threads else {}
     try:
         study = Study.model_validate(read_yaml(path))
@@ -113,5 +106,109 @@ def load_study(name: str, threads: int | None = None) -> list[Point]:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         raise UserError(f"{path}: {key} = {shown(problem['input'])}: {problem['msg']}") from error
-    keys = itertools.chain(study.fixed, *((*grid.fixed, *grid.vary) for grid in study.grids))
-    ...
+    keys, points = [*study.fixed, *(key for grid in study.grids for key in grid.fixed | grid.vary)], []
+    for grid, point in combinations:
+        settings = point.flat(*keys)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        points.append(Point(f"{name}-{digest[:8]}", grid, settings, point))
+    return points
+
+
+def merge(content: Any, settings: Any) -> Any:
+    """`content` with other settings, which may be mappings in mappings, dotted keys, or both."""
+    if not (isinstance(content, dict) and isinstance(settings, dict)):
+        return settings
+    merged = dict(content)
+    for key, value in settings.items():
+        block, dot, rest = str(key).partition(".")
+        merged[block] = merge(merged.get(block), {rest: value} if dot else value)
+    return merged
+
+
+def run(arguments: argparse.Namespace, plans: dict[str, list[Task]], experiment: str) -> None:
+    """Do what is missing of the points' tasks, mirror trainings into MLflow's `experiment`; exit with 1 if a point failed."""
+    missing = {tasks[-1].digest: name for name, tasks in plans.items() if not result_path(tasks[-1].digest).is_file()}
+    tasks = list({task.digest: task for name in missing.values() for task in plans[name]}.values())
+    reasons: dict[str, str] = {}
+    if tasks:
+        engine = one_by_one(tasks) if arguments.one_by_one else on_ray(tasks, arguments.workers, arguments.per_gpu)
+        mirror = Mirror(experiment)
+        for task, (result, reason) in (bar := tqdm(engine, arguments.study, len(tasks), unit="task", disable=None)):
+            if reason:
+                reasons[task.digest] = reason
+            elif task.work is train_network and (record := read_record(trainings_folder(), result.parent.name)):
+                mirror.training(record)
+            if name := missing.get(task.digest):
+                bar.write(f"{name}: {'failed' if reason else 'finished'}")
+        prune(trainings_folder())
+    failed = 0
+    for name, needed in plans.items():
+        if reason := next((reasons[task.digest] for task in needed if task.digest in reasons), None):
+            failed += 1
+            print(f"error: {name}: {reason}", file=sys.stderr)
+    done = f"{len(tasks) - len(reasons)} of {len(tasks)} tasks done now"
+    print(f"{arguments.study}: {len(plans)} points, {len(plans) - failed} finished; {done}")
+    sys.exit(bool(failed))
+
+
+def collect(name: str, points: list[Point], plans: dict[str, list[Task]]) -> None:
+    """Write table and figure of the finished points."""
+    finished = [(point, path) for point in points if (path := result_path(plans[point.name][-1].digest)).is_file()]
+    rows = {point.name: point.settings | read_json(path) for point, path in finished}
+    if not rows:
+        raise UserError(f"study {name}: no finished point by this code: make study STUDY={name}")
+    frame, image = pd.DataFrame(list(rows.values()), pd.Index(rows, name="experiment")), io.BytesIO()
+    table = markdown(name, frame, list(points[0].settings), len(plans))
+    plot(frame, points).savefig(image, format="png", dpi=110)
+    csv = frame.drop(columns="seeds", errors="ignore").to_csv()
+    for suffix, content in (("csv", csv), ("md", table), ("png", image.getvalue())):
+        write_atomic(ROOT / "metrics" / "studies" / f"{name}.{suffix}", content)
+    print(table)
+
+
+def markdown(name: str, frame: pd.DataFrame, settings: list[str], planned: int) -> str:
+    """The table: a row per finished point, in percent and percentage points."""
+    varied = [key for key in settings if frame[key].map(str).nunique() > 1]
+    fixed = ", ".join(f"{key} {frame[key].iloc[0]}" for key in settings if key not in varied)
+    counts = ", ".join(f"{verdict} {sum(frame['verdict'] == verdict)}" for verdict in ("better", "worse", "not distinguishable"))
+    frame = frame.sort_values(varied)
+    gain = (100 * frame[["gain", "low", "high"]].astype(float)).map("{:+.2f}".format)
+    table = frame[varied].copy()
+    for model in MODELS:
+        table[f"{model.removeprefix('student_')} (%)"] = (100 * frame[f"accuracy_{model}"]).map("{:.2f}".format)
+    table["gain (points)"], table["95 % interval"] = gain["gain"], gain["low"] + " to " + gain["high"]
+    table["distilled is"] = frame["verdict"]
+    return (
+        f"Study {name}: {len(frame)} of {planned} points finished, on commit `{commit()}`; {fixed}.\n\n"
+        f"The distilled student against the same student alone, at 95 % each: {counts}. Where nothing is gained, up to one point"
+        " in twenty is expected to be called better or worse by chance.\n\n"
+        f"{table.to_markdown(index=False, tablefmt='github', disable_numparse=True)}\n\n![Gains of study {name}]({name}.png)\n"
+    )
+
+
+def plot(frame: pd.DataFrame, points: list[Point]) -> Figure:
+    """A panel per grid: the gain in percentage points with its interval over the grid's x, a line per other setting."""
+    grids = [(grid, list(group)) for grid, group in itertools.groupby(points, lambda point: point.grid)]
+    figure = Figure(figsize=(6.5 * len(grids), 5), layout="constrained")
+    for axes, (grid, group) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids, strict=True):
+        labels = {}
+        for point in (point for point in group if point.name in frame.index):
+            others = point.params.flat(*(key for key in grid.vary if key != grid.x))
+            labels[point.name] = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in others.items())
+        lines = frame.loc[list(labels)].groupby(pd.Series(labels, dtype=str), sort=False)
+        for number, (label, line) in enumerate(lines):
+            x = line[grid.x] * 1.05 ** (number - (len(lines) - 1) / 2)  # side by side
+            gain, low, high = (100 * line[key].astype(float) for key in ("gain", "low", "high"))
+            style = {"marker": "osD^vPX*"[number % 8], "linestyle": ("-", "--", ":", "-.")[number % 4], "linewidth": 1}
+            axes.errorbar(x, gain, [gain - low, high - gain], capsize=3, markersize=5, label=label, **style)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(title=grid.title, xscale="log", xlabel=grid.x, ylabel="gain of distillation (percentage points)")
+        axes.set_xticks(grid.vary[grid.x], grid.vary[grid.x])
+        axes.minorticks_off()
+        if any(labels.values()):
+            axes.legend(fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

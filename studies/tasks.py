@@ -1,8 +1,7 @@
 """A study's points as tasks, and the two engines that do them: one by one in this process, or on Ray.
 
-A task prepares a data set, trains a network with one seed, or evaluates a point, by the functions that the stages call. Trainings
-lie in `.trainings/` as those of the stages do, data sets and the points' results in `.studies/`: equal tasks are done once,
-whichever points need them, and what was interrupted resumes.
+Tasks call the functions that the stages call. Trainings lie in `.trainings/` as those of the stages do, data sets and the points'
+results in `.studies/`: equal tasks are done once, whichever points need them, and what was interrupted resumes.
 """
 
 import functools
@@ -14,10 +13,10 @@ import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from filelock import FileLock
@@ -39,7 +38,6 @@ from pipeline.training.seeds import MEMORY
 ROOT = Path(__file__).parents[1]
 MODELS = ("teacher", "student_alone", "student_distilled")
 TOKEN = "~/.ray/auth_token"  # noqa: S105 (where it lies), by which the machines of a cluster know each other
-RETRIES = 5  # of a task whose worker was lost
 Outcome = tuple[Any, str | None]  # what a task returned; why it failed, in one line
 _code, _md5 = functools.cache(code_digest), functools.cache(md5)
 
@@ -51,9 +49,9 @@ class Task(NamedTuple):
     title: str
     work: Callable[..., Any]
     arguments: tuple[Any, ...]
-    needs: tuple[str, ...]  # digests
-    threads: int
-    gpu: bool  # whether it takes one where there is one
+    needs: tuple[str, ...] = ()  # digests
+    threads: int = 1
+    gpu: bool = False  # whether it takes one where there is one
 
 
 def plan(params: Params) -> list[Task]:
@@ -64,8 +62,7 @@ def plan(params: Params) -> list[Task]:
         facts = (work.__name__, arguments, needs, _code(code), version("torch"))
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
         title = arguments[0].title if work is train_network else work.__name__
-        gpu = work is not prepare_data and params.device in ("auto", "cuda")
-        tasks.append(Task(digest, title, work, arguments, needs, params.threads, gpu))
+        tasks.append(Task(digest, title, work, arguments, needs, params.threads, params.device in ("auto", "cuda")))
         return digest
 
     own = own_file(track.dataset)
@@ -107,17 +104,18 @@ def evaluate(digest: str, device: str, threads: int, seeds: Sequence[int], data:
 
     torch.set_num_threads(threads)
     test = load_split(data, "test", choose_device(device))
-    options = {"models": MODELS, "comparisons": [("student_distilled", "student_alone")], "teachers": {}}
     with tempfile.TemporaryDirectory() as folder:
         for (seed, model), checkpoint in zip(itertools.product(seeds, MODELS), checkpoints, strict=True):
             link = checkpoint_path(Path(folder, model), seed)
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(checkpoint)
-        evaluation = evaluate_track("distillation", Path(folder), load_dataset(data), test, **options)
-    accuracies = {f"accuracy_{model}": evaluation.metrics[model]["accuracy"] for model in MODELS}
+        pairs = [("student_distilled", "student_alone")]
+        evaluation = evaluate_track("distillation", Path(folder), load_dataset(data), test, MODELS, pairs, teachers={})
     (comparison,) = evaluation.comparisons.values()
-    gain = {key: comparison.get(key) for key in ("gain", "low", "high", "detectable", "verdict")}
-    write_json(result_path(digest), accuracies | gain)
+    result = {f"accuracy_{model}": evaluation.metrics[model]["accuracy"] for model in MODELS}
+    write_json(
+        result_path(digest), result | {key: comparison.get(key) for key in ("gain", "low", "high", "detectable", "verdict")}
+    )
 
 
 def result_path(digest: str) -> Path:
@@ -132,10 +130,11 @@ def attempt(task: Task, *needed: Outcome) -> Outcome:
     try:
         return task.work(task.digest, *task.arguments, *(result for result, _ in needed)), None
     except UserError as error:
-        return None, f"{task.title}: {one_line(error)}"
+        reason = error
     except Exception as error:  # a defect of ours, or of the machine
         traceback.print_exc()  # on Ray, into the worker's log
-        return None, f"{task.title}: {type(error).__name__}: {one_line(error)}"
+        reason = f"{type(error).__name__}: {error}"
+    return None, f"{task.title}: {one_line(reason)}"
 
 
 def one_by_one(tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
@@ -152,40 +151,15 @@ def on_ray(tasks: Sequence[Task], workers: int | None, per_gpu: int) -> Iterator
     A task takes as many cores as it has threads and, where there are GPUs, a share of 1 / `per_gpu`. Yields each with its
     outcome when it has ended. Raises UserError if Ray is missing or its cluster does not answer.
     """
-    ray = _start_ray(workers, max(task.threads for task in tasks))
-    try:
-        share = 1 / per_gpu if ray.cluster_resources().get("GPU") else 0
-        work, refs = ray.remote(max_retries=RETRIES)(attempt), {}
-        for task in tasks:
-            options = {"name": task.title, "num_cpus": task.threads, "num_gpus": share * task.gpu}
-            refs[task.digest] = work.options(**options).remote(task, *(refs[digest] for digest in task.needs))
-        waiting = {refs[task.digest]: task for task in tasks}
-        while waiting:
-            for ref in ray.wait(list(waiting))[0]:
-                task = waiting.pop(ref)
-                try:
-                    outcome = ray.get(ref)
-                except Exception as error:  # the worker was lost again and again, or could not start
-                    reason = f"{type(error).__name__}: {error}"
-                    if "No module named 'studies'" in reason:
-                        reason = f"a machine does not see {ROOT}: the machines of a cluster share the checkout's folder"
-                    outcome = None, f"{task.title}: {one_line(reason)}"
-                yield task, outcome
-    finally:
-        ray.shutdown()
-
-
-def _start_ray(workers: int | None, threads: int) -> ModuleType:
-    """Ray, connected to the cluster that RAY_ADDRESS names, else to one of its own that listens on 127.0.0.1 alone."""
-    address = os.environ.get("RAY_ADDRESS", "")
+    threads = max(task.threads for task in tasks)
+    address, token = os.environ.get("RAY_ADDRESS", ""), Path(os.environ.get("RAY_AUTH_TOKEN_PATH", TOKEN)).expanduser()
     variables = MEMORY | {"PYTHONPATH": str(ROOT), "DATA_MIRROR": os.environ.get("DATA_MIRROR", "")}
     options = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": variables}}
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # no telemetry
     if not address:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # 127.0.0.1 alone, as Ray does by itself on those systems
-        workers = workers or max(1, (os.cpu_count() or 1) // threads)
-        options |= {"num_cpus": workers * threads, "include_dashboard": False}
-    elif "RAY_AUTH_TOKEN" in os.environ or Path(os.environ.get("RAY_AUTH_TOKEN_PATH", TOKEN)).expanduser().is_file():
+        options |= {"num_cpus": workers * threads if workers else max(threads, os.cpu_count() or 1), "include_dashboard": False}
+    elif "RAY_AUTH_TOKEN" in os.environ or token.is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # as the cluster's own machines do by themselves
     try:
         import ray
@@ -195,9 +169,21 @@ def _start_ray(workers: int | None, threads: int) -> ModuleType:
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address or "local", **options)
     except ImportError as error:
-        advice = "pip install -r requirements-ray.txt, or run <name> --one-by-one"
-        raise UserError(f"a study runs on Ray, which is not installed: {advice}") from error
+        raise UserError("Ray is not installed: pip install -r requirements-ray.txt, or run <name> --one-by-one") from error
     except Exception as error:  # of a dozen types
         advice = "name a running cluster as host:port, or unset it to run on this machine"
         raise UserError(f"RAY_ADDRESS={address}: {one_line(error)}: {advice}") from error
-    return ray
+    share = 1 / per_gpu if ray.cluster_resources().get("GPU") else 0
+    work, refs = ray.remote(max_retries=5)(attempt), {}  # retries: where a worker was lost
+    try:
+        for task in tasks:
+            options = {"name": task.title, "num_cpus": task.threads, "num_gpus": share * task.gpu}
+            refs[task.digest] = work.options(**options).remote(task, *(refs[digest] for digest in task.needs))
+        futures = {refs[task.digest].future(): task for task in tasks}
+        for future in as_completed(futures):
+            task, error = futures[future], future.exception()  # of a worker that was lost again and again, or could not start
+            if "No module named 'studies'" in str(error):
+                error = f"a machine does not see {ROOT}: the machines of a cluster share the checkout's folder"
+            yield task, (None, f"{task.title}: {one_line(error)}") if error else future.result()
+    finally:
+        ray.shutdown()

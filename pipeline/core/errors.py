@@ -1,12 +1,25 @@
 """Errors that a user can do something about."""
 
+import contextlib
 import errno
+from collections.abc import Iterator
 
 LONGEST = 1000  # characters of a message
 
 
 class UserError(Exception):
     """Something the user can put right. The message says what is wrong, where, and what to do."""
+
+
+@contextlib.contextmanager
+def user_error(message: str, *errors: type[Exception], then: str = "") -> Iterator[None]:
+    """Turn these errors in the block into a UserError: `message`, the error, and what to do. A full disk stays what it is."""
+    try:
+        yield
+    except errors as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(f"{message}: {error}" + (f": {then}" if then else "")) from error
 
 
 def one_line(message: object) -> str:

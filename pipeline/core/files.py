@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import psutil
 import yaml
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, user_error
 
 LARGEST_YAML = 100_000  # bytes
 
@@ -84,13 +84,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file that a stage wrote. Raises UserError if it is missing or damaged."""
-    try:
+    with user_error(f"{path}: cannot be read", OSError, ValueError, RecursionError, then="run dvc repro"):
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
             raise ValueError(f"{type(content).__name__} instead of named values")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}: run dvc repro") from error
-    return content
+        return content
 
 
 def md5(path: Path) -> str:
@@ -114,18 +112,13 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123
 
 def read_yaml(path: Path) -> Any:
     """The content of a small YAML file. Raises UserError, in one line, for a file that is missing, no YAML, or hostile."""
-    try:
-        with path.open("rb") as file:
-            return parse_yaml(file.read(LARGEST_YAML + 1))
-    except (OSError, UserError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    with user_error(f"cannot read {path}", OSError, UserError), path.open("rb") as file:
+        return parse_yaml(file.read(LARGEST_YAML + 1))
 
 
 def parse_yaml(content: bytes) -> Any:
     """The content of a small YAML document. Raises UserError for one that is no YAML, or hostile."""
     if len(content) > LARGEST_YAML:
         raise UserError(f"over {LARGEST_YAML:,} bytes")
-    try:
+    with user_error("no YAML", Exception):  # PyYAML's constructors raise a dozen types on values such as !!timestamp x
         return yaml.load(content.decode(), _Loader)  # noqa: S506 (a SafeLoader)
-    except Exception as error:  # PyYAML's constructors raise a dozen types on values such as !!timestamp x
-        raise UserError(str(error)) from error

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import user_error
 
 SPLITS = ("train", "val", "test")
 Side = Annotated[int, Field(ge=1, le=65_536)]
@@ -28,7 +28,6 @@ class Dataset(BaseModel):
 
 def load_dataset(folder: Path) -> Dataset:
     """The description of a prepared set. Raises UserError if it is missing or damaged."""
-    try:
-        return Dataset.model_validate_json((folder / "dataset.json").read_bytes())
-    except (OSError, ValidationError) as error:
-        raise UserError(f"{folder / 'dataset.json'}: cannot be read: {error}") from error
+    path = folder / "dataset.json"
+    with user_error(f"{path}: cannot be read", OSError, ValidationError):
+        return Dataset.model_validate_json(path.read_bytes())

@@ -28,13 +28,13 @@ def only_known(labels: Tensor, share: float, seed: int) -> Tensor | None:
     """Which images to train on so as to see the labelled ones alone, repeated to as many as there are; None for all of them."""
     if share == 1:
         return None
-    known = known_labels(labels, share, seed)
-    return known[torch.arange(len(labels), device=known.device) % len(known)]
+    labelled = known_labels(labels, share, seed)
+    return labelled[torch.arange(len(labels), device=labelled.device) % len(labelled)]
 
 
 def hide_unknown(data: TrainingData, share: float, seed: int) -> TrainingData:
     """`data` with all training images, the labels of all but the known ones replaced by UNKNOWN."""
-    known = known_labels(data.train.labels, share, seed)
+    labelled = known_labels(data.train.labels, share, seed)
     labels = torch.full_like(data.train.labels, UNKNOWN)
-    labels[known] = data.train.labels[known]
+    labels[labelled] = data.train.labels[labelled]
     return data._replace(train=data.train._replace(labels=labels))

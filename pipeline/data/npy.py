@@ -3,16 +3,15 @@
 Arrays stay on the disk and are mapped into memory, where the system keeps of them what there is room for.
 """
 
-import contextlib
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.core.errors import UserError, is_disk_full
+from pipeline.core.errors import user_error
 
 PLAUSIBLE = 100  # times its own size that an archive may unpack to: images rarely reach 10, a bomb 1000
 SMALL = 64 * 2**20  # bytes that any archive may unpack to
@@ -20,7 +19,7 @@ SMALL = 64 * 2**20  # bytes that any archive may unpack to
 
 def read_npy(path: Path) -> np.ndarray:
     """The array in an .npy file, mapped and read-only. Raises UserError if it is missing, damaged, or holds Python objects."""
-    with _refused(path, "an .npy file of plain numbers"):
+    with user_error(f"{path}: truncated, or not an .npy file of plain numbers", Exception):  # a dozen types on hostile bytes
         return _mapped(path)
 
 
@@ -30,7 +29,8 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
     Raises UserError as `read_npy`, and for an archive that would unpack to an implausible size.
     """
     arrays = {}
-    with _refused(path, "an .npz file of plain arrays"), zipfile.ZipFile(path) as archive:
+    wrong = f"{path}: truncated, or not an .npz file of plain arrays"
+    with user_error(wrong, Exception), zipfile.ZipFile(path) as archive:  # likewise
         members = {name: archive.getinfo(f"{name}.npy") for name in names if f"{name}.npy" in archive.namelist()}
         size = sum(member.file_size for member in members.values())
         if size > max(SMALL, PLAUSIBLE * path.stat().st_size):
@@ -49,14 +49,3 @@ def _mapped(path: Path) -> np.ndarray:
     if surplus := path.stat().st_size - array.offset - array.nbytes:
         raise ValueError(f"{surplus} bytes more than an array of shape {array.shape} and dtype {array.dtype} has")
     return np.asarray(array)
-
-
-@contextlib.contextmanager
-def _refused(path: Path, wanted: str) -> Iterator[None]:
-    """Turn the errors of reading a bad file into a UserError: zipfile, zlib and NumPy raise a dozen types on hostile bytes."""
-    try:
-        yield
-    except Exception as error:
-        if is_disk_full(error):
-            raise
-        raise UserError(f"{path}: truncated, or not {wanted}: {error}") from error

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from torch import nn
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import user_error
 from pipeline.core.files import write_atomic
 from pipeline.export.onnx_model import batches
 from pipeline.networks.architectures import Classifier
@@ -43,7 +43,9 @@ def quantize(source: Path, calibration: np.ndarray, classes: list[str], path: Pa
     logging.getLogger().setLevel(logging.ERROR)  # it advises a preparation that changes nothing here
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "int8.onnx"
-        try:
+        with user_error(
+            f"no space left in {source.parent} or {folder}, it seems: what was written there reads back as", DecodeError
+        ):
             quantize_static(
                 source,
                 raw,
@@ -54,9 +56,6 @@ def quantize(source: Path, calibration: np.ndarray, classes: list[str], path: Pa
                 op_types_to_quantize=["Conv", "MaxPool", "Relu", "Gemm", "MatMul"],
             )
             model = onnx.load(raw)
-        except DecodeError as error:
-            places = f"{source.parent} or {folder}"
-            raise UserError(f"no space left in {places}, it seems: what was written there reads back as {error}") from error
     _save(model, classes, path)
 
 

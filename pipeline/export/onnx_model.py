@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from onnxruntime import InferenceSession, SessionOptions
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import user_error
 
 
 class Student:
@@ -21,7 +21,9 @@ class Student:
         self.path = path
         options = SessionOptions()
         options.intra_op_num_threads = threads
-        try:
+        wrong = f"{path}: damaged, or no exported student"
+        # ONNX Runtime has a type of error for each status, and no common one.
+        with user_error(wrong, Exception, then="dvc repro export_student"):
             self.session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
             self.classes = json.loads(self.session.get_modelmeta().custom_metadata_map["classes"])
             (images,), (output,) = self.session.get_inputs(), self.session.get_outputs()
@@ -30,15 +32,11 @@ class Student:
             self.shape = tuple(int(side) for side in images.shape[1:])
             if output.shape[1:] != [len(self.classes)] or {type(name) for name in self.classes} != {str}:
                 raise ValueError(f"its output has shape {output.shape}, its classes are {self.classes}")
-        except Exception as error:  # ONNX Runtime has a type of its own for each status, and no common one
-            raise UserError(f"{path}: damaged, or no exported student: {error}: dvc repro export_student") from error
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Probabilities, float32 of shape (N, K), of uint8 images of shape (N, H, W, C), on the CPU. Raises UserError."""
-        try:
+        with user_error(f"{self.path}: cannot be run", Exception, then="dvc repro export_student"):
             return np.concatenate([self.session.run(None, {"images": batch})[0] for batch in batches(images)])
-        except Exception as error:  # as above
-            raise UserError(f"{self.path}: cannot be run: {error}: dvc repro export_student") from error
 
 
 def batches(images: np.ndarray) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import user_error
 from pipeline.core.files import atomic_file, write_atomic
 from pipeline.data.dataset import SPLITS, Dataset
 from pipeline.fetching.sources import Source
@@ -27,10 +27,8 @@ def prepare(source: Source, validation: float, folder: Path) -> Dataset:
 
         origin = f"{validation:g} of the training images, stratified, seed {VALIDATION_SEED}"
         options = {"stratify": source.splits["train"][1], "random_state": VALIDATION_SEED}
-        try:
+        with user_error(f"dataset {source.name}: no validation split can be cut from its training images", ValueError):
             rows["train"], rows["val"] = train_test_split(rows["train"], test_size=validation, **options)
-        except ValueError as error:
-            raise UserError(f"dataset {source.name}: no validation split can be cut from its training images: {error}") from error
     digest = hashlib.sha256()
     for split in SPLITS:
         for name, array in zip(("images", "labels"), source.splits.get(split, source.splits["train"]), strict=True):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.core.errors import UserError, is_disk_full
+from pipeline.core.errors import UserError, user_error
 from pipeline.core.files import from_main_checkout, main_checkout, write_atomic
 from pipeline.data.dataset import SPLITS
 from pipeline.data.npy import read_npz
@@ -77,13 +77,9 @@ def locate(relative: str, checksum: Checksum, fetch: Callable[[Path], None]) -> 
         return path
     path = main_checkout() / "data" / "downloads" / relative
     if not path.is_file() or checksum.mismatch(path):
-        try:
+        advice = f"without a network, put {relative} into a folder and name that folder in DATA_MIRROR"
+        with user_error(f"cannot download {path.name}", OSError, then=advice):
             fetch(path)
-        except OSError as error:
-            if is_disk_full(error):
-                raise
-            advice = f"Without a network, put {relative} into a folder and name that folder in DATA_MIRROR"
-            raise UserError(f"cannot download {path.name}: {error}. {advice}") from error
     return path
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, user_error
 from pipeline.networks import onednn
 
 
@@ -88,10 +88,9 @@ def build(name: str, /, **arguments: object) -> nn.Module:
     """A network by its name in ARCHITECTURES, with weights drawn from torch's generator. Raises UserError for bad arguments."""
     if name not in ARCHITECTURES:
         raise UserError(f"unknown architecture {name!r}; known: {', '.join(ARCHITECTURES)}")
-    try:
+    wrong = f"architecture {name} cannot be built from {arguments}"
+    with user_error(wrong, TypeError, ValueError, ArithmeticError, RuntimeError):
         return ARCHITECTURES[name](**arguments)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"architecture {name} cannot be built from {arguments}: {error}") from error
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, user_error
 from pipeline.core.files import write_atomic
 from pipeline.data.dataset import Dataset
 from pipeline.networks.architectures import Classifier, build
@@ -40,7 +40,8 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Classifier, Descr
     """
     description = read_description(path)
     dataset = description.dataset
-    try:
+    errors = OSError, SafetensorError, KeyError, RuntimeError, UserError
+    with user_error(f"{path}: damaged, or weights that do not fit their description", *errors):
         tensors = load_file(path)
         with torch.device("meta"):  # without memory, until the tensors in the file are known to be of these sizes
             network = _network(description.architecture, description.arguments, dataset)
@@ -50,14 +51,10 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Classifier, Descr
         if wrong := min((name for name, _ in expected.items() ^ actual.items()), default=None):
             raise UserError(f"{wrong} is {actual.get(wrong, 'missing')}, described as {expected.get(wrong, 'absent')}")
         network.load_state_dict(tensors, assign=True)
-    except (OSError, SafetensorError, KeyError, RuntimeError, UserError) as error:
-        raise UserError(f"{path}: damaged, or weights that do not fit their description: {error}") from error
     return Classifier(network, dataset.mean, dataset.std).to(device).eval(), description
 
 
 def load_initial_weights(path: Path) -> dict[str, Tensor]:
     """What a training starts from instead of random weights, by name. Raises UserError if the file is missing or damaged."""
-    try:
+    with user_error(f"{path}: cannot be read", OSError, SafetensorError, KeyError):
         return load(path.read_bytes())
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error

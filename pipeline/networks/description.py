@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, user_error
 from pipeline.data.dataset import Dataset
 
 
@@ -50,14 +50,12 @@ class Description(BaseModel):
 
 def read_description(path: Path) -> Description:
     """The description in a checkpoint. Raises UserError for a file that is missing, damaged or no checkpoint."""
-    try:
-        with safe_open(path, framework="np") as file:
-            description = Description.model_validate_json((file.metadata() or {}).get("description", ""))
+    errors = OSError, SafetensorError, ValueError  # pydantic's among them
+    with user_error(f"{path}: damaged, or no checkpoint of this project", *errors), safe_open(path, framework="np") as file:
+        description = Description.model_validate_json((file.metadata() or {}).get("description", ""))
         if not 1 <= description.best_epoch <= len(description.history):
             raise ValueError(f"best_epoch {description.best_epoch} of {len(description.history)}")
-    except (OSError, SafetensorError, ValueError) as error:  # ValueError: pydantic's among them
-        raise UserError(f"{path}: damaged, or no checkpoint of this project: {error}") from error
-    return description
+        return description
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import pandas as pd
 from PIL import Image
 
 from pipeline.core.cli import run
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, user_error
 from pipeline.export.onnx_model import Student
 
 
@@ -32,7 +32,7 @@ def main(folder: str) -> None:
 def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     """One image, uint8 of `shape` (H, W, C). Raises UserError for a file that is no image or has another size."""
     height, width, channels = shape
-    try:
+    with user_error(f"{path}: cannot be read as an image", Exception):  # Pillow raises a dozen types on hostile bytes
         if not path.is_file():  # a folder, or a pipe that nothing comes out of
             raise ValueError("not a file")
         # Pillow refuses images of over 179 million pixels by itself, and warns of half as many.
@@ -41,8 +41,6 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
             if image.size != (width, height):  # known before the pixels are unpacked
                 raise ValueError(f"{image.size[0]}x{image.size[1]} pixels; the student takes {width}x{height}")
             return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(shape)
-    except Exception as error:  # Pillow raises a dozen types on hostile bytes
-        raise UserError(f"{path}: cannot be read as an image: {error}") from error
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Mirror:
 
         `origin`: tags of a new run that say where the training comes from, if not from this process.
         """
-        self._complete(record.key, partial(self._training, record, origin or {}))
+        self._complete(record.digest, partial(self._training, record, origin or {}))
 
     def evaluation(self, evaluation: "Evaluation", origin: Mapping[str, str] | None = None) -> None:
         """The runs of the evaluated checkpoints hold their test results, the parent runs their means and the verdicts."""
@@ -137,7 +137,7 @@ class Mirror:
             records = [_record(evaluation.detail, model, row) for row in range(len(entry["seeds"]))]
             parent = self._run(PARENT, records[0], origin)
             for row, record in enumerate(records):
-                run = self._find(TRAINING, record.key)
+                run = self._find(TRAINING, record.digest)
                 if run is None or MIRRORED not in run.data.tags:
                     run = self._training(record, origin)
                 if run.data.tags.get(PARENT_ID) != parent.info.run_id:
@@ -176,7 +176,7 @@ class Mirror:
         metrics, tags, sentences = evaluation.metrics[model], {}, []
         for name, factor, digits in (("accuracy", 100, 2), ("auc", 1, 4)):
             values = [metrics[key] * factor for key in (name, f"{name}_sd") if key in metrics]
-            tags[name] = " ± ".join(f"{value:.{digits}f}" for value in values)
+            tags[name] = "\u200a±\u200a".join(f"{value:.{digits}f}" for value in values)  # hair spaces: columns are narrow
         for name, comparison in evaluation.comparisons.items():
             if name.startswith(f"{model}_vs_"):
                 gain, low, high = (f"{100 * comparison[key]:+.2f}" for key in ("gain", "low", "high"))
@@ -232,7 +232,7 @@ class Mirror:
 
     def _run(self, tag: str, record: "Record", origin: Mapping[str, str]) -> "Run":
         """The run of a training or, for the tag PARENT, of all seeds of its setting; with its parameters and data set."""
-        value, seed = (record.key, {"seed": record.seed}) if tag == TRAINING else (record.setting, {})
+        value, seed = (record.digest, {"seed": record.seed}) if tag == TRAINING else (record.setting, {})
         run = self._find(tag, value)
         if run is None:
             parent = {PARENT_ID: self._run(PARENT, record, origin).info.run_id} if tag == TRAINING else {}
@@ -280,14 +280,15 @@ def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = No
     process |= {COMMIT: commit(), DIRTY: "" if code_is_committed() else "true"}
     tags = {name: value for name, value in resolve_tags(process | origin).items() if value}
     committed = committed_parameters(tags.get(COMMIT, ""))
-    varied = {name: value for name, value in record.parameters.items() if committed.get(name, value) != value}
-    shown = {SHORT.get(name, name.split(".")[-1]): value for name, value in varied.items() if committed[name] != "auto"}
-    words = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items()]
+    # A record holds what "auto" became.
+    varied = {name: value for name, value in record.parameters.items() if committed.get(name, value) not in (value, "auto")}
+    varied = {name: json.dumps(value, ensure_ascii=False).removesuffix(".0") for name, value in varied.items()}
+    words = [f"{SHORT.get(name, name.split('.')[-1])}={value.strip(chr(34))}" for name, value in varied.items()]
     title = " ".join([record.model, *words])[:120]
     if seed is not None:
         title += f"/seed{seed}"
-        varied |= {"seeds": [seed]} if seed not in committed.get("seeds", [seed]) else {}
-    settings = [shlex.quote(f"{name}={json.dumps(value, ensure_ascii=False)}") for name, value in varied.items()]
+        varied |= {"seeds": f"[{seed}]"} if seed not in committed.get("seeds", [seed]) else {}
+    settings = [shlex.quote(f"{name}={value}") for name, value in varied.items()]
     command = " -S ".join(["dvc exp run" if settings else "dvc repro", *settings])
     checkout = f"git checkout {tags[COMMIT][:12]} && " if COMMIT in tags else ""
     repeat = f"Again: `{' '.join([checkout + command, *filter(None, [tags.get(STAGE)])])}`"

@@ -40,19 +40,9 @@ class Record(Description):
     failed: str | None = None  # why it ended without a checkpoint
 
     @property
-    def key(self) -> str:
-        """The training's name."""
-        return self.digest
-
-    @property
     def finished(self) -> bool:
         """Whether it has its checkpoint."""
         return self.checkpoint_md5 is not None
-
-    @property
-    def description(self) -> Description:
-        """What the checkpoint says of itself."""
-        return Description.model_validate(self.model_dump(include=set(Description.model_fields)))
 
     @classmethod
     def of_checkpoint(cls, path: Path) -> "Record":
@@ -94,8 +84,7 @@ class Entry:
         """Keep what a training needs to resume: its record, and a dict of tensors, numbers, strings and dicts of them."""
         import torch
 
-        buffer = io.BytesIO()
-        torch.save(state | {"record": record.model_dump_json()}, buffer)
+        torch.save(state | {"record": record.model_dump_json()}, buffer := io.BytesIO())
         write_atomic(self.state, hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
         self.write(record)
 
@@ -103,24 +92,18 @@ class Entry:
         """What was saved last; None if nothing was or it is damaged. No code in it is run."""
         import torch
 
-        try:
-            digest, content = (saved := self.state.read_bytes())[:32], saved[32:]
-        except OSError:
+        saved = self.state.read_bytes() if self.state.exists() else b""
+        if hashlib.sha256(saved[32:]).digest() != saved[:32]:
             return None
-        if hashlib.sha256(content).digest() != digest:
-            return None
-        state = torch.load(io.BytesIO(content), weights_only=True)
+        state = torch.load(io.BytesIO(saved[32:]), weights_only=True)
         return Record.model_validate_json(state.pop("record")), state
 
     def write(self, record: Record) -> None:
-        """Put `record` into the folder."""
+        """Put `record` into the folder; with the checkpoint's MD5, what was needed to resume goes."""
         self.record = record
         write_atomic(self.folder / "record.json", record.model_dump_json() + "\n")
-
-    def finish(self, record: Record) -> None:
-        """Note that the checkpoint is there; what was needed to resume goes."""
-        self.write(record.model_copy(update={"checkpoint_md5": md5(self.checkpoint)}))
-        self.state.unlink(missing_ok=True)
+        if record.finished:
+            self.state.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

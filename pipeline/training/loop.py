@@ -75,11 +75,11 @@ def fit(
     batches. The last batch of an epoch is smaller; one of a single image, which batch norm cannot take, is left out.
 
     `model` maps uint8 images (B, H, W, C) to logits (B, K). `train` and `val` are images, uint8 (N, H, W, C), and labels, int64
-    (N,); a negative label in `train` is an unknown one. Labels, model, `targets` and `rows` are on one device. `loss` maps (logits,
-    labels, *targets of the batch) to its terms by name, scalars whose sum is minimised; `targets` have a row per training image.
-    `rows`, int64: which training images an epoch consists of; all, once each, by default. `batches` maps (images, rows of each
-    batch) to an iterator of the batches' images on that device, for images that are not there. `resume`: a progress to continue
-    from; the result is, to the bit, that of a training that was never interrupted.
+    (N,); a negative label in `train` is an unknown one. Labels, model, `targets` and `rows` are on one device. `loss` maps
+    (logits, labels, *targets of the batch) to its terms by name, scalars whose sum is minimised; `targets` have a row per
+    training image. `rows`, int64: which training images an epoch consists of; all, once each, by default. `batches` maps
+    (images, rows of each batch) to an iterator of the batches' images on that device, for images that are not there. `resume`:
+    a progress to continue from; the result is, to the bit, that of a training that was never interrupted.
 
     Raises NotFiniteError after an epoch in which the loss became infinite or no number.
     """

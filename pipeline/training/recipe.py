@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import md5
 from pipeline.core.provenance import code_digest
 from pipeline.data.dataset import load_dataset
-from pipeline.networks.description import Epoch, read_description
+from pipeline.networks.description import Description, Epoch, read_description
 from pipeline.training.cache import Entry, Record, open_entry, working_place
 
 if TYPE_CHECKING:
@@ -77,20 +77,20 @@ def train(
 
     torch.set_num_threads(recipe.threads)
     device = choose_device(recipe.device, gpu)
-    settings = recipe.settings | {"precision": choose_precision(recipe.settings["precision"], device)}
+    precision = choose_precision(recipe.settings["precision"], device)
     if device.type == "cpu" and recipe.architecture == "resnet18" and min(load_dataset(recipe.data).image_shape[:2]) <= 16:
-        # In bf16, oneDNN leaves part of a gradient unwritten where a 3x3 convolution of stride 2 sees a single pixel.
-        settings["precision"] = "fp32"
-    record = _new_record(recipe, settings, device.type)
+        precision = "fp32"  # oneDNN leaves part of a bf16 gradient unwritten where a 3x3 kernel of stride 2 sees one pixel
+    recipe = replace(recipe, settings=recipe.settings | {"precision": precision})
+    record = _new_record(recipe, device.type)
     with open_entry(root, record.digest, waiting) as entry:
         if not entry.is_finished():
             with working_place(root, places) if places else contextlib.nullcontext():
-                _carry_out(recipe, settings, device, entry, record, report)
+                _carry_out(recipe, device, entry, record, report)
         report(entry.record)
         return entry.checkpoint
 
 
-def _new_record(recipe: Recipe, settings: dict[str, Any], device: str) -> Record:
+def _new_record(recipe: Recipe, device: str) -> Record:
     """The record before the first epoch, with the digest of everything that decides the training."""
     teacher = read_description(recipe.teacher) if recipe.teacher else None
     described = {
@@ -98,11 +98,11 @@ def _new_record(recipe: Recipe, settings: dict[str, Any], device: str) -> Record
         "architecture": recipe.architecture,
         "arguments": recipe.arguments,
         "dataset": load_dataset(recipe.data).model_dump(mode="json"),
-        "parameters": (teacher.parameters if teacher else {}) | recipe.parameters | {"precision": settings["precision"]},
+        "parameters": (teacher.parameters if teacher else {}) | recipe.parameters | {"precision": recipe.settings["precision"]},
         "device": device,
     }
     decisive = described | {
-        "settings": settings,
+        "settings": recipe.settings,
         "threads": recipe.threads,
         "label_fraction": recipe.label_fraction,
         "kd": recipe.kd,
@@ -113,21 +113,14 @@ def _new_record(recipe: Recipe, settings: dict[str, Any], device: str) -> Record
     of_seed = {"seed": recipe.seed, "teacher_md5": md5(recipe.teacher) if recipe.teacher else None}
     setting = _digest(decisive | {"teacher": teacher.setting if teacher else None})
     digest = _digest(decisive | of_seed)
-    return Record(format=3, digest=digest, setting=setting, epochs=settings["epochs"], **described, **of_seed)
+    return Record(format=3, digest=digest, setting=setting, epochs=recipe.settings["epochs"], **described, **of_seed)
 
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _carry_out(
-    recipe: Recipe,
-    settings: dict[str, Any],
-    device: "torch.device",
-    entry: Entry,
-    record: Record,
-    report: Callable[[Record], None],
-) -> None:
+def _carry_out(recipe: Recipe, device: "torch.device", entry: Entry, record: Record, report: Callable[[Record], None]) -> None:
     """Train and leave checkpoint and record in `entry`."""
     from pipeline.data.prepared import load_training_data
     from pipeline.networks.checkpoints import save_checkpoint
@@ -144,11 +137,11 @@ def _carry_out(
     report(record)
     try:
         data = load_training_data(recipe.data, device)
-        classifier, epochs = _training(recipe, settings, device, data, progress)
+        classifier, epochs = _training(recipe, device, data, progress)
         for progress in epochs:
             record.history.append(Epoch(**progress.history[-1]._asdict()))
             record.best_epoch = progress.best_epoch
-            record.loads.append(_machine_load(device))
+            record.loads.append(_machine_load())
             record.seconds = spent + time.time() - start
             entry.save(record, progress.state)
             report(record)
@@ -158,12 +151,13 @@ def _carry_out(
         report(record)
         raise UserError(record.failed) from error
     record.chance = data.val.labels.bincount().max().item() / len(data.val.labels)
-    save_checkpoint(entry.checkpoint, classifier, record.description)
-    entry.finish(record)
+    description = Description.model_validate(record.model_dump(include=set(Description.model_fields)))
+    save_checkpoint(entry.checkpoint, classifier, description)
+    entry.write(record.model_copy(update={"checkpoint_md5": md5(entry.checkpoint)}))
 
 
 def _training(
-    recipe: Recipe, settings: dict[str, Any], device: "torch.device", data: "TrainingData", resume: "Progress | None"
+    recipe: Recipe, device: "torch.device", data: "TrainingData", resume: "Progress | None"
 ) -> tuple["Classifier", Iterator["Progress"]]:
     """The model of a recipe with its first weights, and the training that will change them, epoch by epoch."""
     from pipeline.data.labels import hide_unknown, only_known
@@ -183,26 +177,18 @@ def _training(
     else:  # the teacher does not change: its logits are computed once
         loss = distillation(**recipe.kd)
         teacher, _ = load_checkpoint(recipe.teacher, device)
-        targets = (predict(teacher, data.train.images, settings["precision"]),)
+        targets = (predict(teacher, data.train.images, recipe.settings["precision"]),)
         data = hide_unknown(data, recipe.label_fraction, recipe.seed)
     images = data.train.images
     on_device = images.device == device and (device.type != "cpu" or fits(images.nbytes, device))
     batches = resident if on_device else functools.partial(streamed, device=device)
     options = {"rows": rows, "batches": batches, "resume": resume}
-    return classifier, fit(classifier, data.train, data.val, loss, Settings(**settings), recipe.seed, *targets, **options)
+    return classifier, fit(classifier, data.train, data.val, loss, Settings(**recipe.settings), recipe.seed, *targets, **options)
 
 
-def _machine_load(device: "torch.device") -> dict[str, float]:
+def _machine_load() -> dict[str, float]:
     """Load of the processor since the last call and memory in use, in percent, under the names of MLflow's system metrics."""
     import psutil
 
-    load = {
-        "system/cpu_utilization_percentage": psutil.cpu_percent(),
-        "system/system_memory_usage_percentage": psutil.virtual_memory().percent,
-    }
-    if device.type == "cuda":
-        import torch
-
-        free, total = torch.cuda.mem_get_info(device)
-        load["system/gpu_0_memory_usage_percentage"] = 100 * (1 - free / total)
-    return load
+    load = {"cpu_utilization_percentage": psutil.cpu_percent(), "system_memory_usage_percentage": psutil.virtual_memory().percent}
+    return {f"system/{name}": value for name, value in load.items()}

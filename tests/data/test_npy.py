@@ -4,6 +4,7 @@ import errno
 import shutil
 import tracemalloc
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,9 +27,6 @@ def test_an_archive_is_unpacked_onto_the_disk_and_leaves_nothing_there(tmp_path:
 
 
 def test_a_full_disk_is_not_taken_for_a_bad_file(own_npz: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "no space")
-
-    monkeypatch.setattr(shutil, "copyfileobj", full)
+    monkeypatch.setattr(shutil, "copyfileobj", Mock(side_effect=OSError(errno.ENOSPC, "no space")))
     with pytest.raises(OSError, match="no space"):
         read_npz(own_npz, ["train_images"])

@@ -11,7 +11,6 @@ import psutil
 import pytest
 import torch
 
-from faults.checkout import Checkout
 from pipeline.data.prepared import TrainingData, load_training_data
 from pipeline.data.streaming import fits, streamed
 from pipeline.fetching.preparation import prepare
@@ -20,6 +19,7 @@ from pipeline.networks.checkpoints import new_classifier
 from pipeline.training.loop import Settings, fit
 from pipeline.training.losses import hard_labels
 from tests.conftest import is_mapped, small_checkout, write_npz
+from tests.faults.checkout import Checkout
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
@@ -53,10 +53,10 @@ def peak_anonymous(checkout: Checkout, stage: str) -> int:
     process = checkout.start(*checkout.stage(stage))
     peak = 0
     while process.poll() is None:
-        with contextlib.suppress(OSError, AttributeError, psutil.Error):  # it has just ended
+        with contextlib.suppress(OSError, TypeError, psutil.Error):  # it has just ended
             family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
             texts = [Path(f"/proc/{pid}/status").read_text() for pid in family]
-            peak = max(peak, *(int(re.search(r"RssAnon:\s*(\d+) kB", text).group(1)) // 2**10 for text in texts))
+            peak = max(peak, *(int(re.search(r"RssAnon:\s*(\d+) kB", text)[1]) // 2**10 for text in texts))
         time.sleep(0.005)
     assert process.returncode == 0, process.communicate()[0]
     return peak
@@ -69,9 +69,10 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path):
     for count in counts:
         checkout = small_checkout(tmp_path / str(count))
         images = np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
-        few, labels = images[:100], np.arange(count) % 2
-        train_and_val = {"train_images": images, "train_labels": labels, "val_images": few, "val_labels": labels[:100]}
-        write_npz(checkout.folder / "own.npz", **train_and_val, test_images=few, test_labels=labels[:100])
+        splits = {"train": count, "val": 100, "test": 100}
+        arrays = {f"{split}_images": images[:number] for split, number in splits.items()}
+        labels = {f"{split}_labels": np.arange(number) % 2 for split, number in splits.items()}
+        write_npz(checkout.folder / "own.npz", **arrays, **labels)
         checkout.set(seeds=[0], precision="fp32", distillation__epochs=1, student={"width": 1, "hidden": 4})
         peaks.append([peak_anonymous(checkout, stage) for stage in ("fetch_data distillation", "train_student_alone")])
     further = (counts[1] - counts[0]) * 64 * 64 * 3 / 2**20

@@ -7,9 +7,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 
 from pipeline.data.prepared import TrainingData
+from pipeline.export.inference_cost import inference_cost
 from pipeline.export.onnx_export import export_onnx, quantize
 from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import new_classifier
@@ -18,29 +18,22 @@ from pipeline.networks.inference import predict
 
 @pytest.fixture(scope="module")
 def exported(data: TrainingData, tmp_path_factory: pytest.TempPathFactory):
-    classifier = new_classifier("compact_cnn", {"width": 24, "hidden": 64}, data.dataset, 0).eval()
-    path = tmp_path_factory.mktemp("onnx") / "student.onnx"
-    export_onnx(classifier, data.dataset.image_shape, data.dataset.classes, path)
-    return classifier, path
+    """A student's file, and PyTorch's probabilities of the validation images."""
+    classifier = new_classifier("compact_cnn", {"width": 24, "hidden": 64}, data.dataset, 0)
+    folder = tmp_path_factory.mktemp("onnx")
+    for name in ("student", "again"):
+        export_onnx(classifier, data.dataset.image_shape, data.dataset.classes, folder / f"{name}.onnx")
+    return folder / "student.onnx", predict(classifier, data.val.images).softmax(dim=1).numpy()
 
 
 @pytest.mark.parametrize("count", [1, 2, 100])
 def test_raw_images_give_pytorchs_probabilities(exported, data: TrainingData, count: int):
-    classifier, path = exported
-    images = data.val.images[:count]
-    expected = torch.softmax(predict(classifier, images), dim=1).numpy()
-    np.testing.assert_allclose(Student(path).probabilities(images.numpy()), expected, atol=1e-6)
+    path, expected = exported
+    probabilities = Student(path).probabilities(data.val.images[:count].numpy())
+    np.testing.assert_allclose(probabilities, expected[:count], atol=1e-6)
 
 
-def test_int8_is_smaller_and_close(exported, data: TrainingData, tmp_path: Path):
-    classifier, path = exported
-    quantize(path, data.train.images.numpy(), data.dataset.classes, tmp_path / "int8.onnx")
-    assert (tmp_path / "int8.onnx").stat().st_size < 0.5 * path.stat().st_size
-    expected = torch.softmax(predict(classifier, data.val.images), dim=1).numpy()
-    assert np.abs(Student(tmp_path / "int8.onnx").probabilities(data.val.images.numpy()) - expected).max() < 0.05
-
-
-def test_the_int8_model_does_not_depend_on_the_number_of_threads(
+def test_int8_is_smaller_and_close_whatever_the_number_of_threads(
     exported, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     class Options(onnxruntime.SessionOptions):
@@ -50,20 +43,23 @@ def test_the_int8_model_does_not_depend_on_the_number_of_threads(
             super().__init__()
             self.intra_op_num_threads = self.threads
 
-    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)  # what quantize_static opens its session with
-    for Options.threads in (1, 2, 5):
-        quantize(exported[1], data.train.images.numpy(), data.dataset.classes, tmp_path / f"{Options.threads}.onnx")
-    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
-    assert Student(exported[1], threads=3).session.get_session_options().intra_op_num_threads == 3
+    path, expected = exported
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", Options)  # what quantize_static opens its session with
+        for Options.threads in (1, 2, 5):
+            quantize(path, data.train.images.numpy(), data.dataset.classes, tmp_path / f"{Options.threads}.onnx")
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+    assert (tmp_path / "1.onnx").stat().st_size < 0.5 * path.stat().st_size
+    student = Student(tmp_path / "1.onnx", threads=3)
+    assert student.session.get_session_options().intra_op_num_threads == 3
+    assert np.abs(student.probabilities(data.val.images.numpy()) - expected).max() < 0.05
 
 
-def test_equal_weights_give_equal_bytes_that_name_no_place(exported, data: TrainingData, tmp_path: Path):
-    classifier, path = exported
-    export_onnx(classifier, data.dataset.image_shape, data.dataset.classes, tmp_path / "again.onnx")
-    content = path.read_bytes()
-    assert (tmp_path / "again.onnx").read_bytes() == content
+def test_equal_weights_give_equal_bytes_that_name_no_place(exported, data: TrainingData):
+    content = exported[0].read_bytes()
+    assert exported[0].with_stem("again").read_bytes() == content
     assert b".py" not in content
-    assert json.loads(onnx.load(path).metadata_props[0].value) == data.dataset.classes
+    assert json.loads(onnx.load(exported[0]).metadata_props[0].value) == data.dataset.classes
 
 
 ALONE = """
@@ -75,14 +71,19 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import numpy as np, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1])
-images = np.load(sys.argv[2])
-print(session.run(None, {"images": images})[0].argmax(1).tolist())
+print(session.run(None, {"images": np.load(sys.argv[2])})[0].argmax(1).tolist())
 """
 
 
 def test_onnxruntime_and_numpy_are_enough(exported, data: TrainingData, tmp_path: Path):
-    classifier, path = exported
     np.save(tmp_path / "images.npy", data.val.images.numpy())
-    command = [sys.executable, "-c", ALONE, str(path), str(tmp_path / "images.npy")]
+    command = [sys.executable, "-c", ALONE, exported[0], tmp_path / "images.npy"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == predict(classifier, data.val.images).argmax(1).tolist()
+    assert json.loads(done.stdout) == exported[1].argmax(1).tolist()
+
+
+def test_an_exported_student_is_measured_without_pytorch(exported):
+    cost = inference_cost(exported[0])
+    assert 0 < cost["latency_ms"] <= cost["latency_p95_ms"]
+    assert cost["images_per_second"] > 1000 / cost["latency_ms"], "batches are faster"
+    assert cost.get("peak_memory_mib", 100) < 150, "PyTorch alone takes more"

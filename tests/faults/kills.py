@@ -112,4 +112,4 @@ def records(folder: Path) -> list[Record]:
 
 def epochs_done(folder: Path) -> dict[str, int]:
     """The finished epochs of each training of a checkout, by its key."""
-    return {record.key: len(record.history) for record in records(folder)}
+    return {record.digest: len(record.history) for record in records(folder)}

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlflow.entities import Run
+
 from pipeline.core.files import md5
 from tests.faults.checkout import SMALL, Checkout, Outcome, complete, copy_checkout, free_port, kill, wait_for
-from tests.faults.kills import epochs_done
 from tests.faults.proxy import FAULTS, Proxy
 
 EPOCHS = 12
@@ -51,8 +52,8 @@ def outages(folder: Path, count: int, random_seed: int = 0) -> list[Outcome]:
         for seed, kind in enumerate(kinds):
             checkout.set(seeds=[seed])
             stage = checkout.start(*checkout.stage(STAGE))
-            while stage.poll() is None and len(epochs_done(checkout.folder)) <= seed:
-                time.sleep(0.01)  # until the training has started
+            while stage.poll() is None and not _runs(checkout, f"http://127.0.0.1:{upstream}", seed):
+                time.sleep(0.05)  # until the training is in the store: a stage does not start without one
             time.sleep(moments.uniform(0, 1))
             server.begin(kind)
             try:
@@ -65,11 +66,10 @@ def outages(folder: Path, count: int, random_seed: int = 0) -> list[Outcome]:
                 print(output)
                 wrong.add(seed)
         checkout.run(*checkout.stage("tracking.sync"))
-        runs = checkout.mlflow_runs(uri)
         for seed in range(count):
-            own = [run for run in runs if run.info.run_name == f"{MODELS.name}/seed{seed}"]
-            tagged = [run.data.tags.get("checkpoint_md5") for run in own]
-            if tagged != [expected[seed]] or not complete(uri, own[0], EPOCHS):
+            runs = _runs(checkout, uri, seed)
+            tags = [run.data.tags.get("checkpoint_md5") for run in runs]
+            if tags != [expected[seed]] or not complete(uri, runs[0], EPOCHS):
                 lost.add(seed)
     outcomes = []
     for kind in dict.fromkeys(kinds):
@@ -77,6 +77,11 @@ def outages(folder: Path, count: int, random_seed: int = 0) -> list[Outcome]:
         counts = len(seeds), len(seeds - lost - wrong), len(seeds & lost), len(seeds & wrong - lost)
         outcomes.append(Outcome(f"tracking server: {kind}", *counts))
     return outcomes
+
+
+def _runs(checkout: Checkout, uri: str, seed: int) -> list[Run]:
+    """The runs of a seed's training."""
+    return [run for run in checkout.mlflow_runs(uri) if run.info.run_name == f"{MODELS.name}/seed{seed}"]
 
 
 def _checksum(checkout: Checkout, seed: int) -> str | None:

@@ -16,7 +16,7 @@ from random import Random
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load, save
@@ -55,7 +55,14 @@ def test_valid_input_is_accepted(readers, name: str):
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=50, derandomize=True, deadline=10_000, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=50,
+    derandomize=True,
+    deadline=10_000,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],
+)
 @given(random=st.randoms(use_true_random=False))
 def test_no_mutated_input_harms_a_reader(readers, name: str, random: Random):
     reader, folder = readers(name)

@@ -1,112 +1,91 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.core.errors import UserError
 from pipeline.data.prepared import TrainingData
 from pipeline.networks.checkpoints import load_checkpoint, load_initial_weights, new_classifier, save_checkpoint
-from pipeline.networks.description import Description, Epoch, checkpoint_path, checkpoints_in, read_description
+from pipeline.networks.description import checkpoint_path, checkpoints_in, read_description
 from pipeline.networks.inference import predict
+from tests.networks.conftest import ARGUMENTS, describe
 
 CPU = torch.device("cpu")
-ARGUMENTS = {"width": 8, "hidden": 32}
+Change = Callable[[dict], object]
 
 
 @pytest.fixture
-def described(data: TrainingData) -> Description:
-    epoch = Epoch(train_loss=0.1, train_accuracy=0.9, val_loss=0.2, val_accuracy=0.8)
-    return Description(
-        format=3,
-        digest="0" * 32,
-        setting="1" * 32,
-        model="teacher",
-        architecture="compact_cnn",
-        arguments=ARGUMENTS,
-        dataset=data.dataset,
-        seed=3,
-        parameters={"kd.temperature": 5.0},
-        device="cpu",
-        history=[epoch],
-        best_epoch=1,
-        chance=0.1,
-    )
-
-
-def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path, data: TrainingData, described: Description):
+def path(tmp_path: Path, data: TrainingData) -> Path:
+    """A checkpoint."""
     classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 3)
-    save_checkpoint(tmp_path / "a.safetensors", classifier, described)
-    loaded, description = load_checkpoint(tmp_path / "a.safetensors", CPU)
-    assert description == read_description(tmp_path / "a.safetensors") == described
-    assert described.best() == (0.8, -0.2)
+    save_checkpoint(tmp_path / "seed3.safetensors", classifier, describe(data.dataset))
+    return tmp_path / "seed3.safetensors"
+
+
+def test_a_checkpoint_comes_back_as_it_was(path: Path, data: TrainingData):
+    loaded, description = load_checkpoint(path, CPU)
+    assert description == read_description(path) == describe(data.dataset)
+    assert description.best() == (0.8, -0.2)
+    classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 3)
     assert torch.equal(predict(loaded, data.val.images), predict(classifier, data.val.images))
 
 
-def test_equal_checkpoints_have_equal_bytes(tmp_path: Path, data: TrainingData, described: Description):
-    for name in ("a", "b"):
-        classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 3)
-        save_checkpoint(tmp_path / f"{name}.safetensors", classifier.to(memory_format=torch.channels_last), described)
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+def test_equal_checkpoints_have_equal_bytes(path: Path, data: TrainingData):
+    classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 3).to(memory_format=torch.channels_last)
+    save_checkpoint(path.with_stem("again"), classifier, describe(data.dataset))
+    assert path.with_stem("again").read_bytes() == path.read_bytes()
 
 
-def rewrite(path: Path, change_tensors=lambda tensors: None, change_description=lambda description: None) -> None:
+def rewrite(path: Path, tensors: Change = lambda tensors: None, description: Change = lambda description: None) -> None:
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        description = json.loads(file.metadata()["description"])
-    change_tensors(tensors)
-    change_description(description)
-    save_file(tensors, path, {"description": json.dumps(description)})
+        described = json.loads(file.metadata()["description"])
+    content = load_file(path)
+    tensors(content)
+    description(described)
+    save_file(content, path, {"description": json.dumps(described)})
 
 
 @pytest.mark.parametrize(
-    "break_it",
+    "damage",
     [
         lambda path: path.write_bytes(path.read_bytes()[:-1]),
         lambda path: path.write_bytes(path.read_bytes()[:100]),
         lambda path: path.write_bytes(b""),
         lambda path: path.unlink(),
         lambda path: save_file({"weight": torch.zeros(3)}, path),
-        lambda path: rewrite(path, lambda tensors: tensors.pop("fc2.bias")),
-        lambda path: rewrite(path, lambda tensors: tensors.update({"fc2.bias": torch.zeros(11)})),
-        lambda path: rewrite(path, lambda tensors: tensors.update({"extra": torch.zeros(1)})),
-        lambda path: rewrite(path, change_description=lambda d: d["arguments"].update(width=9)),
-        lambda path: rewrite(path, change_description=lambda d: d["arguments"].update(depth=9)),
-        lambda path: rewrite(path, change_description=lambda d: d.update(architecture="vgg")),
-        lambda path: rewrite(path, change_description=lambda d: d["dataset"]["classes"].append("another")),
-        lambda path: rewrite(path, change_description=lambda d: d.pop("history")),
-        lambda path: rewrite(path, change_description=lambda d: d.update(best_epoch=2)),
-        lambda path: rewrite(path, change_description=lambda d: d.update(format=2)),
+        lambda path: rewrite(path, tensors=lambda tensors: tensors.pop("fc2.bias")),
+        lambda path: rewrite(path, tensors=lambda tensors: tensors.update({"fc2.bias": torch.zeros(11)})),
+        lambda path: rewrite(path, tensors=lambda tensors: tensors.update({"fc2.bias": torch.zeros(10, dtype=torch.int32)})),
+        lambda path: rewrite(path, tensors=lambda tensors: tensors.update({"extra": torch.zeros(1)})),
+        lambda path: rewrite(path, description=lambda description: description["arguments"].update(width=9)),
+        lambda path: rewrite(path, description=lambda description: description["arguments"].update(depth=9)),
+        lambda path: rewrite(path, description=lambda description: description.update(architecture="vgg")),
+        lambda path: rewrite(path, description=lambda description: description["dataset"]["classes"].append("another")),
+        lambda path: rewrite(path, description=lambda description: description.pop("history")),
+        lambda path: rewrite(path, description=lambda description: description.update(best_epoch=2)),
+        lambda path: rewrite(path, description=lambda description: description.update(format=2)),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, data: TrainingData, described: Description, break_it):
-    path = tmp_path / "seed3.safetensors"
-    save_checkpoint(path, new_classifier("compact_cnn", ARGUMENTS, data.dataset, 3), described)
-    break_it(path)
+def test_a_damaged_checkpoint_is_refused_by_name(path: Path, damage: Callable[[Path], None]):
+    damage(path)
     with pytest.raises(UserError, match=r"seed3\.safetensors"):
         load_checkpoint(path, CPU)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_alone(
-    tmp_path: Path, data: TrainingData, described: Description, monkeypatch: pytest.MonkeyPatch
-):
-    path = tmp_path / "seed3.safetensors"
-    classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 3)
-    save_checkpoint(path, classifier, described)
+def test_a_full_disk_leaves_the_old_checkpoint_alone(path: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch):
     before = path.read_bytes()
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     with pytest.raises(OSError, match="No space"):
-        save_checkpoint(path, classifier, described.model_copy(update={"seed": 4}))
+        save_checkpoint(path, new_classifier("compact_cnn", ARGUMENTS, data.dataset, 4), describe(data.dataset))
     assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_checkpoints_are_listed_by_seed(tmp_path: Path):

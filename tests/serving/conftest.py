@@ -1,45 +1,54 @@
-"""A registry of one's own."""
+"""A registry of one's own, and servers."""
 
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from pipeline.core.files import write_atomic
 from pipeline.core.tracking_uri import tracking_uri
 from pipeline.data.prepared import TrainingData
 from pipeline.export.onnx_export import export_onnx
-from pipeline.networks.checkpoints import new_classifier
-from pipeline.serving.registry import NAME, Candidate, run_of
+from pipeline.networks.checkpoints import new_classifier, save_checkpoint
+from pipeline.serving.registry import register
+from tests.faults.checkout import wait_for
+from tests.networks.conftest import ARGUMENTS, describe
 
 
 class Registry:
-    """A store with an experiment, and candidates of a wanted accuracy."""
+    """A store with an experiment, and students of a wanted accuracy."""
 
     def __init__(self, folder: Path, data: TrainingData) -> None:
-        self.folder = folder
-        self.data = data
-        self.client = MlflowClient(tracking_uri())
+        self.folder, self.data, self.client = folder, data, MlflowClient(tracking_uri())
         self.experiment = self.client.create_experiment("e", (folder / "mlartifacts").as_uri())
+        self.classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 0).eval()
         self.onnx = folder / "student.onnx"
-        classifier = new_classifier("compact_cnn", {"width": 4, "hidden": 8}, data.dataset, 0).eval()
-        export_onnx(classifier, data.dataset.image_shape, data.dataset.classes, self.onnx)
+        export_onnx(self.classifier, data.dataset.image_shape, data.dataset.classes, self.onnx)
 
-    def candidate(self, name: str, accuracy: float, **changed: object) -> Candidate:
-        random = np.random.default_rng(0)  # the same images are hard for every candidate
-        wrong = random.random((5, 2000)) > accuracy
-        probabilities = np.stack([~wrong, wrong], axis=2).astype(np.float32)
-        predictions = self.folder / name / "distillation.npz"
+    def student(self, name: str, accuracy: float, first_seed: int = 0, **changed: Any) -> Path:
+        """A checkout with a student, its data set changed as given, and its training's run in the store."""
+        checkout, student = self.folder / name, self.folder / name / "models" / "student" / "student.safetensors"
+        save_checkpoint(student, self.classifier, describe(self.data.dataset.model_copy(update=changed), name))
+        write_atomic(student.with_suffix(".onnx"), self.onnx.read_bytes())
+        write_atomic(checkout / "metrics" / "export.json", json.dumps({"student": {"accuracy": accuracy}}))
+        wrong = np.random.default_rng(0).random((5, 2000)) > accuracy  # the same images are hard for every student
+        arrays = {"labels": np.zeros(2000, dtype=np.int64), "seeds": np.arange(5) + first_seed}
+        predictions = checkout / "metrics" / "predictions" / "distillation.npz"
         predictions.parent.mkdir()
-        labels = np.zeros(2000, dtype=np.int64)
-        np.savez_compressed(predictions, labels=labels, seeds=np.arange(5), student_distilled=probabilities)
+        np.savez_compressed(predictions, **arrays, student_distilled=np.stack([~wrong, wrong], axis=2).astype(np.float32))
         run = self.client.create_run(self.experiment, tags={"training": name})
         self.client.set_terminated(run.info.run_id)
-        run_id = run_of(self.client, name)
-        return Candidate(self.onnx, name, self.data.dataset, predictions, run_id, accuracy)._replace(**changed)
+        return checkout
 
-    def aliases(self) -> dict[str, str]:
-        return {alias: str(version) for alias, version in self.client.get_registered_model(NAME).aliases.items()}
+    def register(self, name: str, accuracy: float, **options: Any) -> tuple[str, str, str]:
+        """Make a student and register it."""
+        return register(self.client, self.student(name, accuracy, **options))
 
 
 @pytest.fixture
@@ -47,3 +56,15 @@ def registry(tmp_path: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return Registry(tmp_path, data)
+
+
+@contextlib.contextmanager
+def running(port: int, *command: object, **options: Any) -> Iterator[None]:
+    """A server, from when it answers on `port` of 127.0.0.1 until the block ends."""
+    process = subprocess.Popen([str(word) for word in command], **options)
+    try:
+        wait_for(port, process)
+        yield
+    finally:
+        process.terminate()
+        process.wait(timeout=60)

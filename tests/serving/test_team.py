@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -12,28 +11,22 @@ from pathlib import Path
 
 import boto3
 import pytest
-import yaml
 from mlflow import MlflowClient
 
 from tests.conftest import ROOT, small_checkout
-from tests.faults.checkout import Checkout, free_port, wait_for
+from tests.faults.checkout import Checkout, free_port
+from tests.serving.conftest import running
 
 
 @pytest.fixture
 def tracking_server() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folders are closed to the user postgres
     folder.chmod(0o755)
-    port = free_port()
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [ROOT / "team" / "tracking_server.sh", folder, str(port)]
-    process = subprocess.Popen(command, env=os.environ | {"PATH": path}, start_new_session=True)
-    try:
-        wait_for(port, process)
+    port, path = free_port(), f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ROOT / "team" / "tracking_server.sh", folder, port
+    with running(port, *command, env=os.environ | {"PATH": path}, start_new_session=True):
         yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.skipif(not list(Path("/").glob("usr/lib/postgresql/*/bin/initdb")), reason="needs PostgreSQL")
@@ -49,58 +42,40 @@ def test_several_machines_log_into_one_server_and_none_sees_its_store(tracking_s
             for stage in stages
         ]
         assert {process.wait(timeout=240) for process in at_once} == {0}
-    for machine in machines:
-        assert not (machine.folder / "mlflow.db").exists()
-        assert not (machine.folder / "mlartifacts").exists()
-    client = MlflowClient(tracking_server)
-    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    names = Counter(run.info.run_name for run in runs)
+    assert not any((machine.folder / name).exists() for machine in machines for name in ("mlflow.db", "mlartifacts"))
+    runs = machines[0].mlflow_runs(tracking_server)
     models = ("teacher", "student_distilled", "student_alone")
+    expected = [name for model in models for name in (model, f"{model}/seed0", f"{model}/seed1")]
     # The same training on two machines is one run.
-    assert names == dict.fromkeys([name for model in models for name in (model, f"{model}/seed0", f"{model}/seed1")], 1)
+    assert Counter(run.info.run_name for run in runs) == dict.fromkeys(expected, 1)
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert all(run.info.artifact_uri.startswith("mlflow-artifacts:/") for run in runs)
     assert all("test_accuracy" in run.data.metrics for run in runs)
     student = next(run for run in runs if run.info.run_name == "student_distilled/seed0")
-    files = {file.path for file in client.list_artifacts(student.info.run_id)}
-    assert "confusion_matrix.png" in files
+    files = MlflowClient(tracking_server).list_artifacts(student.info.run_id)
+    assert "confusion_matrix.png" in {file.path for file in files}
 
 
-@pytest.fixture
-def s3() -> Iterator[str]:
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stderr=subprocess.DEVNULL
-    )
-    try:
-        wait_for(port, process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
-def test_what_was_pushed_to_s3_is_pulled_into_an_empty_clone_and_nothing_is_left_to_do(s3: str, tmp_path: Path):
+def test_what_was_pushed_to_s3_is_pulled_into_an_empty_clone_and_nothing_is_left_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    boto3.client(
-        "s3", endpoint_url=s3, aws_access_key_id="key", aws_secret_access_key="secret", region_name="us-east-1"
-    ).create_bucket(Bucket="team")
-    first = small_checkout(tmp_path / "first")
-    first.environment |= keys
-    params = yaml.safe_load((first.folder / "params.yaml").read_text())
-    params["distillation"]["dataset"] = "mnist5k"
-    params["seeds"] = [0]
-    (first.folder / "params.yaml").write_text(yaml.safe_dump(params))
-    first.dvc("repro", "train_student_alone")
-    first.dvc("remote", "add", "--default", "team", "s3://team/store")
-    first.dvc("remote", "modify", "team", "endpointurl", s3)
-    first.run("git", "add", "-A")
-    first.run("git", "commit", "-qm", "results and remote")
-    assert "pushed" in first.dvc("push")
-    second = Checkout(tmp_path / "second")
-    subprocess.run(["git", "clone", "-q", first.folder, second.folder], check=True)
-    second.environment |= keys
-    second.dvc("pull", "--with-deps", "train_student_alone")
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    port = free_port()
+    s3 = f"http://127.0.0.1:{port}"
+    first, second = small_checkout(tmp_path / "first"), Checkout(tmp_path / "second")
+    with running(port, sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port, stderr=subprocess.DEVNULL):
+        boto3.client("s3", endpoint_url=s3).create_bucket(Bucket="team")
+        first.set(distillation__dataset="mnist5k", seeds=[0])
+        first.dvc("repro", "train_student_alone")
+        first.dvc("remote", "add", "--default", "team", "s3://team/store")
+        first.dvc("remote", "modify", "team", "endpointurl", s3)
+        first.run("git", "add", "-A")
+        first.run("git", "commit", "-qm", "results and remote")
+        assert "pushed" in first.dvc("push")
+        subprocess.run(["git", "clone", "-q", first.folder, second.folder], check=True)
+        second.dvc("pull", "--with-deps", "train_student_alone")
     assert "Running stage" not in second.dvc("repro", "train_student_alone")
     checkpoint = "models/distillation/student_alone/seed0.safetensors"
     assert (second.folder / checkpoint).read_bytes() == (first.folder / checkpoint).read_bytes()

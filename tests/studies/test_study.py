@@ -10,54 +10,72 @@ import pytest
 
 from pipeline.core.errors import UserError
 from studies import study as module
-from studies.study import Study, load_study, markdown, plot
+from studies.study import Point, load_study, markdown, plot
 from studies.tasks import ROOT
 
-SIZES = [{"width": 4, "hidden": 16}, {"width": 8, "hidden": 32}]
-FRACTIONS = {"title": "labels", "x": "distillation.label_fraction"}
-FRACTIONS["vary"] = {"distillation.label_fraction": [0.1, 1.0], "student": SIZES}
-WARMTH = {"title": "temperature", "x": "kd.temperature", "fixed": {"student": SIZES[0]}, "vary": {"kd.temperature": [2.0, 5.0]}}
-SMALL = Study.model_validate({"fixed": {"seeds": [0, 1]}, "grids": [FRACTIONS, WARMTH]})
+SMALL = """
+fixed: {seeds: [0, 1]}
+grids:
+  - title: labels
+    x: distillation.label_fraction
+    vary: {distillation.label_fraction: [0.1, 1.0], student: [{width: 4, hidden: 16}, {width: 8}]}
+  - {title: temperature, x: kd.temperature, fixed: {student: {width: 4, hidden: 16}}, vary: {kd.temperature: [2.0, 5]}}
+"""
+RESULT = {"accuracy_teacher": 0.98, "accuracy_student_alone": 0.96, "accuracy_student_distilled": 0.97}
+RESULT |= {"gain": 0.01, "low": 0.004, "high": 0.016, "detectable": 0.005, "verdict": "better"}
+
+
+def load(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> list[Point]:
+    (folder / "studies").mkdir()
+    (folder / "studies" / "small.yaml").write_text(text)
+    shutil.copy(ROOT / "params.yaml", folder)
+    monkeypatch.setattr(module, "ROOT", folder)
+    return load_study("small")
+
+
+@pytest.fixture
+def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Point]:
+    return load(tmp_path, monkeypatch, SMALL)
+
+
+def frame_of(points: list[Point]) -> pd.DataFrame:
+    rows = {point.name: point.settings | RESULT for point in points}
+    return pd.DataFrame(list(rows.values()), list(rows))
 
 
 @pytest.mark.parametrize("name", ["mnist", "pneumoniamnist"])
 def test_the_studies_here_have_valid_points(name: str):
-    study, points = load_study(name, threads=3)
-    assert list(points) == list(study.settings(name))
-    assert len(points) == 25
-    assert {params.threads for params in points.values()} == {3}
+    points = load_study(name, threads=3)
+    assert len({point.name for point in points}) == 25
+    assert {point.params.threads for point in points} == {3}
 
 
-def test_points_are_all_combinations_with_blocks_spelt_out():
-    points = [point for _, point in SMALL.points(SMALL.grids[0])]
-    assert len(points) == 4
-    assert points[0] == {"seeds": [0, 1], "distillation.label_fraction": 0.1, "student.width": 4, "student.hidden": 16}
+def test_points_are_all_combinations_with_blocks_spelt_out(points: list[Point]):
+    assert len(points) == 4 + 2
+    assert points[2].name == points[5].name  # in both grids
+    chosen = {"distillation.label_fraction": 0.1, "student.width": 8, "student.hidden": 64, "kd.temperature": 5.0}
+    assert points[1].settings == {"seeds": [0, 1]} | chosen
+    assert points[1].params.flat(*chosen) == chosen
 
 
-@pytest.fixture
-def frame() -> pd.DataFrame:
-    result = {"accuracy_teacher": 0.98, "accuracy_student_alone": 0.96, "accuracy_student_distilled": 0.97}
-    result |= {"gain": 0.01, "low": 0.004, "high": 0.016, "detectable": 0.005, "verdict": "better"}
-    return pd.DataFrame({name: point | result for name, point in SMALL.settings("small").items()}).T.infer_objects()
-
-
-def test_the_table_has_a_row_per_finished_point(frame: pd.DataFrame):
-    varied = ["distillation.label_fraction", "student.width"]
-    text = markdown("small", SMALL, frame.iloc[:4], varied, 6)
-    assert "4 of 6 points finished" in text
+def test_the_table_has_a_row_per_finished_point(points: list[Point]):
+    text = markdown("small", frame_of(points[:4]), list(points[0].settings), 5)
+    assert text.startswith("Study small: 4 of 5 points finished, on commit `")
+    assert "`; seeds [0, 1], kd.temperature 5.0.\n" in text
     assert "better 4, worse 0, not distinguishable 0" in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     columns = ["teacher (%)", "alone (%)", "distilled (%)", "gain (points)", "95 % interval", "distilled is"]
-    assert rows[0] == [*varied, *columns]
-    assert rows[2] == ["0.1", "4", "98.00", "96.00", "97.00", "+1.00", "+0.40 to +1.60", "better"]
+    assert rows[0] == ["distillation.label_fraction", "student.width", "student.hidden", *columns]
+    assert rows[2] == ["0.1", "4", "16", "98.00", "96.00", "97.00", "+1.00", "+0.40 to +1.60", "better"]
     assert len(rows) == 2 + 4
 
 
-def test_the_figure_has_a_panel_per_grid_and_a_line_per_setting(frame: pd.DataFrame):
-    panels = plot("small", SMALL, frame).axes
+def test_the_figure_has_a_panel_per_grid_and_a_line_per_setting(points: list[Point]):
+    panels = plot(frame_of(points[:4]), points).axes
     assert [panel.get_title() for panel in panels] == ["labels", "temperature"]
-    labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
-    assert labels == ["width 4, hidden 16", "width 8, hidden 32"]
+    assert [len(panel.containers) for panel in panels] == [2, 1]
+    assert [text.get_text() for text in panels[0].get_legend().get_texts()] == ["width 4, hidden 16", "width 8, hidden 64"]
+    assert not plot(frame_of(points[:1]), points).axes[1].containers  # nothing of that grid has finished
 
 
 @pytest.mark.parametrize(
@@ -67,20 +85,16 @@ def test_the_figure_has_a_panel_per_grid_and_a_line_per_setting(frame: pd.DataFr
         ("grids: [{title: t, x: kd.alpha, vary: {kd.alpha: [2.0]}}]", "kd.alpha = 2.0"),
         ("grids: [{title: t, x: kd.alfa, vary: {kd.alfa: [0.5]}}]", "kd.alfa"),
         ("grids: [{title: t, x: seeds.x, vary: {seeds.x: [0.5]}}]", "seeds = {'x': 0.5}"),
-        ("grids: [{title: t, x: device, vary: {device: [2001-01-01]}}]", "device = datetime"),
+        ("grids: [{title: t, x: seeds., vary: {seeds.: [[0]]}}]", "seeds = {'': "),
         ("grids: [{title: t, x: kd.alpha, vary: {kd.alpha: []}}]", "grids.0.vary.kd.alpha"),
         (f"grids: [{{title: t, x: a, vary: {{a: {[1] * 101}, b: {[1] * 100}}}}}]", "10,100 points"),
         ("target: x", "grids"),
-        ("[", "bad.yaml"),
+        ("[", "small.yaml"),
     ],
 )
 def test_a_bad_study_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, named: str):
-    (tmp_path / "studies").mkdir()
-    (tmp_path / "studies" / "bad.yaml").write_text(text)
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    monkeypatch.setattr(module, "ROOT", tmp_path)
     with pytest.raises(UserError, match=named):
-        load_study("bad")
+        load(tmp_path, monkeypatch, text)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +108,6 @@ def test_a_bad_study_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_what_is_missing_is_one_line(tmp_path: Path, name: str, hidden: str, message: str):
     script = f"import sys; sys.modules['{hidden}'] = None; sys.argv = ['', 'run', '{name}']; import studies.study as s; s.main()"
     settings = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "RAY_ADDRESS": "127.0.0.1:9"}
-    command, environment = [sys.executable, "-c", script], os.environ | settings
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 1
     assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", done.stderr)

@@ -9,7 +9,7 @@ import pytest
 from pipeline.core.errors import UserError
 from pipeline.params import Params, load_params
 from studies import tasks
-from studies.study import load_study, with_settings
+from studies.study import load_study, merge
 from studies.tasks import ROOT, Task, one_by_one, plan
 
 EVALUATION = {"evaluate"}
@@ -19,9 +19,10 @@ TRAININGS = {"teacher/seed0", *STUDENTS}
 ALL = {"prepare_data", *TRAININGS}
 
 
-@pytest.fixture
-def params() -> Params:
-    return with_settings(load_params(ROOT / "params.yaml"), {"seeds": [0], "distillation.dataset": "own/images.npz"})
+def tasks_with(**settings: Any) -> list[Task]:
+    """The tasks of params.yaml with one seed and an own file; a block's key is written with two underscores."""
+    own = {"seeds": [0], "distillation.dataset": "own/images.npz"} | {key.replace("__", "."): settings[key] for key in settings}
+    return plan(Params.model_validate(merge(load_params(ROOT / "params.yaml").model_dump(), own)))
 
 
 def changed(before: list[Task], after: list[Task]) -> set[str]:
@@ -30,8 +31,7 @@ def changed(before: list[Task], after: list[Task]) -> set[str]:
 
 
 def test_points_share_what_their_settings_do_not_touch():
-    _, points = load_study("mnist")
-    needed = {task.digest: task for params in points.values() for task in plan(params)}
+    needed = {task.digest: task for point in load_study("mnist") for task in plan(point.params)}
     assert Counter(task.title.partition("/")[0] for task in needed.values()) == {
         "prepare_data": 1,
         "teacher": 3 * 5,  # shares of the labels, seeds
@@ -42,38 +42,35 @@ def test_points_share_what_their_settings_do_not_touch():
 
 
 @pytest.mark.parametrize(
-    ("settings", "titles"),
+    ("settings", "package", "titles"),
     [
-        ({"baselines.lr": 0.1, "jobs": 2}, set()),
-        ({"kd.alpha": 0.1}, DISTILLED),
-        ({"student.width": 4}, STUDENTS),
-        ({"teacher.width": 4}, TRAININGS - {"student_alone/seed0"}),
-        ({"seeds": [0, 1]}, EVALUATION | {title.replace("0", "1") for title in TRAININGS}),
-        ({"threads": 2}, TRAININGS),
-        ({"distillation.validation": 0.2}, ALL),
+        ({"baselines__lr": 0.1, "jobs": 2}, "", set()),
+        ({"kd__alpha": 0.1}, "", DISTILLED),
+        ({"student__width": 4}, "", STUDENTS),
+        ({"teacher__width": 4}, "", TRAININGS - {"student_alone/seed0"}),
+        ({"seeds": [0, 1]}, "", EVALUATION | {title.replace("0", "1") for title in TRAININGS}),
+        ({"threads": 2}, "", TRAININGS),
+        ({"distillation__validation": 0.2}, "", ALL),
+        ({}, "reporting", set()),
+        ({}, "evaluation", EVALUATION),
+        ({}, "training", TRAININGS),
+        ({}, "fetching", ALL),
+        ({}, "data", ALL),
     ],
 )
-def test_a_digest_changes_with_the_parameters(params: Params, settings: dict[str, Any], titles: set[str]):
-    assert changed(plan(params), plan(with_settings(params, settings))) == titles
-
-
-@pytest.mark.parametrize(
-    ("package", "titles"),
-    [("reporting", set()), ("evaluation", EVALUATION), ("training", TRAININGS), ("fetching", ALL), ("data", ALL)],
-)
-def test_a_digest_changes_with_the_code(params: Params, monkeypatch: pytest.MonkeyPatch, package: str, titles: set[str]):
-    before, code = plan(params), tasks._code
+def test_a_digest_changes_with_parameters_and_code(monkeypatch: pytest.MonkeyPatch, settings: dict, package: str, titles: set):
+    before, code = tasks_with(), tasks._code
     monkeypatch.setattr(tasks, "_code", lambda packages: code(packages) + "changed" * (package in packages))
-    assert changed(before, plan(params)) == titles
+    assert changed(before, tasks_with(**settings)) == titles
 
 
-def test_a_digest_changes_with_the_images(params: Params, monkeypatch: pytest.MonkeyPatch, no_mirror: Path):
+def test_a_digest_changes_with_the_images(no_mirror: Path):
     (no_mirror / "own").mkdir()
     (no_mirror / "own/images.npz").write_bytes(b"images")
-    before = plan(params)
+    before = tasks_with()
     (no_mirror / "own/images.npz").write_bytes(b"others")
     tasks._md5.cache_clear()
-    assert changed(before, plan(params)) == ALL
+    assert changed(before, tasks_with()) == ALL
 
 
 def test_what_fails_takes_along_what_needs_it_and_nothing_else():
@@ -85,7 +82,7 @@ def test_what_fails_takes_along_what_needs_it_and_nothing_else():
         return "+".join((*results, digest))
 
     needs = {"bad": (), "worse": (), "good": (), "after_bad": ("good", "bad"), "last": ("after_bad",), "after_good": ("good",)}
-    order = [Task(name, name, work, (), needed, 1, gpu=False) for name, needed in needs.items()]
+    order = [Task(name, name, work, (), needed) for name, needed in needs.items()]
     outcomes = {task.digest: outcome for task, outcome in one_by_one(order)}
     assert outcomes["after_good"] == ("good+after_good", None)
     assert outcomes["bad"] == outcomes["after_bad"] == outcomes["last"] == (None, "bad: not there")

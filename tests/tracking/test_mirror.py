@@ -1,5 +1,6 @@
 import multiprocessing
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -144,16 +145,16 @@ def test_two_settings_at_once_are_named_and_repeated_by_their_own_parameters(sto
             "Again: `git checkout cccccccccccc && dvc exp run -S kd.temperature=6 -S 'seeds=[3]' distill_student`"
         ),
         "student T=8 alpha=0.25": (
-            "Again: `git checkout cccccccccccc && dvc exp run -S kd.temperature=8.0 -S kd.alpha=0.25 distill_student`"
+            "Again: `git checkout cccccccccccc && dvc exp run -S kd.temperature=8 -S kd.alpha=0.25 distill_student`"
         ),
         "student T=8 alpha=0.25/seed3": (
-            "Again: `git checkout cccccccccccc && dvc exp run -S kd.temperature=8.0 -S kd.alpha=0.25 -S 'seeds=[3]'"
+            "Again: `git checkout cccccccccccc && dvc exp run -S kd.temperature=8 -S kd.alpha=0.25 -S 'seeds=[3]'"
             " distill_student`"
         ),
     }
 
 
-@pytest.mark.parametrize("value", [1e-5, 1e-7, 12.5, 1e22, 3, True, 'own data/it\'s "ä".npz', [0, 7], None])
+@pytest.mark.parametrize("value", [1e-5, 1e-7, 12.5, 1e22, 3, True, "1.0", 'own data/it\'s "ä".npz', [0, 7], None])
 def test_the_command_to_repeat_brings_a_value_back_as_it_was(value: object, committed: dict, tmp_path: Path):
     committed["block.key"] = "something else"
     Mirror("e").training(make_record(parameters={"block.key": value}))
@@ -163,12 +164,7 @@ def test_the_command_to_repeat_brings_a_value_back_as_it_was(value: object, comm
     params.write_text("block:\n  key: something else\n")
     apply_overrides(params, words[words.index("-S") + 1 :][:1])  # as dvc exp run -S does
     assert read_yaml(params) == {"block": {"key": value}}
-    assert type(read_yaml(params)["block"]["key"]) is type(value)
-
-
-def test_a_value_that_auto_became_is_in_the_command_but_not_in_the_name():
-    Mirror("e").training(make_record(parameters={"precision": "bf16"}))
-    assert "precision" in runs()["teacher/seed0"].data.tags["repeat"]
+    assert isinstance(read_yaml(params)["block"]["key"], type(value))
 
 
 def test_a_store_that_refuses_or_loses_the_answer_of_every_third_call_ends_exact(monkeypatch: pytest.MonkeyPatch):
@@ -329,7 +325,7 @@ def test_test_results_go_to_each_checkpoints_run_and_their_means_to_the_parent(s
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"classification_report.txt", "confusion_matrix.png"}
     assert (store / f"mlartifacts/e/{run.info.run_id}/artifacts/confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
     assert parent.data.metrics["test_accuracy_sd"] == evaluation.metrics["student_alone"]["accuracy_sd"]
-    assert parent.data.tags["accuracy"].count(" ± ") == 1
+    assert re.fullmatch(r"\d\d\.\d\d\u200a±\u200a\d\.\d\d", parent.data.tags["accuracy"])
     assert parent.info.end_time < 1_700_000_010_000  # as its trainings, not as the evaluation
     assert not {"verdict", "test_parameters"} & {*parent.data.tags, *parent.data.metrics}
     assert first.data.tags["gain"].endswith("points over student_alone")

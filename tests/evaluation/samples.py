@@ -1,0 +1,38 @@
+"""A track's checkpoints, of untrained networks (their classes are those that random weights name), and their evaluation."""
+
+from pathlib import Path
+
+from pipeline.data.dataset import Dataset
+from pipeline.data.prepared import TrainingData
+from pipeline.evaluation.comparisons import Evaluation, evaluate_track
+from pipeline.networks.checkpoints import new_classifier, save_checkpoint
+from pipeline.networks.description import Description, checkpoint_path
+from pipeline.params import TRACKS
+
+PLAN = TRACKS["distillation"]
+SEEDS = [0, 3]
+
+
+def save(folder: Path, dataset: Dataset, model: str, seed: int) -> None:
+    arguments = {"width": 2, "hidden": 8 if model == "teacher" else 4}
+    network = {"architecture": "compact_cnn", "arguments": arguments, "dataset": dataset}
+    training = {
+        "digest": f"{model}{seed}",
+        "setting": model,
+        "model": model,
+        "seed": seed,
+        "parameters": {"a": 1},
+        "device": "cpu",
+    }
+    accuracies = {"train_accuracy": 0.5, "val_accuracy": 0.1 if (model, seed) == ("student_alone", 3) else 0.5}
+    history = [accuracies | {"train_loss": 2.0, "val_loss": 1.0}, accuracies | {"train_loss": 1.5 + seed, "val_loss": 0.5}]
+    description = Description(format=3, **network, **training, history=history, best_epoch=2, chance=0.1)
+    save_checkpoint(checkpoint_path(folder / model, seed), new_classifier("compact_cnn", arguments, dataset, seed), description)
+
+
+def evaluate(folder: Path, data: TrainingData) -> Evaluation:
+    """The evaluation, on the 400 training images, of the checkpoints in `folder`; of new ones if it has none."""
+    for model in () if folder.exists() else PLAN.models:
+        for seed in SEEDS:
+            save(folder, data.dataset, model, seed)
+    return evaluate_track("distillation", folder, data.dataset, data.train, PLAN.models, PLAN.comparisons, PLAN.teachers)
