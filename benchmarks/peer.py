@@ -37,7 +37,7 @@ class Images(Dataset):
 
 
 def network(name: str, channels: int, classes: int) -> nn.Module:
-    """One of the five networks for 28x28 images, of the reference's shapes."""
+    """One of the five networks for 28x28 images, of the original course project's shapes."""
     if name == "resnet18":
         model = resnet18(num_classes=classes)
         if channels == 1:

@@ -50,9 +50,7 @@ def imported_code(stage: str) -> set[str]:
             else:
                 continue
             candidates = (Path(*name.split(".")).with_suffix(".py") for name in names if name.startswith("pipeline."))
-            waiting.extend(
-                str(path) for path in candidates if (ROOT / path).is_file() and path.parts[1] not in DECIDE_NO_BYTE
-            )
+            waiting.extend(str(path) for path in candidates if (ROOT / path).is_file() and path.parts[1] not in DECIDE_NO_BYTE)
     return {path if path.count("/") == 1 else str(Path(path).parent) for path in reached}
 
 

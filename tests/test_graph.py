@@ -61,10 +61,7 @@ def declared(folder: Path) -> dict[str, Declared]:
             deps = {dep.def_path for dep in stage.deps if not hasattr(dep, "params")}
             named = [name for dep in stage.deps if hasattr(dep, "params") for name in dep.params]
             found[stage.name] = Declared(
-                stage.cmd,
-                frozenset(deps),
-                frozenset(params.flat(*named)),
-                frozenset(out.def_path for out in stage.outs),
+                stage.cmd, frozenset(deps), frozenset(params.flat(*named)), frozenset(out.def_path for out in stage.outs)
             )
     return found
 
@@ -111,9 +108,7 @@ def test_a_stage_declares_exactly_what_it_reads_and_writes(checkout: Path, obser
 
 
 def test_only_evaluations_read_a_test_split(observed: dict[str, Reads]):
-    readers = {
-        name for name, reads in observed.items() if any("/test/" in path for path in reads.files - reads.written)
-    }
+    readers = {name for name, reads in observed.items() if any("/test/" in path for path in reads.files - reads.written)}
     assert readers == {"evaluate@baselines", "evaluate@distillation", "evaluate_export"}
 
 
@@ -126,17 +121,12 @@ def entries() -> dict[str, list[tuple[str, str]]]:
     """Every entry under deps and params, by the stage of dvc.yaml."""
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     bodies = {name: stage.get("do", stage) for name, stage in stages.items()}
-    return {
-        name: [(key, entry) for key in ("deps", "params") for entry in body.get(key, [])]
-        for name, body in bodies.items()
-    }
+    return {name: [(key, entry) for key in ("deps", "params") for entry in body.get(key, [])] for name, body in bodies.items()}
 
 
 def test_any_entry_left_out_of_deps_or_params_is_found(checkout: Path, observed: dict[str, Reads], tmp_path: Path):
     whole = yaml.safe_load((checkout / "dvc.yaml").read_text())
-    shutil.copytree(
-        checkout, tmp_path / "copy", ignore=shutil.ignore_patterns("data", "models", "metrics", "mlartifacts")
-    )
+    shutil.copytree(checkout, tmp_path / "copy", ignore=shutil.ignore_patterns("data", "models", "metrics", "mlartifacts"))
     unnoticed = []
     for left_out in zip_longest(*([(name, *entry) for entry in found] for name, found in entries().items())):
         # one entry of each stage that has so many: stages are judged one by one

@@ -27,5 +27,6 @@ def test_imports_go_down(tmp_path: Path, path: str, line: str):
     if path:
         with (tmp_path / path).open("a") as file:
             file.write(f"\n{line}\n")
-    done = subprocess.run([Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [Path(sys.executable).parent / "lint-imports", "--no-cache"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == (1 if path else 0), done.stdout

@@ -20,8 +20,8 @@ def test_the_speed_table_is_that_of_a_measured_device():
 
 
 def test_the_faults_in_the_readme_are_those_that_were_counted():
-    shown = re.search(r"<!-- faults/results.md -->\n(.*?)<!-- end -->", README, re.DOTALL).group(1)
-    assert f"\n{shown.strip()}\n" in (ROOT / "faults" / "results.md").read_text()
+    shown = re.search(r"<!-- tests/faults/results.md -->\n(.*?)<!-- end -->", README, re.DOTALL).group(1)
+    assert f"\n{shown.strip()}\n" in (ROOT / "tests" / "faults" / "results.md").read_text()
 
 
 def test_every_make_target_that_the_readme_names_exists():

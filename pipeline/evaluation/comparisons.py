@@ -2,8 +2,7 @@
 
 import io
 import json
-import zipfile
-import zlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5, write_atomic, write_json
 from pipeline.data.dataset import Dataset
+from pipeline.data.npy import read_npz
 from pipeline.networks.description import checkpoints_in
 
 if TYPE_CHECKING:
@@ -154,11 +154,13 @@ def read_evaluation(track: str, read: Callable[[str], bytes]) -> Evaluation:
     try:
         metrics, comparisons, detail = (dict(json.loads(read(path := table))) for table in tables)
         models, classes = detail["models"], detail["dataset"]["classes"]
-        with np.load(io.BytesIO(read(path := predictions)), allow_pickle=False) as arrays:
-            labels, probabilities = arrays["labels"], {model: arrays[model] for model in models}
+        with tempfile.NamedTemporaryFile() as file:
+            Path(file.name).write_bytes(read(path := predictions))
+            arrays = read_npz(Path(file.name), ["labels", *models])
+        labels, probabilities = arrays["labels"], {model: arrays[model] for model in models}
         for model, entry in models.items():
             if probabilities[model].shape != (len(entry["seeds"]), len(labels), len(classes)):
                 raise ValueError(f"{model}: probabilities of shape {probabilities[model].shape}")
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of a dozen types, on whatever anybody's experiment has in these files
         raise UserError(f"{path}: missing or damaged: {error}: run dvc repro evaluate@{track}") from error
     return Evaluation(metrics, comparisons, detail, labels, probabilities)

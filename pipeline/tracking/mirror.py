@@ -52,6 +52,7 @@ class Mirror:
         self.away_since: float | None = None  # monotonic
         self.pending: dict[str, Callable[[], object]] = {}
         self.refusals: set[str] = set()
+        self.refused = False  # something of the present call
         self.lock = store_lock()
         try:
             self.client, self.experiment_id = open_store(experiment)
@@ -81,6 +82,7 @@ class Mirror:
             if self.client is None:
                 self.client, self.experiment_id = open_store(self.experiment)
             for key, waiting in list(self.pending.items()):
+                self.refused = False
                 with self._unless_refused():
                     waiting()
                 del self.pending[key]
@@ -90,7 +92,7 @@ class Mirror:
 
     def _wait(self, error: Exception) -> None:
         if self.away_since is None:
-            _say(f"no answer ({one_line(error)}). The work goes on: make sync brings the store up to date")
+            _say(f"no answer ({masked(error)[:500]}). The work goes on: make sync brings the store up to date")
         self.away_since = time.monotonic()
 
     @contextlib.contextmanager
@@ -105,6 +107,7 @@ class Mirror:
             if line not in self.refusals:
                 _say(line)
             self.refusals.add(line)
+            self.refused = True
 
     def _training(self, record: "Record", origin: Mapping[str, str]) -> "Run":
         run = self._run(TRAINING, record, origin)
@@ -185,10 +188,11 @@ class Mirror:
                 sentences.append(sentence(name, comparison))
         tags[NOTE] = "\n\n".join([*sentences, parent.data.tags.get("repeat", "")])
         figures = {name: value for name, value in metrics.items() if not name.startswith(("parameters", "final_"))}
-        table = results_table(evaluation, TRACKS[evaluation.detail["track"]].original_dataset)
+        answers = next(iter(evaluation.comparisons)).startswith(f"{model}_vs_")  # the track's question
+        table = results_table(evaluation, TRACKS[evaluation.detail["track"]].original_dataset) if answers else ""
         digest = _digest(json.dumps([figures, tags]), table)
         if parent.data.tags.get(EVALUATED) != digest:
-            if next(iter(evaluation.comparisons)).startswith(f"{model}_vs_"):
+            if answers:
                 with self._unless_refused():
                     self.client.log_text(parent.info.run_id, table, "results.md")
             self._log_results(parent, figures, tags | {EVALUATED: digest})
@@ -202,12 +206,14 @@ class Mirror:
     def _log(
         self, run: "Run", points: Iterable[tuple] = (), params: Mapping | None = None, tags: Mapping[str, str] | None = None
     ) -> None:
-        """Log points (name, value, time in ms, step), parameters and tags, in this order."""
+        """Log points (name, value, time in ms, step), parameters and tags: no tag that says all is there if something is not."""
         from mlflow.entities import Metric, Param, RunTag
 
-        metrics, labels = [Metric(*point) for point in points], [RunTag(*tag) for tag in (tags or {}).items()]
+        metrics = [Metric(*point) for point in points]
+        values = [Param(name, str(value)[:6000]) for name, value in (params or {}).items()]
+        untrue = (MIRRORED, EVALUATED) if self.refused else ()
+        labels = [RunTag(*tag) for tag in (tags or {}).items() if tag[0] not in untrue]
         with self._unless_refused():
-            values = [Param(name, str(value)[:6000]) for name, value in (params or {}).items()]
             self.client.log_batch(run.info.run_id, metrics, values, labels)
 
     def _log_input(self, run: "Run", record: "Record", context: str) -> None:
@@ -243,8 +249,9 @@ class Mirror:
                 run = self._find(tag, value) or create()
         params = {"model": record.model, **seed, "dataset": record.dataset.name, **record.parameters}
         if missing := {name: value for name, value in params.items() if name not in run.data.params}:
+            self._log(run, params=missing)
+        if not (run.inputs and run.inputs.dataset_inputs):
             self._log_input(run, record, "training")
-            self._log(run, params=missing)  # last: they say that the data set is there
         return run
 
 

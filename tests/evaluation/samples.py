@@ -15,15 +15,8 @@ SEEDS = [0, 3]
 
 def save(folder: Path, dataset: Dataset, model: str, seed: int) -> None:
     arguments = {"width": 2, "hidden": 8 if model == "teacher" else 4}
-    network = {"architecture": "compact_cnn", "arguments": arguments, "dataset": dataset}
-    training = {
-        "digest": f"{model}{seed}",
-        "setting": model,
-        "model": model,
-        "seed": seed,
-        "parameters": {"a": 1},
-        "device": "cpu",
-    }
+    network = {"architecture": "compact_cnn", "arguments": arguments, "dataset": dataset, "device": "cpu"}
+    training = {"digest": f"{model}{seed}", "setting": model, "model": model, "seed": seed, "parameters": {"a": 1}}
     accuracies = {"train_accuracy": 0.5, "val_accuracy": 0.1 if (model, seed) == ("student_alone", 3) else 0.5}
     history = [accuracies | {"train_loss": 2.0, "val_loss": 1.0}, accuracies | {"train_loss": 1.5 + seed, "val_loss": 0.5}]
     description = Description(format=3, **network, **training, history=history, best_epoch=2, chance=0.1)

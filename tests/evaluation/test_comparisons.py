@@ -74,11 +74,7 @@ def test_the_plots_values(written: Path):
 def test_other_data_other_seeds_and_no_checkpoints_are_refused(tmp_path: Path, data: TrainingData):
     evaluate(tmp_path / "models", data)
     save(tmp_path / "models", data.dataset.model_copy(update={"name": "other"}), "teacher", 3)
-    for error, seed in (
-        (r"seed3\.safetensors: .* other data \(other\)", 3),
-        ("different seeds", 0),
-        ("teacher: no checkpoints", 0),
-    ):
+    for error, seed in ((r"seed3\.safe.*other data \(other\)", 3), ("different seeds", 0), ("teacher: no checkpoints", 0)):
         with pytest.raises(UserError, match=error):
             evaluate(tmp_path / "models", data)
         checkpoint_path(tmp_path / "models/teacher", seed).unlink(missing_ok=True)
@@ -95,6 +91,6 @@ def test_missing_damaged_and_other_files_are_named(file: str, written: Path):
 
 
 def test_reading_needs_no_heavy_library():
-    code = "import sys, pipeline.evaluation.comparisons; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "sklearn", "scipy", "pandas", "matplotlib", "mlflow", "dvc"} & set(modules)
+    heavy = {"torch", "sklearn", "scipy", "pandas", "matplotlib", "mlflow", "dvc"}
+    code = f"import sys, pipeline.evaluation.comparisons; assert not {heavy} & {{*sys.modules}}"
+    subprocess.run([sys.executable, "-c", code], check=True)

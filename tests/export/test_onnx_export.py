@@ -85,5 +85,5 @@ def test_onnxruntime_and_numpy_are_enough(exported, data: TrainingData, tmp_path
 def test_an_exported_student_is_measured_without_pytorch(exported):
     cost = inference_cost(exported[0])
     assert 0 < cost["latency_ms"] <= cost["latency_p95_ms"]
-    assert cost["images_per_second"] > 1000 / cost["latency_ms"], "batches are faster"
+    assert cost["images_per_second"] > 200 / cost["latency_ms"], "of images, not of batches"
     assert cost.get("peak_memory_mib", 100) < 150, "PyTorch alone takes more"

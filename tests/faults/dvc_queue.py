@@ -58,8 +58,8 @@ def _work(checkout: Checkout, workers: int) -> None:
 
 
 def _teacher(checkout: Checkout, seed: int) -> Record | None:
-    found = [record for record in records(checkout.folder) if (record.model, record.seed) == ("teacher", seed)]
-    return found[0] if found else None
+    teachers = (record for record in records(checkout.folder) if (record.model, record.seed) == ("teacher", seed))
+    return next(teachers, None)
 
 
 def _kill_one(checkout: Checkout) -> Record:

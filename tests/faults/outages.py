@@ -18,7 +18,7 @@ from pipeline.core.files import md5
 from tests.faults.checkout import SMALL, Checkout, Outcome, complete, copy_checkout, free_port, kill, wait_for
 from tests.faults.proxy import FAULTS, Proxy
 
-EPOCHS = 12
+EPOCHS = 8
 STAGE = "train_student_alone"
 MODELS = Path("models/distillation/student_alone")
 

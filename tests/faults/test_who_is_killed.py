@@ -1,4 +1,4 @@
-"""`dvc repro` of a training stage, with one of its processes killed: the same command ends with the same bytes and one run each."""
+"""One process of a training stage is killed: the same command then ends with the same bytes, and one run each."""
 
 import os
 import signal

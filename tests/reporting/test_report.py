@@ -76,7 +76,6 @@ def test_verdicts_in_words(changes: dict, words: str):
 
 @pytest.fixture
 def page(evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The page that the stage writes."""
     monkeypatch.chdir(tmp_path)
     write_evaluation(evaluation, tmp_path)
     for name, content in (("distillation_costs", COSTS), ("export", EXPORTED)):

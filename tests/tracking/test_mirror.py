@@ -265,7 +265,7 @@ def test_a_store_that_does_not_answer_at_the_start_is_an_error_unless_it_may_com
     assert set(runs()) == {"teacher", "teacher/seed0", "teacher/seed1"}
 
 
-def test_what_the_store_refuses_is_said_once_and_costs_nothing_else(capfd: pytest.CaptureFixture):
+def test_what_the_store_refuses_is_said_once_costs_nothing_else_and_is_tried_again(capfd: pytest.CaptureFixture):
     def refuse(name: str) -> None:
         if name == "log_inputs":
             raise MlflowException("no such\nthing", INVALID_PARAMETER_VALUE)
@@ -278,6 +278,9 @@ def test_what_the_store_refuses_is_said_once_and_costs_nothing_else(capfd: pytes
     assert len(mirror.refusals) == 1
     assert not mirror.pending
     assert {run.info.status for run in runs().values()} == {"FINISHED"}
+    assert len(curve(runs()["teacher/seed1"], "val_loss")) == 3
+    Mirror("e").training(make_record(1))
+    assert [len(runs()[name].inputs.dataset_inputs) for name in ("teacher/seed0", "teacher/seed1")] == [0, 1]
 
 
 @pytest.mark.usefixtures("silent")
@@ -289,6 +292,28 @@ def test_names_values_and_numbers_that_mlflow_has_limits_for():
     run = runs()["teacher/seed0"]
     assert len(curve(run, "val_loss")) == len(curve(run, "train_odd _name_")) == epochs
     assert len(run.data.params["block.key149"]) == 6000
+
+
+def test_a_batch_that_was_sent_in_part_is_completed(monkeypatch: pytest.MonkeyPatch):
+    """MLflow sends a thousand points at a time."""
+    monkeypatch.setattr(module, "PAUSE", 0)
+    log_batch, full = SqlAlchemyStore.log_batch, []
+
+    def once(store: SqlAlchemyStore, run_id: str, metrics: list, params: list, tags: list) -> None:
+        if len(metrics) == 1000:
+            full.append(metrics)
+            if len(full) > 1:
+                no_answer("")
+        log_batch(store, run_id, metrics, params, tags)
+
+    mirror = Mirror("e")
+    with monkeypatch.context() as patch:
+        patch.setattr(SqlAlchemyStore, "log_batch", once)
+        mirror.training(make_record(epochs=400))
+    assert 0 < len(curve(runs()["teacher/seed0"], "train_loss")) < 400
+    mirror.training(make_record(epochs=400))
+    run = runs()["teacher/seed0"]
+    assert {name: len(curve(run, name)) for name in CURVES} == dict.fromkeys(CURVES, 400)
 
 
 def mirror_all(_: int) -> None:

@@ -101,9 +101,11 @@ def names(*models: str) -> set[str]:
 
 
 def test_the_store_gets_the_workspace_and_every_experiment_once(tmp_path: Path, capsys: pytest.CaptureFixture):
-    for _ in range(2):
-        sync.main()
-        assert set(runs()) == names("student_distilled", "student_distilled T=6", "student_alone")
+    sync.main()
+    before = runs()
+    sync.main()
+    assert set(before) == names("student_distilled", "student_distilled T=6", "student_alone")
+    assert {name: run.data.tags for name, run in runs().items()} == {name: run.data.tags for name, run in before.items()}
     first, other, alone = (runs()[name] for name in ("student_distilled", "student_distilled T=6", "student_alone"))
     assert other.data.tags["dvc.experiment"] == "warm-owl"
     assert "dvc.experiment" not in first.data.tags | alone.data.tags

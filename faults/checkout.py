@@ -1,3 +1,0 @@
-"""Moved to tests.faults.checkout."""
-
-from tests.faults.checkout import *  # noqa: F403
