@@ -13,7 +13,7 @@ DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.
 .PHONY: help install demo test screenshots bench faults study study-table register serve sync lint format ui clean
 
 help:
-	@echo "make demo     install, run the whole graph on 5,000 embedded images, print the results (3 minutes)"
+	@echo "make demo     install, run the whole graph on 5,000 embedded images, print the results"
 	@echo "make test     install what tests need, run them all"
 	@echo "make screenshots  README.md's pictures of the MLflow UI, of what 'make demo' left in mlflow.db (needs Chromium)"
 	@echo "make bench    time the trainings against an ordinary loop (BENCH='--share 0.1' for a quick look)"
