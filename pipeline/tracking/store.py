@@ -41,13 +41,13 @@ def open_store(experiment: str) -> tuple["MlflowClient", str]:
         with store_lock():
             _create_sqlite(uri)
             client = MlflowClient(uri)
-            found = client.get_experiment_by_name(experiment)
-            experiment_id = found.experiment_id if found else _create_experiment(client, experiment, uri)
+            existing = client.get_experiment_by_name(experiment)
+            experiment_id = existing.experiment_id if existing else _create_experiment(client, experiment, uri)
     except Exception as error:
         kind = NoAnswerError if is_no_answer(error) else UserError
         message = masked(f"MLflow store {uri}: {error}. Set MLFLOW_TRACKING_URI to a store that answers")
         raise kind(message) from error
-    if found and found.lifecycle_stage == "deleted":
+    if existing and existing.lifecycle_stage == "deleted":
         restore = f"restore it (mlflow experiments restore -x {experiment_id})"
         raise UserError(f"MLflow experiment {experiment!r} is deleted: {restore} or change tracking.experiment")
     return client, experiment_id
@@ -75,8 +75,8 @@ def _create_experiment(client: "MlflowClient", name: str, uri: str) -> str:
         kind = {"mlflow.experimentKind": "custom_model_development"}  # so that the UI opens the right pages
         return client.create_experiment(name, location, kind)
     except Exception:
-        if found := client.get_experiment_by_name(name):  # another machine was faster, or the answer was lost
-            return found.experiment_id
+        if existing := client.get_experiment_by_name(name):  # another machine was faster, or the answer was lost
+            return existing.experiment_id
         raise
 
 
