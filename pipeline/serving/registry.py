@@ -4,32 +4,36 @@
 twice. To serve another version, give it the alias `champion` in MLflow's UI.
 """
 
-import json
+import hashlib
 import tempfile
 import warnings
 from importlib.metadata import version as installed
 from pathlib import Path
 
-import mlflow
+import mlflow.onnx
 import numpy as np
+import onnx
 from mlflow import MlflowClient
 from mlflow.entities import RunInfo
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model
+from mlflow.models import Model, ModelSignature
+from mlflow.types.schema import Schema, TensorSpec
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.core.cli import run
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, user_error
 from pipeline.core.files import md5, read_json
 from pipeline.core.tracking_uri import masked, tracking_uri
 from pipeline.data.dataset import Dataset
 from pipeline.data.npy import read_npz
 from pipeline.evaluation.statistics import compare
+from pipeline.export.onnx_model import Student
 from pipeline.networks.description import read_description
 
 NAME = "distilled-student"
 CHAMPION, CHALLENGER = "champion", "challenger"
+ONNX = "onnx_sha256"  # tag of a version: the digest of its file
 
 
 def main() -> None:
@@ -67,11 +71,11 @@ def register(client: MlflowClient, checkout: Path) -> tuple[str, str, str]:
     `statistics.compare` over all seeds and test images of both recipes; otherwise it is the challenger.
     """
     checkpoint = checkout / "models/student/student.safetensors"
-    onnx, predictions = checkpoint.with_suffix(".onnx"), checkout / "metrics/predictions/distillation.npz"
+    exported, predictions = checkpoint.with_suffix(".onnx"), checkout / "metrics/predictions/distillation.npz"
     description, checksum = read_description(checkpoint), md5(checkpoint)
     dataset = description.dataset
     accuracy = read_json(checkout / "metrics/export.json")["student"]["accuracy"]
-    for path in (onnx, predictions):
+    for path in (exported, predictions):
         if not path.is_file():
             raise UserError(f"{path}: missing: run dvc repro first")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -88,6 +92,7 @@ def register(client: MlflowClient, checkout: Path) -> tuple[str, str, str]:
         alias, reason = judge(client, champion, dataset.fingerprint, predictions)
     tags = {
         "checkpoint_md5": checksum,
+        ONNX: sha256(exported),
         "dataset": dataset.name,
         "fingerprint": dataset.fingerprint,
         "test_accuracy": f"{accuracy:.4f}",
@@ -95,7 +100,7 @@ def register(client: MlflowClient, checkout: Path) -> tuple[str, str, str]:
         "evidence": f"evidence/{checksum}/{predictions.name}",
     }
     client.log_artifact(runs[0].info.run_id, str(predictions), f"evidence/{checksum}")
-    version = _log(client, runs[0].info, onnx, dataset, tags)
+    version = _log(client, runs[0].info, exported, dataset, tags)
     client.set_registered_model_alias(NAME, alias, version)
     return version, alias, reason
 
@@ -105,9 +110,12 @@ def judge(client: MlflowClient, champion: ModelVersion, fingerprint: str, predic
     against = f"version {champion.version}"
     if champion.tags.get("fingerprint") != fingerprint:
         return CHALLENGER, f"{against} was measured on other data: set the alias in MLflow's UI if this is to be served"
-    with tempfile.TemporaryDirectory() as folder:
-        evidence = client.download_artifacts(champion.run_id, champion.tags["evidence"], folder)
-        theirs, ours = read_predictions(Path(evidence)), read_predictions(predictions)
+    ours = read_predictions(predictions)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            theirs = read_predictions(Path(client.download_artifacts(champion.run_id, champion.tags["evidence"], folder)))
+    except (UserError, KeyError, MlflowException, OSError) as error:
+        return CHALLENGER, f"the predictions of {against} cannot be read: {masked(error)}"
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return CHALLENGER, f"no seed in common with {against}: they cannot be compared in pairs"
@@ -134,25 +142,48 @@ def read_predictions(path: Path) -> dict[int, np.ndarray]:
     raise UserError(f"{path}: not the predictions of a distilled student: {shapes}: run dvc repro")
 
 
-def _log(client: MlflowClient, training: RunInfo, onnx: Path, dataset: Dataset, tags: dict[str, str]) -> str:
+def _log(client: MlflowClient, training: RunInfo, exported: Path, dataset: Dataset, tags: dict[str, str]) -> str:
     """Log the model into the run of its training and register it; the number of the new version."""
     mlflow.set_tracking_uri(client.tracking_uri)
     mlflow.set_experiment(experiment_id=training.experiment_id)
-    logged = Model.log(  # as mlflow.pyfunc.log_model, which would need a run that is active, and end it once more
+    images = TensorSpec(np.dtype(np.uint8), (-1, *dataset.image_shape), "images")
+    probabilities = TensorSpec(np.dtype(np.float32), (-1, len(dataset.classes)), "probabilities")
+    logged = Model.log(  # as mlflow.onnx.log_model, which would need a run that is active, and end it once more
         artifact_path=None,
         name="student",
-        flavor=mlflow.pyfunc,
+        flavor=mlflow.onnx,
         run_id=training.run_id,
         registered_model_name=NAME,
-        python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-        artifacts={"onnx": str(onnx)},
-        # float64: of a whole-number type, MLflow would cut 0.5 down to 0 before the model could refuse it.
-        input_example=np.zeros((1, *dataset.image_shape)),
-        pip_requirements=[f"{name}=={installed(name)}" for name in ("mlflow", "numpy", "onnxruntime")],
-        metadata={"classes": json.dumps(dataset.classes)},
+        onnx_model=onnx.load(exported),
+        save_as_external_data=False,
+        signature=ModelSignature(Schema([images]), Schema([probabilities])),
+        pip_requirements=[f"{name}=={installed(name)}" for name in ("mlflow", "numpy", "onnx", "onnxruntime")],
         tags=tags,
     )
     return str(logged.registered_model_version)
+
+
+def open_champion(client: MlflowClient, folder: Path) -> tuple[str, Student]:
+    """The number of the champion's version, and its model, downloaded into `folder`.
+
+    Raises UserError if there is no champion, and if the store holds anything but the file that was registered.
+    """
+    champion = by_alias(client, CHAMPION)
+    if champion is None:
+        raise UserError(f"no {CHAMPION} of {NAME} in the registry: dvc repro, then make register")
+    mlflow.set_tracking_uri(client.tracking_uri)
+    address, advice = f"models:/{NAME}/{champion.version}/model.onnx", "register the student again, or serve another version"
+    with user_error(f"{address}: no model that this project registered", Exception, then=advice):
+        path = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(folder)))
+        if sha256(path) != champion.tags.get(ONNX):
+            raise ValueError(f"its SHA-256 is not the one in the version's tag {ONNX}")
+    return str(champion.version), Student(path)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, hashlib.sha256).hexdigest()
 
 
 if __name__ == "__main__":

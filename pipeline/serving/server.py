@@ -1,81 +1,85 @@
-"""Serve the champion with MLflow's model server: `make serve` (PORT=5001, HOST=127.0.0.1).
+"""Serve the champion of the registry: `make serve` (PORT=5001, HOST=127.0.0.1).
 
-POST images as JSON to /invocations; see README.md. Bodies over 4 MiB are refused and not kept.
+POST {"inputs": images} as JSON to /invocations, as to MLflow's own model server: whole numbers from 0 to 255 of shape
+(N, H, W, C). The answer is {"predictions": [{"class": name, "probabilities": {name: share}}]}, one per image; GET /ping says that
+the server lives. Only the ONNX file that was registered is opened: no code from the store is run. Bodies over 4 MiB are refused.
 """
 
 import json
 import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
 
-import mlflow
 import numpy as np
 import uvicorn
-from mlflow.pyfunc import scoring_server
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from pipeline.core.cli import run
-from pipeline.core.errors import UserError
-from pipeline.serving.registry import CHAMPION, NAME, by_alias, open_store
+from pipeline.core.errors import user_error
+from pipeline.export.onnx_model import Student
+from pipeline.serving.registry import NAME, open_champion, open_store
 
 LIMIT = 4 * 2**20  # bytes of a request's body
 
 
-class GuardBody:
-    """ASGI middleware that passes nothing but images to the app, which would take minutes and gigabytes to refuse the rest.
+def application(student: Student) -> Starlette:
+    """The server's ASGI application: 413 for a body over the limit, 400 for one that is not JSON as described above."""
 
-    413 for a body over the limit, 415 for another type than JSON, 400 for JSON that is not `inputs` (or `instances`, as
-    TensorFlow's servers name them) of numbers of shape (N, *shape).
-    """
-
-    def __init__(self, app: ASGIApp, limit: int, shape: tuple[int, ...]) -> None:
-        self.app, self.limit, self.shape = app, limit, shape
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read the body; answer with an error or pass it on."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        body, size, more = bytearray(), 0, True
-        while more:
-            message = await receive()
-            part, more = message.get("body", b""), message.get("more_body", False)
+    async def invocations(request: Request) -> Response:
+        body, size = bytearray(), 0
+        async for part in request.stream():
             size += len(part)
-            body.extend(part) if size <= self.limit else body.clear()
+            body.extend(part) if size <= LIMIT else body.clear()
+        if size > LIMIT:
+            return PlainTextResponse(f"the body is over the limit of {LIMIT} bytes", 413)
+        return await run_in_threadpool(_answer, student, bytes(body))
 
-        async def receive_body() -> Message:
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
-
-        app, posted = self.app, scope["method"] == "POST"
-        if size > self.limit:
-            app = PlainTextResponse(f"the body is over the limit of {self.limit} bytes", 413)
-        elif posted and dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0] != b"application/json":
-            app = PlainTextResponse("only application/json is read", 415)  # MLflow would unpack parquet, of any size
-        elif posted and _shape(body)[1:] != self.shape:
-            shape = f"(N, {', '.join(map(str, self.shape))})"
-            app = PlainTextResponse(f'the body is no JSON of the form {{"inputs": numbers of shape {shape}}}', 400)
-        return await app(scope, receive_body, send)
+    ping = Route("/ping", lambda request: Response())
+    return Starlette(routes=[Route("/invocations", invocations, methods=["POST"]), ping])
 
 
-def _shape(body: bytes) -> tuple[int, ...]:
-    """The shape of the numbers in a request's body, () if it holds anything else."""
+def _answer(student: Student, body: bytes) -> Response:
     try:
-        ((name, numbers),) = json.loads(body).items()
-        return np.array(numbers, dtype=np.float64).shape if name in ("inputs", "instances") else ()
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        return ()  # among them numbers of thousands of digits, and brackets by the thousand
+        images = read_images(body, student.shape)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        # Among them numbers of thousands of digits, and brackets by the thousand.
+        shape = f"(N, {', '.join(map(str, student.shape))})"
+        form = f'{{"inputs": whole numbers from 0 to 255 of shape {shape}}}'
+        return PlainTextResponse(f"the body is no JSON of the form {form}: {str(error)[:200]}", 400)
+    rows = [dict(zip(student.classes, row.tolist(), strict=True)) for row in student.probabilities(images)]
+    return JSONResponse({"predictions": [{"class": max(row, key=row.get), "probabilities": row} for row in rows]})
+
+
+def read_images(body: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """The images in a request's body, uint8 (N, *shape). Raises ValueError, or what JSON and NumPy raise, for anything else."""
+    content: dict[str, Any] = json.loads(body)
+    ((name, numbers),) = content.items()
+    if name not in ("inputs", "instances"):  # the second is what TensorFlow's servers read
+        raise ValueError(f"its key is {name!r}")
+    images = np.array(numbers, dtype=np.float64)
+    if images.shape[1:] != shape or not len(images):
+        raise ValueError(f"these have shape {images.shape}")
+    # Scaled images (0-1) would otherwise all be black.
+    if not ((images >= 0) & (images <= 255) & (images == np.floor(images))).all():
+        raise ValueError(f"these are from {images.min()} to {images.max()}")
+    return images.astype(np.uint8)
 
 
 def main() -> None:
     """Serve until interrupted."""
-    client = open_store()
-    champion = by_alias(client, CHAMPION)
-    if champion is None:
-        raise UserError(f"no {CHAMPION} of {NAME} in the registry: dvc repro, then make register")
-    mlflow.set_tracking_uri(client.tracking_uri)
-    model = mlflow.pyfunc.load_model(f"models:/{NAME}@{CHAMPION}")
-    app = GuardBody(scoring_server.init(model), LIMIT, model.metadata.get_input_schema().inputs[0].shape[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        version, student = open_champion(open_store(), Path(folder))
     host, port = os.environ.get("HOST") or "127.0.0.1", int(os.environ.get("PORT") or 5001)
-    print(f"{NAME} version {champion.version} on http://{host}:{port}/invocations", flush=True)
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    with user_error(f"cannot listen on {host}:{port}", OSError, then="PORT=... (make serve SERVE_PORT=...) names another port"):
+        listening = socket.create_server((host, port))
+    print(f"{NAME} version {version} on http://{host}:{port}/invocations", flush=True)
+    uvicorn.Server(uvicorn.Config(application(student), log_level="warning")).run([listening])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """Registering the student, with the real MLflow."""
 
+import pickle
 import re
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
+import yaml
 
 from pipeline.core.errors import UserError
-from pipeline.serving.registry import NAME, by_alias, open_store, read_predictions, register
+from pipeline.export.onnx_export import export_onnx
+from pipeline.export.onnx_model import Student
+from pipeline.serving.registry import NAME, by_alias, open_champion, open_store, read_predictions, register
 from tests.serving.conftest import Registry
 
 
@@ -50,10 +55,57 @@ def test_a_version_says_what_it_needs_and_where_it_is_from(registry: Registry):
     assert version.run_id == before.info.run_id
     assert version.tags["fingerprint"] == registry.data.dataset.fingerprint
     files = {path.name: path for path in (registry.folder / "mlartifacts").rglob("*")}
-    assert {"MLmodel", "serving_input_example.json", "student.onnx", "distillation.npz"} <= files.keys()
+    assert {"MLmodel", "model.onnx", "distillation.npz"} <= files.keys()
     needs = files["requirements.txt"].read_text()
     assert all("==" in line for line in needs.split())
     assert "torch" not in needs
+
+
+def test_a_champion_whose_predictions_cannot_be_read_keeps_its_place(registry: Registry):
+    registry.register("first", 0.5)
+    (evidence,) = (registry.folder / "mlartifacts").rglob("distillation.npz")
+    evidence.write_bytes(b"of an older format")
+    assert registry.register("second", 0.99)[1] == "challenger"
+
+
+def test_what_is_opened_is_the_file_that_was_registered(registry: Registry, tmp_path: Path):
+    registry.register("first", 0.9)
+    version, student = open_champion(registry.client, tmp_path / "a")
+    images = registry.data.val.images.numpy()
+    assert version == "1"
+    np.testing.assert_array_equal(student.probabilities(images), Student(registry.onnx).probabilities(images))
+    (stored,) = (registry.folder / "mlartifacts").rglob("model.onnx")
+    export_onnx(registry.classifier, registry.data.dataset.image_shape, ["other"] * 10, stored)
+    with pytest.raises(UserError, match=r"model\.onnx: no model that this project registered: its SHA-256"):
+        open_champion(registry.client, tmp_path / "b")
+
+
+class Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def test_no_code_from_the_store_is_run(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    registry.register("first", 0.9)
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(registry.client.tracking_uri)
+    for name, code in (("pickle", Malicious()), ("python", "from pathlib import Path\nPath('ran').touch()\n")):
+        folder = tmp_path / name
+        save_pyfunc(folder, code)
+        version = registry.client.create_model_version(NAME, folder.as_uri()).version
+        registry.client.set_registered_model_alias(NAME, "champion", version)
+        with pytest.raises(UserError, match=f"models:/{NAME}/{version}/model.onnx: no model that this project registered"):
+            open_champion(registry.client, tmp_path / "downloaded")
+    assert not (tmp_path / "ran").exists()
+
+
+def save_pyfunc(folder: Path, code: object) -> None:
+    """A pyfunc model that runs `code` when it is loaded, a pickle or a Python file."""
+    folder.mkdir()
+    data = folder / ("model.pkl" if isinstance(code, Malicious) else "model.py")
+    data.write_bytes(pickle.dumps(code)) if isinstance(code, Malicious) else data.write_text(code)
+    flavor = {"loader_module": "mlflow.sklearn" if isinstance(code, Malicious) else "model", "data": data.name, "code": "."}
+    (folder / "MLmodel").write_text(yaml.safe_dump({"flavors": {"python_function": flavor}}))
 
 
 def test_what_is_missing_is_one_clear_error(registry: Registry):
