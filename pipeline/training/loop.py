@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 Loss = Callable[..., Mapping[str, Tensor]]
 Batches = Callable[[Tensor, Sequence[Tensor]], Iterator[Tensor]]
+Step = Callable[[Tensor, Tensor], None]  # one of the optimiser, from rows, int64 (B,), and images, uint8 (B, H, W, C)
 
 
 class NotFiniteError(ArithmeticError):
@@ -48,7 +49,7 @@ class Progress:
 
     history: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0  # 1-based: of highest validation accuracy, of lowest validation loss among equals
-    state: dict[str, Any] = field(default_factory=dict)  # model, best (if it is another), optimizer, order
+    state: dict[str, Any] = field(default_factory=dict)  # model, optimizer, order and, if another epoch was best, best
 
 
 def resident(images: Tensor, batches: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -84,46 +85,52 @@ def fit(
     Raises NotFiniteError after an epoch in which the loss became infinite or no number.
     """
     images, labels = train
-    order = torch.Generator(labels.device).manual_seed(seed)
+    device, progress = labels.device, resume or Progress()
+    model.to(memory_format=torch.channels_last)
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), settings.lr, fused=fused, capturable=device.type == "cuda")
+    order = torch.Generator(device).manual_seed(seed)
+    best = {}
+    if resume:
+        model.load_state_dict(progress.state["model"])
+        optimizer.load_state_dict(progress.state["optimizer"])
+        order.set_state(progress.state["order"].cpu())
+        best = copy.deepcopy(progress.state.get("best", progress.state["model"]))
     count = len(labels if rows is None else rows)
     used = count - (count % settings.batch_size == 1)
-    step = _Step(model, loss, (labels, *targets), settings)
-    full_step = step
-    if labels.is_cuda and used >= settings.batch_size:
-        full_step = _captured(step, torch.empty_like(images[: settings.batch_size], device=labels.device))
-    progress = resume or Progress()
-    best = _load(progress.state, step, order) if resume else {}
+    sums = {name: torch.zeros((), device=device, dtype=torch.int64) for name in ("correct", "labelled")}
+    step = full_step = _step(model, loss, optimizer, (labels, *targets), settings.precision, sums)
+    if device.type == "cuda" and used >= settings.batch_size:
+        full_step = _captured(step, model, optimizer, sums, torch.empty_like(images[: settings.batch_size], device=device))
     for number in range(len(progress.history) + 1, settings.epochs + 1):
         model.train()
-        indices = torch.randperm(count, generator=order, device=labels.device)[:used]
+        indices = torch.randperm(count, generator=order, device=device)[:used]
         slices = (indices if rows is None else rows[indices]).split(settings.batch_size)
         for batch, batch_images in zip(slices, batches(images, slices), strict=True):
             (full_step if len(batch) == settings.batch_size else step)(batch, batch_images)
-        epoch = _epoch(step.take_sums(), used, number, settings.lr, validate(model, *val, settings.precision))
-        if not best or _rank(epoch) > _rank(progress.history[progress.best_epoch - 1]):
+        terms, accuracy = _means(sums, used, number, settings.lr)
+        progress.history.append(Epoch(sum(terms.values()), accuracy, *validate(model, *val, settings.precision), terms))
+        if not best or _rank(progress.history[-1]) > _rank(progress.history[progress.best_epoch - 1]):
             progress.best_epoch, best = number, copy.deepcopy(model.state_dict())
-        progress.history.append(epoch)
-        progress.state = {"model": model.state_dict(), "optimizer": step.optimizer.state_dict(), "order": order.get_state()}
-        if progress.best_epoch < number:
-            progress.state["best"] = best
+        progress.state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "order": order.get_state()}
+        progress.state |= {"best": best} if progress.best_epoch < number else {}
         yield progress
     model.load_state_dict(best)
 
 
+def _means(sums: Mapping[str, Tensor], images: int, number: int, lr: float) -> tuple[dict[str, float], float]:
+    """Each term of the loss and the accuracy, means over an epoch; the sums start again at zero. Raises NotFiniteError."""
+    correct, labelled, *totals = (total.item() for total in sums.values())
+    for total in sums.values():
+        total.zero_()
+    if not all(map(math.isfinite, totals)):
+        tries = "try a tenth of it, precision: fp32, or a smaller kd.temperature"
+        raise NotFiniteError(f"the loss of epoch {number} is not finite at a learning rate of {lr:g}: {tries}")
+    return {name: total / images for name, total in zip([*sums][2:], totals, strict=True)}, correct / labelled
+
+
 def _rank(epoch: Epoch) -> tuple[float, float]:
     return epoch.val_accuracy, -epoch.val_loss
-
-
-def _epoch(sums: Mapping[str, float], images: int, number: int, lr: float, validation: tuple[float, float]) -> Epoch:
-    """The record of an epoch from the sums over its images. Raises NotFiniteError."""
-    correct, labelled, *_ = sums.values()
-    terms = {name: value / images for name, value in list(sums.items())[2:]}
-    if not all(map(math.isfinite, terms.values())):
-        raise NotFiniteError(
-            f"the loss of epoch {number} is not finite at a learning rate of {lr:g}: try a tenth of it, precision: fp32,"
-            " or a smaller kd.temperature"
-        )
-    return Epoch(sum(terms.values()), correct / labelled, *validation, terms)
 
 
 def validate(model: nn.Module, images: Tensor, labels: Tensor, precision: str = "fp32") -> tuple[float, float]:
@@ -140,62 +147,42 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
-class _Step:
-    """One optimisation step: a function of tensors that stay where they are, which never waits for the device."""
+def _step(
+    model: nn.Module,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    targets: Sequence[Tensor],
+    precision: str,
+    sums: dict[str, Tensor],
+) -> Step:
+    """A step as a function of tensors that stay where they are. It adds to `sums`, and never waits for the device."""
 
-    def __init__(self, model: nn.Module, loss: Loss, targets: tuple[Tensor, ...], settings: Settings) -> None:
-        self.model = model.to(memory_format=torch.channels_last)
-        self.loss, self.targets, self.precision = loss, targets, settings.precision
-        device = targets[0].device
-        fused = device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(model.parameters(), settings.lr, fused=fused, capturable=device.type == "cuda")
-        self.sums = {name: torch.zeros((), device=device, dtype=torch.int64) for name in ("correct", "labelled")}
-
-    def __call__(self, rows: Tensor, images: Tensor) -> None:
-        """Train on `images`, uint8 (B, H, W, C), which are those of the training set's `rows`, int64 (B,)."""
-        labels, *targets = (values[rows] for values in self.targets)
-        with _autocast(images.device, self.precision):
-            logits = self.model(images).float()
-        terms = self.loss(logits, labels, *targets)
-        self.optimizer.zero_grad()
+    def step(rows: Tensor, images: Tensor) -> None:
+        labels, *batch_targets = (values[rows] for values in targets)
+        with _autocast(images.device, precision):
+            logits = model(images).float()
+        terms = loss(logits, labels, *batch_targets)
+        optimizer.zero_grad()
         sum(terms.values()).backward()
-        self.optimizer.step()
-        self.sums["correct"] += (logits.argmax(1) == labels).sum()
-        self.sums["labelled"] += (labels >= 0).sum()
+        optimizer.step()
+        sums["correct"] += (logits.argmax(1) == labels).sum()
+        sums["labelled"] += (labels >= 0).sum()
         for name, term in terms.items():
-            self.sums.setdefault(name, torch.zeros_like(term)).add_(term.detach() * len(rows))
+            sums.setdefault(name, torch.zeros_like(term)).add_(term.detach() * len(rows))
 
-    def take_sums(self) -> dict[str, float]:
-        """Correct and labelled images, and each of the loss's terms, summed since the last call: waits for the device."""
-        values = {name: total.item() for name, total in self.sums.items()}
-        for total in self.sums.values():
-            total.zero_()
-        return values
+    return step
 
 
-def _load(state: Mapping[str, Any], step: _Step, order: torch.Generator) -> dict[str, Tensor]:
-    """Put a saved state in place; the weights of the best epoch."""
-    step.model.load_state_dict(state["model"])
-    if step.optimizer.state:  # a captured graph has its addresses
-        for parameter, values in zip(step.optimizer.param_groups[0]["params"], state["optimizer"]["state"].values(), strict=True):
-            for name, value in values.items():
-                step.optimizer.state[parameter][name].copy_(value)
-    else:
-        step.optimizer.load_state_dict(state["optimizer"])
-    order.set_state(state["order"].cpu())
-    return copy.deepcopy(state.get("best", state["model"]))
-
-
-def _captured(step: _Step, images: Tensor) -> Callable[[Tensor, Tensor], None]:
+def _captured(step: Step, model: nn.Module, optimizer: torch.optim.Optimizer, sums: Mapping[str, Tensor], images: Tensor) -> Step:
     """`step` for batches of the size of `images`, a buffer, as one CUDA graph. Model and optimiser are as before.
 
     See "Whole-network capture" in PyTorch's notes on CUDA graphs: a few warm-up steps on a side stream come first.
     """
-    before = copy.deepcopy(step.model.state_dict())
     rows = torch.arange(len(images), device=images.device)
-    step.model.train()
+    model.train()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
     with torch.cuda.stream(stream):
         for _ in range(3):
             step(rows, images)
@@ -203,11 +190,13 @@ def _captured(step: _Step, images: Tensor) -> Callable[[Tensor, Tensor], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step(rows, images)
-    step.model.load_state_dict(before)  # copies in place: the graph keeps the addresses
-    for values in step.optimizer.state.values():
-        for tensor in values.values():
-            tensor.zero_()
-    step.take_sums()
+    model.load_state_dict(before[0])  # both are copied in place: the graph keeps the addresses
+    for number, values in enumerate(optimizer.state.values()):
+        for name, tensor in values.items():
+            tensor.copy_(before[1][number][name]) if number in before[1] else tensor.zero_()
+
+    for total in sums.values():
+        total.zero_()
 
     def replay(batch: Tensor, batch_images: Tensor) -> None:
         rows.copy_(batch)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,19 +55,12 @@ class Recipe:
         return f"{self.model}/seed{self.seed}"
 
 
-def train(
-    recipe: Recipe,
-    root: Path,
-    report: Callable[[Record], None],
-    waiting: Callable[[], None] = lambda: None,
-    places: int | None = None,
-    gpu: int = 0,
-) -> Path:
+def train(recipe: Recipe, root: Path, report: Callable[[Record | None], None], places: int | None = None, gpu: int = 0) -> Path:
     """Carry out a training, or take it from `root` if it is there; the path of its checkpoint there.
 
-    One that was interrupted resumes after its last finished epoch; one that another process is at is waited for, after a call
-    of `waiting`. `report` is called with the record at the start, after each epoch and at the end. `places`: how many trainings
-    may be at work in `root` at a time; None: any number. `gpu`: as `number` in choose_device.
+    One that was interrupted resumes after its last finished epoch. `report` is called with the record at the start, after each
+    epoch and at the end, and with None before another process, which is at the same training, is waited for. `places`: how many
+    trainings may be at work in `root` at a time; None: any number. `gpu`: as `number` in choose_device.
 
     Raises UserError for a missing or damaged input, and for a loss that is not finite.
     """
@@ -80,9 +73,9 @@ def train(
     precision = choose_precision(recipe.settings["precision"], device)
     if device.type == "cpu" and recipe.architecture == "resnet18" and min(load_dataset(recipe.data).image_shape[:2]) <= 16:
         precision = "fp32"  # oneDNN leaves part of a bf16 gradient unwritten where a 3x3 kernel of stride 2 sees one pixel
-    recipe = replace(recipe, settings=recipe.settings | {"precision": precision})
-    record = _new_record(recipe, device.type)
-    with open_entry(root, record.digest, waiting) as entry:
+    recipe = replace(recipe, device=device.type, settings=recipe.settings | {"precision": precision})
+    record = _new_record(recipe)
+    with open_entry(root, record.digest, lambda: report(None)) as entry:
         if not entry.is_finished():
             with working_place(root, places) if places else contextlib.nullcontext():
                 _carry_out(recipe, device, entry, record, report)
@@ -90,37 +83,28 @@ def train(
         return entry.checkpoint
 
 
-def _new_record(recipe: Recipe, device: str) -> Record:
+def _new_record(recipe: Recipe) -> Record:
     """The record before the first epoch, with the digest of everything that decides the training."""
+    dataset = load_dataset(recipe.data)
     teacher = read_description(recipe.teacher) if recipe.teacher else None
-    described = {
-        "model": recipe.model,
-        "architecture": recipe.architecture,
-        "arguments": recipe.arguments,
-        "dataset": load_dataset(recipe.data).model_dump(mode="json"),
-        "parameters": (teacher.parameters if teacher else {}) | recipe.parameters | {"precision": recipe.settings["precision"]},
-        "device": device,
-    }
-    decisive = described | {
-        "settings": recipe.settings,
-        "threads": recipe.threads,
-        "label_fraction": recipe.label_fraction,
-        "kd": recipe.kd,
-        "initial": md5(recipe.initial) if recipe.initial else None,
-        "code": code_digest(CODE),
-        "torch": version("torch"),
-    }
-    of_seed = {"seed": recipe.seed, "teacher_md5": md5(recipe.teacher) if recipe.teacher else None}
-    setting = _digest(decisive | {"teacher": teacher.setting if teacher else None})
-    digest = _digest(decisive | of_seed)
-    return Record(format=3, digest=digest, setting=setting, epochs=recipe.settings["epochs"], **described, **of_seed)
+    teacher_md5 = md5(recipe.teacher) if recipe.teacher else None
+    parameters = (teacher.parameters if teacher else {}) | recipe.parameters | {"precision": recipe.settings["precision"]}
+    initial = md5(recipe.initial) if recipe.initial else None
+    decisive = asdict(recipe) | {"data": dataset.model_dump(mode="json"), "parameters": parameters, "initial": initial}
+    decisive |= {"code": code_digest(CODE), "torch": version("torch"), "teacher": teacher_md5}
+    of_setting = decisive | {"seed": None, "teacher": teacher.setting if teacher else None}
+    described = {name: getattr(recipe, name) for name in ("model", "architecture", "arguments", "device", "seed")}
+    described |= {"dataset": dataset, "parameters": parameters, "teacher_md5": teacher_md5}
+    return Record(format=3, digest=_digest(decisive), setting=_digest(of_setting), epochs=recipe.settings["epochs"], **described)
 
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _carry_out(recipe: Recipe, device: "torch.device", entry: Entry, record: Record, report: Callable[[Record], None]) -> None:
+def _carry_out(
+    recipe: Recipe, device: "torch.device", entry: Entry, record: Record, report: Callable[[Record | None], None]
+) -> None:
     """Train and leave checkpoint and record in `entry`."""
     from pipeline.data.prepared import load_training_data
     from pipeline.networks.checkpoints import save_checkpoint
@@ -131,8 +115,8 @@ def _carry_out(recipe: Recipe, device: "torch.device", entry: Entry, record: Rec
     if saved := entry.load():
         record, state = saved
         progress = Progress([LoopEpoch(**epoch.model_dump()) for epoch in record.history], record.best_epoch, state)
-    start = time.time()
-    spent, record.started = record.seconds or 0.0, record.started or start
+    start, spent = time.time(), record.seconds or 0.0
+    record.started = record.started or start
     entry.write(record)
     report(record)
     try:
@@ -190,5 +174,5 @@ def _machine_load() -> dict[str, float]:
     """Load of the processor since the last call and memory in use, in percent, under the names of MLflow's system metrics."""
     import psutil
 
-    load = {"cpu_utilization_percentage": psutil.cpu_percent(), "system_memory_usage_percentage": psutil.virtual_memory().percent}
-    return {f"system/{name}": value for name, value in load.items()}
+    memory = psutil.virtual_memory().percent
+    return {"system/cpu_utilization_percentage": psutil.cpu_percent(), "system/system_memory_usage_percentage": memory}

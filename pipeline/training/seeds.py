@@ -42,7 +42,7 @@ class _Child:
     pipe: Connection
     bar: tqdm
     record: Record | None = None  # the last that came
-    epochs_before: int = 0  # that were done when it started
+    trains: bool = False  # is not taken from the cache
     result: Path | str | None = None  # its checkpoint, or why there is none
 
 
@@ -61,21 +61,15 @@ def train_seeds(recipes: Sequence[Recipe], root: Path, jobs: int | str, folder: 
     if sys.platform != "win32":
         context.set_forkserver_preload(PRELOAD)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = max(1, cores // recipes[0].threads)
-    gpus = _gpus() if recipes[0].device in ("auto", "cuda") else 0
+    most, gpus = max(1, cores // recipes[0].threads), 0
+    if recipes[0].device in ("auto", "cuda") and any(Path("/dev").glob("nvidia[0-9]*")):  # else known without PyTorch
+        import torch
+
+        gpus = torch.cuda.device_count()
     start = partial(_start, context, root, most if jobs == "auto" and not gpus else None)
     queue = list(enumerate(recipes))
     running = [start(*queue.pop(0)) for _ in recipes[: (gpus or most) if jobs == "auto" else int(jobs)]]
     return _records(running, queue, start, root, folder)
-
-
-def _gpus() -> int:
-    """How many NVIDIA GPUs there are to train on."""
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
-        return 0  # known without PyTorch
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _start(context: BaseContext, root: Path, places: int | None, number: int, recipe: Recipe) -> _Child:
@@ -92,7 +86,7 @@ def _work(pipe: Connection, recipe: Recipe, root: Path, places: int | None, gpu:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        pipe.send(train(recipe, root, pipe.send, lambda: pipe.send(None), places, gpu))
+        pipe.send(train(recipe, root, pipe.send, places, gpu))
     except UserError as error:
         pipe.send(str(error))
     except OSError as error:
@@ -111,64 +105,61 @@ def _records(
     running: list[_Child], queue: list[tuple[int, Recipe]], start: Callable[[int, Recipe], _Child], root: Path, folder: Path
 ) -> Iterator[Record]:
     """Yield what children send; start one from the queue for each that ends; put the checkpoints into `folder` at the end."""
-    ended: list[_Child] = []
+    checkpoints: dict[int, Path] = {}  # by seed
+    failures: dict[str, list[str]] = {}  # titles by what went wrong
     while running:
-        ready = wait([child.pipe for child in running])
-        for child in [child for child in running if child.pipe in ready]:
+        for pipe in wait([child.pipe for child in running]):
+            child = next(child for child in running if child.pipe is pipe)
             try:
-                message = child.pipe.recv()
+                message = pipe.recv()
             except EOFError:
                 running.remove(child)
-                ended.append(child)
-                yield from _end(child)
                 running += [start(*queue.pop(0))] if queue else []
-                continue
-            if message is None:
-                tqdm.write(f"{child.recipe.title}: another process is at this training: waiting for it")
-            elif isinstance(message, Record):
-                _show(child, message)
-                yield message
+                _end(child)
+                if isinstance(child.result, Path):
+                    checkpoints[child.recipe.seed] = child.result
+                    continue
+                failures.setdefault(child.result, []).append(child.recipe.title)
+                message = child.record and child.record.model_copy(update={"failed": child.result})
             else:
-                child.result = message
-    titles: dict[str, list[str]] = {}  # by what went wrong
-    for child in (child for child in ended if isinstance(child.result, str)):
-        titles.setdefault(child.result, []).append(child.recipe.title)
-    if titles:
-        raise UserError("; ".join(f"{', '.join(sorted(names))}: {problem}" for problem, names in titles.items()))
+                _show(child, message)
+            if isinstance(message, Record):
+                yield message
+    if failures:
+        raise UserError("; ".join(f"{', '.join(sorted(titles))}: {problem}" for problem, titles in failures.items()))
     with atomic_folder(folder) as made:
-        for child in ended:
-            shutil.copyfile(child.result, checkpoint_path(made, child.recipe.seed))
+        for seed, checkpoint in checkpoints.items():
+            shutil.copyfile(checkpoint, checkpoint_path(made, seed))
     prune(root)
 
 
-def _show(child: _Child, record: Record) -> None:
-    """Bring a training's progress line up to date."""
-    epochs = len(record.history)
-    if child.record is None:
-        child.epochs_before = epochs
-        if 0 < epochs < record.epochs:
-            tqdm.write(f"{child.recipe.title}: resumes after epoch {epochs} of {record.epochs}")
-    child.record = record
-    child.bar.update(epochs - child.bar.n)
-    if record.history:
-        last = record.history[-1]
-        child.bar.set_postfix_str(f"loss {last.train_loss:.4f}, validation accuracy {last.val_accuracy:.4f}")
+def _show(child: _Child, message: Record | Path | str | None) -> None:
+    """Keep what a child sent, and bring its progress line up to date."""
+    if message is None:
+        tqdm.write(f"{child.recipe.title}: another process is at this training: waiting for it")
+    elif not isinstance(message, Record):
+        child.result = message
+    else:
+        epochs = len(message.history)
+        if not child.record and 0 < epochs < message.epochs:
+            tqdm.write(f"{child.recipe.title}: resumes after epoch {epochs} of {message.epochs}")
+        child.record, child.trains = message, child.trains or not message.finished
+        child.bar.update(epochs - child.bar.n)
+        if epochs:
+            last = message.history[-1]
+            child.bar.set_postfix_str(f"loss {last.train_loss:.4f}, validation accuracy {last.val_accuracy:.4f}")
 
 
-def _end(child: _Child) -> Iterator[Record]:
-    """Say how a training ended; its record, once more, if its process ended without a word."""
+def _end(child: _Child) -> None:
+    """Say how a training ended; if its process ended without a word, that is the result."""
     child.process.join()
     child.bar.close()
-    record = child.record
-    if isinstance(child.result, Path):
-        best = record.history[record.best_epoch - 1]
-        how = f"{record.seconds:.1f} s on {record.device}, {record.parameters['precision']}"
-        how = how if child.epochs_before < record.epochs else "taken from .trainings/"
-        after = f"after epoch {record.best_epoch} of {record.epochs}"
-        print(f"{child.recipe.title}: validation accuracy {best.val_accuracy:.4f} {after}; {how}", flush=True)
-    elif child.result is None:
-        code = child.process.exitcode
+    record, code = child.record, child.process.exitcode
+    if child.result is None:
         killed = f"was killed by {signal.Signals(-code).name}: the same command resumes it" if code < 0 else ""
         child.result = killed or "failed, see above"
-        if record:
-            yield record.model_copy(update={"failed": child.result})
+    elif isinstance(child.result, Path):
+        accuracy = f"validation accuracy {record.history[record.best_epoch - 1].val_accuracy:.4f}"
+        how = f"{record.seconds:.1f} s on {record.device}, {record.parameters['precision']}"
+        how = how if child.trains else "taken from .trainings/"
+        print(f"{child.recipe.title}: {accuracy} after epoch {record.best_epoch} of {record.epochs}; {how}", flush=True)
