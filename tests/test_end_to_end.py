@@ -47,14 +47,17 @@ def test_repro_runs_every_stage_and_ends_with_the_tables(checkout: Checkout):
 def test_metrics_hold_means_and_deviations_of_every_model(checkout: Checkout):
     expected = {"baselines": {"simple_cnn", "resnet18"}, "distillation": {"teacher", "student_distilled", "student_alone"}}
     for track, models in expected.items():
-        metrics = json.loads((checkout.folder / "metrics" / f"{track}.json").read_text())
-        assert set(metrics) == models
-        for figures in metrics.values():
+        headline = json.loads((checkout.folder / "metrics" / f"{track}.json").read_text())
+        detail = json.loads((checkout.folder / "metrics" / "detail" / f"{track}.json").read_text())
+        metrics = detail["metrics"]
+        assert set(metrics) == models == headline.keys() - {"gain", "gain_low", "gain_high"}
+        assert headline["gain_low"] <= headline["gain"] <= headline["gain_high"]
+        for model, figures in metrics.items():
+            assert headline[model] == {"accuracy": figures["accuracy"]}
             for key in ("accuracy", "auc", "f1_weighted", "final_train_loss"):
                 assert figures[key] >= 0
                 assert figures[f"{key}_sd"] >= 0
             assert figures["parameters"] > 1000
-        detail = json.loads((checkout.folder / "metrics" / "detail" / f"{track}.json").read_text())
         assert set(detail["models"]) == models
         for entry in detail["models"].values():
             assert len(entry["by_class"]) == 10
@@ -65,7 +68,7 @@ def test_every_training_is_a_run_with_curves_and_test_results_of_its_checkpoint(
     runs = {run.info.run_name: run for run in checkout.mlflow_runs()}
     assert set(runs) == TRAININGS | MODELS
     assert len(checkout.mlflow_runs()) == len(runs)
-    metrics = json.loads((checkout.folder / "metrics" / "distillation.json").read_text())
+    metrics = json.loads((checkout.folder / "metrics" / "detail" / "distillation.json").read_text())["metrics"]
     accuracies = [runs[f"teacher/seed{seed}"].data.metrics["test_accuracy"] for seed in (0, 1)]
     assert np.mean(accuracies) == pytest.approx(metrics["teacher"]["accuracy"])
     assert runs["teacher"].data.metrics["test_accuracy_ci95"] == metrics["teacher"]["accuracy_ci95"]

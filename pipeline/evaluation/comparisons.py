@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.prepared import Split
 
-FILES = ("metrics/{}.json", "metrics/{}_comparisons.json", "metrics/detail/{}.json", "metrics/predictions/{}.npz")
+FILES = ("metrics/detail/{}.json", "metrics/predictions/{}.npz")  # of a track, in a checkout
 
 
 class Evaluation(NamedTuple):
@@ -128,34 +128,42 @@ def loss_curves(evaluation: Evaluation) -> "pd.DataFrame":
 
 
 def write_evaluation(evaluation: Evaluation, root: Path) -> None:
-    """Write the files that `read_evaluation` reads, and the values of DVC's plots, below `root`. Equal input, equal bytes."""
+    """Write, below `root`, what `read_evaluation` reads, and what DVC shows: metrics/<track>.json and the values of plots.
+
+    Of the figures, DVC gets those that a table of experiments has room for: each model's accuracy and, of the track's question,
+    the gain with its interval; shares of 1. Equal input, equal bytes.
+    """
     import pandas as pd
 
     from pipeline.evaluation.metrics import confusion
 
     metrics, comparisons, detail, labels, probabilities = evaluation
+    (answer, *_) = comparisons.values()
+    headline = {model: {"accuracy": figures["accuracy"]} for model, figures in metrics.items()}
+    headline |= {"gain": answer["gain"], "gain_low": answer["low"], "gain_high": answer["high"]}
     track, classes = detail["track"], detail["dataset"]["classes"]
     cells = pd.MultiIndex.from_product([probabilities, classes, classes], names=["model", "actual", "predicted"])
     counts = np.concatenate([confusion(*evaluation.pooled(model)).ravel() for model in probabilities])
     confusions = pd.Series(counts, cells, name="count").reset_index()
     for name, frame in (("losses", loss_curves(evaluation)), ("confusion", confusions)):
         write_atomic(root / f"metrics/plots/{track}/{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
-    *tables, predictions = (path.format(track) for path in FILES)
-    for path, content in zip(tables, (metrics, comparisons, detail), strict=True):
-        write_json(root / path, content)
+    write_json(root / f"metrics/{track}.json", headline)
+    in_detail, in_predictions = (root / path.format(track) for path in FILES)
+    write_json(in_detail, detail | {"metrics": metrics, "comparisons": comparisons})
     arrays, seeds = io.BytesIO(), next(iter(detail["models"].values()))["seeds"]
     np.savez_compressed(arrays, labels=labels, seeds=np.array(seeds), **probabilities)
-    write_atomic(root / predictions, arrays.getvalue())
+    write_atomic(in_predictions, arrays.getvalue())
 
 
 def read_evaluation(track: str, read: Callable[[str], bytes]) -> Evaluation:
     """A track's results, from `read(path in the checkout)`. Raises UserError if a file is missing, damaged or does not fit."""
-    *tables, predictions = (path.format(track) for path in FILES)
+    in_detail, in_predictions = (path.format(track) for path in FILES)
     try:
-        metrics, comparisons, detail = (dict(json.loads(read(path := table))) for table in tables)
+        detail = dict(json.loads(read(path := in_detail)))
+        metrics, comparisons = dict(detail.pop("metrics")), dict(detail.pop("comparisons"))
         models, classes = detail["models"], detail["dataset"]["classes"]
         with tempfile.NamedTemporaryFile() as file:
-            Path(file.name).write_bytes(read(path := predictions))
+            Path(file.name).write_bytes(read(path := in_predictions))
             arrays = read_npz(Path(file.name), ["labels", *models])
         labels, probabilities = arrays["labels"], {model: arrays[model] for model in models}
         for model, entry in models.items():

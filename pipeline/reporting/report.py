@@ -17,7 +17,7 @@ from pipeline.evaluation.statistics import CONFIDENCE, POWER
 from pipeline.reporting.tables import cell, escape, markdown_table
 
 HARDEST = 3  # classes named as hardest
-FIGURES = {  # of metrics/<track>.json: heading, factor, digits
+FIGURES = {  # of Evaluation.metrics: heading, factor, digits
     "accuracy": ("accuracy (%)", 100, 2),
     "auc": ("AUC", 1, 4),
     "f1_weighted": ("weighted F1 (%)", 100, 2),

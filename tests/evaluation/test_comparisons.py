@@ -50,14 +50,18 @@ def test_the_files_hold_the_evaluation_and_are_the_same_bytes_again(written: Pat
     evaluation, again = evaluate(tmp_path / "models", data), read(written)
     write_evaluation(evaluation, tmp_path / "again")
     contents = {str(path.relative_to(written)): path.read_bytes() for path in written.rglob("*") if path.is_file()}
-    assert set(contents) == {*PATHS, *(f"metrics/plots/distillation/{name}.csv" for name in ("confusion", "losses"))}
+    assert set(contents) == {
+        *PATHS,
+        "metrics/distillation.json",
+        *(f"metrics/plots/distillation/{name}.csv" for name in ("confusion", "losses")),
+    }
     assert all((tmp_path / "again" / path).read_bytes() == content for path, content in contents.items())
     assert again[:3] == evaluation[:3]
     assert np.array_equal(again.labels, evaluation.labels)
     for model, probabilities in evaluation.probabilities.items():
         assert probabilities.dtype == np.float32
         assert np.array_equal(again.probabilities[model], probabilities)
-    assert np.load(written / PATHS[3])["seeds"].tolist() == SEEDS
+    assert np.load(written / PATHS[1])["seeds"].tolist() == SEEDS
 
 
 def test_the_plots_values(written: Path):
