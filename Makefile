@@ -10,7 +10,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.epochs=2 \
         -S distillation.dataset=mnist5k -S distillation.epochs=3 -S 'seeds=[0,1]'
 
-.PHONY: help install demo test screenshots bench faults study study-table register serve sync lint format ui clean
+.PHONY: help install demo test screenshots bench faults study study-table register serve sync lint format ui compare clean
 
 help:
 	@echo "make demo     install, run the whole graph on 5,000 embedded images, print the results"
@@ -25,6 +25,7 @@ help:
 	@echo "make sync      bring the MLflow store up to date: after an outage, with others' experiments, for a new store"
 	@echo "make install  create .venv with everything that requirements.txt names"
 	@echo "make ui       open the MLflow UI on http://127.0.0.1:$(PORT)"
+	@echo "make compare  experiments side by side; A=t5 B=t6: the paired verdict of two"
 	@echo "make lint     ruff: rules and formatting; import-linter: the order of the packages"
 	@echo "make format   let ruff rewrite the formatting"
 	@echo "make clean    remove .venv, downloads, the caches of trainings and studies; results and tracking stay"
@@ -83,7 +84,10 @@ format: .venv/installed-for-tests
 	ruff format .
 
 ui: .venv/installed
-	mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
+	@PORT=$(PORT) python -m pipeline.tracking.ui
+
+compare: .venv/installed
+	@python -m pipeline.tracking.compare "$(A)" "$(B)"
 
 clean:
 	rm -rf .venv data/downloads .trainings .studies
