@@ -95,7 +95,7 @@ def _predict(folder: Path, dataset: Dataset, test: "Split") -> tuple[dict[str, A
         if description.dataset != dataset:
             raise UserError(f"{path}: trained on other data ({description.dataset.name}) than is in data/: run dvc repro")
         descriptions.append(description)
-        probabilities.append(predict(classifier, test.images).double().softmax(dim=1).cpu().numpy())
+        probabilities.append(predict(classifier, test.images).cpu().double().softmax(dim=1).numpy())
     first, images, labels = descriptions[0], dataset.images["val"], test.labels.cpu().numpy()
     correct = {description.seed: round(description.best()[0] * images) for description in descriptions}
     classes = [by_class(labels, of_seed, dataset.classes) for of_seed in probabilities]

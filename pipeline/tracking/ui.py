@@ -23,7 +23,7 @@ COLUMNS = {
     "accuracy": 160,
     "auc": 180,
     "dataset": 120,
-}  # tags of runs of all seeds: widths in pixels
+}  # tags of runs: widths in pixels
 
 
 def prepare_view(experiment: str) -> str:
