@@ -29,5 +29,5 @@ class Dataset(BaseModel):
 def load_dataset(folder: Path) -> Dataset:
     """The description of a prepared set. Raises UserError if it is missing or damaged."""
     path = folder / "dataset.json"
-    with user_error(f"{path}: cannot be read", OSError, ValidationError):
+    with user_error(f"{path}: cannot be read", OSError, ValidationError, then=f"dvc repro fetch_data@{folder.name} makes it"):
         return Dataset.model_validate_json(path.read_bytes())

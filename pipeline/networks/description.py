@@ -10,6 +10,9 @@ from pipeline.core.errors import UserError, user_error
 from pipeline.data.dataset import Dataset
 
 
+TRAIN_FIRST = "run the stage that trains this model first, or dvc repro, which runs what is missing"
+
+
 class Epoch(BaseModel):
     """One pass over the training images. Losses are means per image, in nats; accuracies are shares of the images, 0-1."""
 
@@ -50,6 +53,8 @@ class Description(BaseModel):
 
 def read_description(path: Path) -> Description:
     """The description in a checkpoint. Raises UserError for a file that is missing, damaged or no checkpoint."""
+    if not path.exists():
+        raise UserError(f"{path}: missing: {TRAIN_FIRST}")
     errors = OSError, SafetensorError, ValueError  # pydantic's among them
     with user_error(f"{path}: damaged, or no checkpoint of this project", *errors), safe_open(path, framework="np") as file:
         description = Description.model_validate_json((file.metadata() or {}).get("description", ""))
@@ -63,7 +68,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     paths = {path.stem.removeprefix("seed"): path for path in folder.glob("seed*.safetensors")}
     if seeds := sorted(filter(str.isdecimal, paths), key=int):
         return [paths[seed] for seed in seeds]
-    raise UserError(f"{folder}: no checkpoints: run the stage that trains this model first (dvc repro)")
+    raise UserError(f"{folder}: no checkpoints: {TRAIN_FIRST}")
 
 
 def checkpoint_path(folder: Path, seed: int) -> Path:
