@@ -14,7 +14,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import parse_yaml
 
 PIPELINE = Path(__file__).parents[1]
-DECIDE_NOTHING = ("core", "tracking", "serving", "reporting", "params.py")  # of a result's bytes
+DECIDE_NOTHING = {"core", "tracking", "serving", "reporting", "params.py"}  # of a result's bytes
 
 
 def git(*arguments: str) -> str:
@@ -51,11 +51,11 @@ def _leaves(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def code_digest(packages: Iterable[str] | None = None) -> str:
     """SHA-256 of the Python files of these packages of `pipeline`; by default of all that decide a result."""
-    names = packages or [path.name for path in PIPELINE.iterdir() if path.name not in DECIDE_NOTHING]
-    paths = [path for name in names for path in [PIPELINE / name, *(PIPELINE / name).rglob("*.py")]]
+    names = packages or {path.name for path in PIPELINE.iterdir()} - DECIDE_NOTHING
     digest = hashlib.sha256()
-    for path in sorted(path for path in paths if path.suffix == ".py"):
-        digest.update(f"{path.relative_to(PIPELINE)}\n".encode() + path.read_bytes())
+    for path in sorted(PIPELINE.rglob("*.py")):
+        if (name := path.relative_to(PIPELINE)).parts[0] in names:
+            digest.update(f"{name}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
