@@ -1,5 +1,6 @@
 """Which code on which machine: for tags and reports."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -37,11 +38,9 @@ def code_is_committed() -> bool:
 
 def committed_parameters(revision: str) -> dict[str, Any]:
     """params.yaml of a revision, its values by their dotted keys; nothing if git does not have it."""
-    try:
-        content = parse_yaml(git("show", f"{revision}:./params.yaml").encode()) if revision else {}
-    except UserError:
-        content = {}
-    return dict(_leaves(content)) if isinstance(content, dict) else {}
+    with contextlib.suppress(UserError, AttributeError):  # no mapping
+        return dict(_leaves(parse_yaml(git("show", f"{revision}:./params.yaml").encode()))) if revision else {}
+    return {}
 
 
 def _leaves(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -61,13 +60,11 @@ def code_digest(packages: Iterable[str] | None = None) -> str:
 
 def machine() -> dict[str, str | int]:
     """Processor, cores, accelerator and versions."""
-    info, gpus = Path("/proc/cpuinfo"), sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    processor = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    gpu = re.search(r"Model:\s*(.*)", gpus[0].read_text()) if gpus else None
-    return {
-        "processor": processor[1] if processor else platform.processor(),
-        "cores": os.cpu_count() or 1,
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        **({"gpu": gpu[1]} if gpu else {}),
-    }
+    facts = {"processor": platform.processor(), "cores": os.cpu_count() or 1}
+    facts |= {"python": platform.python_version(), "torch": version("torch")}
+    told = {"processor": ("cpuinfo", r"model name\s*: (.*)"), "gpu": ("driver/nvidia/gpus/*/information", r"Model:\s*(.*)")}
+    for name, (file, pattern) in told.items():
+        for path in sorted(Path("/proc").glob(file))[:1]:
+            if match := re.search(pattern, path.read_text()):
+                facts[name] = match[1]
+    return facts

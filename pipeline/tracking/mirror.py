@@ -111,8 +111,12 @@ class Mirror:
         if run.data.tags.get(MIRRORED) == digest:
             return run
         run_id, start = run.info.run_id, run.info.start_time
-        steps = range(self.sent.get(run_id, 0) + 1, len(record.history) + 1)
-        points = [(name, value, start + step, step) for step in steps for name, value in _curves(record, step).items()]
+        points = []
+        for step in range(self.sent.get(run_id, 0) + 1, len(record.history) + 1):
+            values = record.history[step - 1].model_dump()
+            values |= {f"train_{name}": value for name, value in values.pop("terms").items()}
+            values |= record.loads[step - 1] if step <= len(record.loads) else {}
+            points += [(name, value, start + step, step) for name, value in values.items()]
         if record.finished:
             points += [("best_epoch", record.best_epoch, start, 0)]
             points += [("training_seconds", record.seconds, start, 0)] if record.seconds is not None else []
@@ -126,8 +130,8 @@ class Mirror:
         for ended in (run, parent):
             if ended.info.status == "RUNNING" or (ended.info.end_time or 0) < end:
                 self.client.set_terminated(ended.info.run_id, "FINISHED" if record.finished else "FAILED", end)
-        tags = {CHECKPOINT: record.checkpoint_md5} if record.finished else {}
-        self._log(run, tags=tags | {PARENT_ID: parent.info.run_id, MIRRORED: digest})
+        checkpoint = [(CHECKPOINT, record.checkpoint_md5)] if record.finished else []
+        self._log(run, tags=[*checkpoint, (PARENT_ID, parent.info.run_id), (MIRRORED, digest)])
         return run
 
     def _evaluation(self, evaluation: "Evaluation", origin: Mapping[str, str]) -> None:
@@ -154,8 +158,8 @@ class Mirror:
 
         classes, matrix = record.dataset.classes, confusion(labels, probabilities)
         low, high = share_interval(int(matrix.trace()), len(labels))
-        rows = by_class(labels, probabilities, classes).items()
-        f1 = {f"f1.{name.replace('/', '_')}": row["f1"] for name, row in rows}
+        by_name = by_class(labels, probabilities, classes)
+        f1 = {f"f1.{name.replace('/', '_')}": of_class["f1"] for name, of_class in by_name.items()}
         figure = plot_confusion(matrix, classes, f"{record.model}, seed {record.seed}")
         self._write(self.client.log_figure, run.info.run_id, figure, "confusion_matrix.png")
         self._write(self.client.log_text, run.info.run_id, report(labels, probabilities, classes), "classification_report.txt")
@@ -173,10 +177,11 @@ class Mirror:
             values = [cell(metrics, key, *style) for key in (name, f"{name}_sd") if key in metrics]
             tags[name] = "\u200a±\u200a".join(values)  # hair spaces: columns are narrow
         own = {name: found for name, found in evaluation.comparisons.items() if name.startswith(f"{model}_vs_")}
-        for name, first in list(own.items())[:1]:
+        if own:
+            name, first = next(iter(own.items()))
             gain, low, high = (f"{100 * first[key]:+.2f}" for key in ("gain", "low", "high"))
-            tags["gain"] = f"{gain} ({low} to {high}) points over {name.partition('_vs_')[2]}"
-            tags["verdict"] = first["verdict"]
+            gain += f" ({low} to {high}) points over {name.partition('_vs_')[2]}"
+            tags |= {"gain": gain, "verdict": first["verdict"]}
         tags[NOTE] = "\n\n".join([*(sentence(*item) for item in own.items()), parent.data.tags.get("repeat", "")])
         figures = {name: value for name, value in metrics.items() if not name.startswith(("parameters", "final_"))}
         if next(iter(evaluation.comparisons)) in own:  # the track's question
@@ -190,19 +195,16 @@ class Mirror:
     def _log_results(self, run: "Run", figures: Mapping[str, float], tags: Mapping[str, str]) -> None:
         now = int(1000 * time.time())  # of several values, MLflow shows the latest
         self._log(run, [(f"test_{name}", value, now, 0) for name, value in figures.items()])
-        self._log(run, tags=tags)  # after the points: they say that all is there
+        self._log(run, tags=tags.items())  # after the points: they say that all is there
 
-    def _log(
-        self, run: "Run", points: Iterable[tuple] = (), params: Mapping | None = None, tags: Mapping[str, str] | None = None
-    ) -> None:
+    def _log(self, run: "Run", points: Iterable[tuple] = (), params: Iterable[tuple] = (), tags: Iterable[tuple] = ()) -> None:
         """Log points (name, value, time in ms, step), parameters and tags: no tag that says all is there if something is not."""
         from mlflow.entities import Metric, Param, RunTag
 
         named = [(re.sub(r"[^\w\-. :/]", "_", name)[:250], *point) for name, *point in points]  # as MLflow allows
         changed = [Metric(*point) for point in named if point[-1] or run.data.metrics.get(point[0]) != point[1]]
-        values = [Param(name, str(value)[:6000]) for name, value in (params or {}).items()]
-        untrue = (MIRRORED, EVALUATED) if self.refused else ()
-        labels = [RunTag(*tag) for tag in (tags or {}).items() if tag[0] not in untrue]
+        values = [Param(name, str(value)[:6000]) for name, value in params]
+        labels = [RunTag(*tag) for tag in tags if not (self.refused and tag[0] in (MIRRORED, EVALUATED))]
         self._write(self.client.log_batch, run.info.run_id, changed, values, labels)
 
     def _log_input(self, run: "Run", record: "Record", context: str) -> None:
@@ -236,7 +238,7 @@ class Mirror:
             with store_lock():
                 run = self._find(tag, value) or self.client.create_run(self.experiment_id, start, tags, name)
         params = {"model": record.model, **seed, "dataset": record.dataset.name, **record.parameters}
-        if missing := {name: value for name, value in params.items() if name not in run.data.params}:
+        if missing := [(name, value) for name, value in params.items() if name not in run.data.params]:
             self._log(run, params=missing)
         if not (run.inputs and run.inputs.dataset_inputs):
             self._log_input(run, record, "training")
@@ -248,22 +250,15 @@ def _record(detail: Mapping[str, Any], model: str, row: int) -> "Record":
     from pipeline.training.cache import Record, read_record, trainings_folder
 
     entry = detail["models"][model]
-    lists = {"digest": "digests", "seed": "seeds", "history": "histories", "best_epoch": "best_epochs"}
-    by_seed = {field: entry[name][row] for field, name in (lists | {"checkpoint_md5": "checkpoints"}).items()}
-    record = read_record(trainings_folder(), by_seed["digest"])
-    if record and record.checkpoint_md5 == by_seed["checkpoint_md5"]:
+    lists = {"seed": "seeds", "digest": "digests", "checkpoint_md5": "checkpoints"}
+    lists |= {"history": "histories", "best_epoch": "best_epochs"}
+    of_seed = {field: entry[name][row] for field, name in lists.items()}
+    record = read_record(trainings_folder(), of_seed["digest"])
+    if record and record.checkpoint_md5 == of_seed["checkpoint_md5"]:
         return record
-    shared = {name: entry[name] for name in ("setting", "architecture", "arguments", "parameters")}
-    shared |= {"dataset": detail["dataset"], "epochs": len(by_seed["history"])}
-    return Record(format=3, model=model, device="unknown", **shared, **by_seed)
-
-
-def _curves(record: "Record", step: int) -> dict[str, float]:
-    """What an epoch adds to the curves."""
-    values = record.history[step - 1].model_dump()
-    terms = {f"train_{name}": value for name, value in values.pop("terms").items()}
-    loads = record.loads[step - 1] if step <= len(record.loads) else {}
-    return values | terms | loads
+    of_setting = {name: entry[name] for name in ("setting", "architecture", "arguments", "parameters")}
+    known = {"dataset": detail["dataset"], "epochs": len(of_seed["history"]), "device": "unknown"}
+    return Record(format=3, model=model, **known, **of_setting, **of_seed)
 
 
 def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = None) -> tuple[str, dict[str, str]]:
@@ -275,8 +270,8 @@ def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = No
     tags = {name: value for name, value in resolve_tags(here | origin).items() if value}
     committed = committed_parameters(tags.get(COMMIT, ""))
     # A record holds what "auto" became.
-    varied = {name: value for name, value in record.parameters.items() if committed.get(name, value) not in (value, "auto")}
-    varied = {name: json.dumps(value, ensure_ascii=False).removesuffix(".0") for name, value in varied.items()}
+    changed = {name: value for name, value in record.parameters.items() if committed.get(name, value) not in (value, "auto")}
+    varied = {name: json.dumps(value, ensure_ascii=False).removesuffix(".0") for name, value in changed.items()}
     words = [f"{SHORT.get(name, name.split('.')[-1])}={value.strip(chr(34))}" for name, value in varied.items()]
     title = " ".join([record.model, *words])[:120]
     if seed is not None:
