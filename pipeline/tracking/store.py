@@ -45,8 +45,7 @@ def open_store(experiment: str) -> tuple["MlflowClient", str]:
             found = client.get_experiment_by_name(experiment) or _create_experiment(client, experiment, uri)
     except Exception as error:
         kind = NoAnswerError if is_no_answer(error) else UserError
-        message = masked(f"MLflow store {uri}: {error}. Set MLFLOW_TRACKING_URI to a store that answers")
-        raise kind(message) from error
+        raise kind(masked(f"MLflow store {uri}: {error}. Set MLFLOW_TRACKING_URI to a store that answers")) from error
     if found.lifecycle_stage == "deleted":
         restore = f"restore it (mlflow experiments restore -x {found.experiment_id})"
         raise UserError(f"MLflow experiment {experiment!r} is deleted: {restore} or change tracking.experiment")
