@@ -220,8 +220,7 @@ class Mirror:
 
     def _find(self, tag: str, value: str) -> "Run | None":
         """The run with a tag. Of several, which lost answers leave behind, one stays, the same whoever looks; the others go."""
-        order = ["attributes.start_time"]  # then by identifier
-        runs = self.client.search_runs([self.experiment_id], f"tags.{tag} = '{value}'", order_by=order)
+        runs = self.client.search_runs([self.experiment_id], f"tags.{tag} = '{value}'", order_by=["attributes.start_time"])
         for run in runs[1:]:
             self.client.delete_run(run.info.run_id)
         return runs[0] if runs else None
@@ -282,8 +281,8 @@ def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = No
     checkout = f"git checkout {tags[COMMIT][:12]} && " if COMMIT in tags else ""
     repeat = f"Again: `{checkout}{command} {tags.get(STAGE, '')}".rstrip() + "`"
     repeat += " (The code had uncommitted changes.)" if DIRTY in tags else ""
-    note = f"**{title}**, trained on {record.dataset.name}.\n\n{repeat}"
     tags |= {"model": record.model, "dataset": record.dataset.name, "device": record.device, "setting": record.setting}
+    note = f"**{title}**, trained on {record.dataset.name}.\n\n{repeat}"
     return title, tags | {"repeat": repeat[:8000], NOTE: note[:8000]}
 
 
