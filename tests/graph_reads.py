@@ -122,7 +122,7 @@ _watching: list[Reads] = []
 def _audit(event: str, arguments: tuple) -> None:
     if not _watching or event not in ("open", "os.listdir", "os.scandir") or not isinstance(arguments[0], str | Path):
         return
-    path = re.sub(r"\.([^/]+?)\.\d+\.partial", r"\1", os.path.relpath(arguments[0]))  # a file on its way to its name
+    path = os.path.normpath(re.sub(r"\.[^/]+\.\d+\.partial(/|$)", "", os.path.relpath(arguments[0])))  # on its way to its name
     if path.startswith(("data/", "models/", "metrics/")) and not path.startswith("data/downloads"):
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         (_watching[-1].written if writes else _watching[-1].files).add(path)

@@ -28,12 +28,10 @@ def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
         main(**arguments)
         if under_dvc and code_digest() != code:
             raise UserError("pipeline/ was edited while the stage ran: run it again (finished trainings are kept)")
-    except UserError as error:
-        sys.exit(f"error: {one_line(error)}")
-    except OSError as error:
-        if not is_disk_full(error):
+    except (UserError, OSError) as error:
+        if not (isinstance(error, UserError) or is_disk_full(error)):
             raise
-        sys.exit(f"error: {one_line(no_space(error))}")
+        sys.exit(f"error: {one_line(no_space(error) if is_disk_full(error) else error)}")
     except KeyboardInterrupt:
         print("interrupted: the same command resumes", file=sys.stderr)
         sys.exit(130)

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import psutil
@@ -29,28 +30,21 @@ def from_main_checkout(path: str | Path) -> Path:
     return Path(os.path.normpath(main_checkout() / Path(path).expanduser()))
 
 
-def _remove_partial(path: Path) -> None:
-    """Remove what this process has prepared of `path`, and what killed processes had."""
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        pid = partial.suffixes[-2].removeprefix(".")
-        if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
-            shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def _replacement(path: Path) -> Iterator[Path]:
-    """Yield a free name beside `path`; what the block puts there replaces `path` when it ends well and vanishes otherwise."""
+    """Yield a free path; what the block puts there replaces `path` when it ends well and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_partial(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        pid = left.suffixes[-2].removeprefix(".")
+        if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):  # a killed process left it
+            shutil.rmtree(left, ignore_errors=True)
     try:
-        yield partial
-        os.replace(partial, path)
+        with TemporaryDirectory(f".{os.getpid()}.partial", f".{path.name}.", path.parent) as folder:
+            yield Path(folder, path.name)
+            os.replace(Path(folder, path.name), path)
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
-    finally:
-        _remove_partial(path)
 
 
 @contextlib.contextmanager
@@ -100,13 +94,11 @@ def md5(path: Path) -> str:
 class _Loader(yaml.SafeLoader):
     """Reads 1e-5 as a number, as YAML 1.2 has it and DVC writes it. No aliases: with them a few lines can stand for gigabytes."""
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases are not read: {self.peek_event().start_mark}")
-        return super().compose_node(parent, index)
+    def fetch_alias(self) -> None:
+        raise yaml.YAMLError(f"aliases are not read: {self.get_mark()}")
 
 
-_EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 

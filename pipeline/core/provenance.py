@@ -1,5 +1,6 @@
 """Which code on which machine: for tags and reports."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -14,7 +15,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import parse_yaml
 
 PIPELINE = Path(__file__).parents[1]
-DECIDE_NOTHING = ("core", "tracking", "serving", "reporting", "params.py")  # of a result's bytes
+DECIDE_NOTHING = {"core", "tracking", "serving", "reporting", "params.py"}  # of a result's bytes
 
 
 def git(*arguments: str) -> str:
@@ -37,11 +38,9 @@ def code_is_committed() -> bool:
 
 def committed_parameters(revision: str) -> dict[str, Any]:
     """params.yaml of a revision, its values by their dotted keys; nothing if git does not have it."""
-    try:
-        content = parse_yaml(git("show", f"{revision}:./params.yaml").encode()) if revision else {}
-    except UserError:
-        content = {}
-    return dict(_leaves(content)) if isinstance(content, dict) else {}
+    with contextlib.suppress(UserError, AttributeError):  # no mapping
+        return dict(_leaves(parse_yaml(git("show", f"{revision}:./params.yaml").encode()))) if revision else {}
+    return {}
 
 
 def _leaves(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -51,23 +50,21 @@ def _leaves(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def code_digest(packages: Iterable[str] | None = None) -> str:
     """SHA-256 of the Python files of these packages of `pipeline`; by default of all that decide a result."""
-    names = packages or [path.name for path in PIPELINE.iterdir() if path.name not in DECIDE_NOTHING]
-    paths = [path for name in names for path in [PIPELINE / name, *(PIPELINE / name).rglob("*.py")]]
+    names = packages or {path.name for path in PIPELINE.iterdir()} - DECIDE_NOTHING
     digest = hashlib.sha256()
-    for path in sorted(path for path in paths if path.suffix == ".py"):
-        digest.update(f"{path.relative_to(PIPELINE)}\n".encode() + path.read_bytes())
+    for path in sorted(PIPELINE.rglob("*.py")):
+        if (name := path.relative_to(PIPELINE)).parts[0] in names:
+            digest.update(f"{name}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def machine() -> dict[str, str | int]:
     """Processor, cores, accelerator and versions."""
-    info, gpus = Path("/proc/cpuinfo"), sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    processor = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    gpu = re.search(r"Model:\s*(.*)", gpus[0].read_text()) if gpus else None
-    return {
-        "processor": processor[1] if processor else platform.processor(),
-        "cores": os.cpu_count() or 1,
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        **({"gpu": gpu[1]} if gpu else {}),
-    }
+    facts = {"processor": platform.processor(), "cores": os.cpu_count() or 1}
+    facts |= {"python": platform.python_version(), "torch": version("torch")}
+    told = {"processor": ("cpuinfo", r"model name\s*: (.*)"), "gpu": ("driver/nvidia/gpus/*/information", r"Model:\s*(.*)")}
+    for name, (file, pattern) in told.items():
+        for path in sorted(Path("/proc").glob(file))[:1]:
+            if match := re.search(pattern, path.read_text()):
+                facts[name] = match[1]
+    return facts

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.core.cli import run
-from pipeline.core.errors import UserError
+from pipeline.core.errors import user_error
 from pipeline.core.files import md5, read_json
 from pipeline.params import load_params
 from pipeline.tracking.mirror import CHECKPOINT, COMMIT, EXPERIMENT, STAGE
@@ -37,37 +37,32 @@ def of_file(path: Path) -> dict[str, str]:
     """The MD5 of a checkpoint, or of the one that an ONNX file was made of. Raises UserError if that is not known."""
     if path.suffix != ".onnx":
         return {str(path): md5(path)}
-    choice = read_json(path.with_name("choice.json"))
-    if "checkpoint_md5" not in choice:
-        raise UserError(f"{path.with_name('choice.json')}: does not say what was exported: dvc repro export_student")
-    return {f"{path}, of {choice.get('checkpoint')}": choice["checkpoint_md5"]}
+    choice = path.with_name("choice.json")
+    with user_error(f"{choice}: does not say what was exported", KeyError, then="dvc repro export_student"):
+        content = read_json(choice)
+        return {f"{path}, of {content['checkpoint']}": content["checkpoint_md5"]}
 
 
 def of_revision(revision: str) -> dict[str, str]:
     """The MD5 of every checkpoint of a git revision or DVC experiment, by path. Raises UserError if there are none."""
     from dvc.api import DVCFileSystem
-    from dvc_data.index import DataIndexDirError
 
-    try:
+    wrong = f"{revision}: neither a file nor a git revision nor a DVC experiment with checkpoints in DVC's cache"
+    with user_error(wrong, Exception, then="dvc fetch may bring them"):
         files = DVCFileSystem(rev=revision).find("models", detail=True)
-    except DataIndexDirError:
-        files = {}
-    except Exception as error:
-        raise UserError(f"{revision}: neither a file nor a git revision nor a DVC experiment here: {error}") from error
-    checksums = {path: entry.get("md5") for path, entry in sorted(files.items()) if path.endswith(".safetensors")}
-    if not checksums:
-        raise UserError(f"{revision}: its checkpoints are not in DVC's cache: dvc fetch, or repeat the experiment")
-    return checksums
+        if paths := sorted(path for path in files if path.endswith(".safetensors")):
+            return {path: files[path]["md5"] for path in paths}
+        raise FileNotFoundError("no checkpoints in models/")
 
 
 def describe(run: "Run") -> str:
     """A run in a line."""
     tags, accuracy = run.data.tags, run.data.metrics.get("test_accuracy")
     started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.info.start_time / 1000))
-    facts = [run.info.run_name, f"run {run.info.run_id}", run.info.status.lower(), started]
-    origin = {"commit": tags.get(COMMIT, "unknown")[:12], "stage": tags.get(STAGE), "experiment": tags.get(EXPERIMENT)}
-    facts += [f"{name} {value}" for name, value in origin.items() if value]
-    return ", ".join([*facts, "not measured" if accuracy is None else f"test accuracy {accuracy:.4f}"])
+    facts = {"commit": tags.get(COMMIT, "unknown")[:12], "stage": tags.get(STAGE), "experiment": tags.get(EXPERIMENT)}
+    facts["test accuracy"] = "not measured" if accuracy is None else f"{accuracy:.4f}"
+    head = f"{run.info.run_name}, run {run.info.run_id}, {run.info.status.lower()}, {started}"
+    return ", ".join([head, *(f"{name} {value}" for name, value in facts.items() if value)])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ A training that runs, resumes, has finished while the store was away, or comes a
 Nothing is read back from MLflow for a result.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,6 @@ CHECKPOINT = "checkpoint_md5"  # tag: the checksum that dvc.lock has too
 MIRRORED, EVALUATED = "mirrored", "evaluated"  # tags: digest of the record, of the test results that the run holds
 PARENT_ID, NOTE, STAGE, EXPERIMENT = "mlflow.parentRunId", "mlflow.note.content", "dvc.stage", "dvc.experiment"
 COMMIT, DIRTY = "mlflow.source.git.commit", "mlflow.source.git.dirty"
-LAST_OF_EPOCH = "val_loss"  # logged last: an epoch that has it is complete
 SHORT = {"kd.temperature": "T"}  # in a run's name, where others have the last part of their key
 
 
@@ -53,7 +51,7 @@ class Mirror:
         self.pending: dict[str, Callable[[], object]] = {}
         self.refusals: set[str] = set()
         self.refused = False  # something of the present call
-        self.lock = store_lock()
+        self.sent: dict[str, int] = {}  # by run, the epochs whose points this process has logged
         try:
             self.client, self.experiment_id = open_store(experiment)
         except NoAnswerError as error:
@@ -70,8 +68,8 @@ class Mirror:
 
     def evaluation(self, evaluation: "Evaluation", origin: Mapping[str, str] | None = None) -> None:
         """The runs of the evaluated checkpoints hold their test results, the parent runs their means and the verdicts."""
-        name = _digest(json.dumps(evaluation.detail["models"]))
-        self._complete(name, partial(self._evaluation, evaluation, {STAGE: ""} | (origin or {})))
+        origin = {STAGE: "", **(origin or {})}
+        self._complete(f"{evaluation.detail['track']} {origin}", partial(self._evaluation, evaluation, origin))
 
     def _complete(self, name: str, action: Callable[[], object]) -> None:
         """Do this and all that is pending, unless the store was away just now."""
@@ -83,8 +81,7 @@ class Mirror:
                 self.client, self.experiment_id = open_store(self.experiment)
             for key, waiting in list(self.pending.items()):
                 self.refused = False
-                with self._unless_refused():
-                    waiting()
+                self._write(waiting)
                 del self.pending[key]
             self.away_since = None
         except Exception as error:
@@ -95,11 +92,10 @@ class Mirror:
             _say(f"no answer ({masked(error)[:500]}). The work goes on: make sync brings the store up to date")
         self.away_since = time.monotonic()
 
-    @contextlib.contextmanager
-    def _unless_refused(self) -> Iterator[None]:
-        """Say what the store refuses for good, once, and go on without it."""
+    def _write(self, call: Callable[..., object], *arguments: object) -> None:
+        """Call this. What the store refuses for good is said once, and the work goes on without it."""
         try:
-            yield
+            call(*arguments)
         except Exception as error:
             if is_no_answer(error):
                 raise
@@ -114,107 +110,102 @@ class Mirror:
         digest = _digest(record.model_dump_json())
         if run.data.tags.get(MIRRORED) == digest:
             return run
-        run_id, start, metrics = run.info.run_id, run.info.start_time, run.data.metrics
-        history = self.client.get_metric_history(run_id, LAST_OF_EPOCH) if LAST_OF_EPOCH in metrics else []
-        missing = {*range(1, len(record.history) + 1)} - {point.step for point in history}
-        points = [(name, value, step) for step in sorted(missing) for name, value in _curves(record, step).items()]
+        run_id, start = run.info.run_id, run.info.start_time
+        points = []
+        for step in range(self.sent.get(run_id, 0) + 1, len(record.history) + 1):
+            values = record.history[step - 1].model_dump()
+            values |= {f"train_{name}": value for name, value in values.pop("terms").items()}
+            values |= record.loads[step - 1] if step <= len(record.loads) else {}
+            points += [(name, value, start + step, step) for name, value in values.items()]
         if record.finished:
-            once = {"best_epoch": record.best_epoch, "training_seconds": record.seconds}
-            points += [(name, value, 0) for name, value in once.items() if name not in metrics and value is not None]
-        # Logged again, a point is still one point to MLflow if its time is the same.
-        self._log(run, [(name, value, start + step, step) for name, value, step in points])
-        status = "FINISHED" if record.finished else "FAILED" if record.failed else "RUNNING"
-        end = start + int(1000 * (record.seconds or 0))
-        if run.info.status != status:
-            end_run = self.client.update_run if status == "RUNNING" else partial(self.client.set_terminated, end_time=end)
-            end_run(run_id, status)
-        if status != "RUNNING":
-            parent = self._run(PARENT, record, origin)
-            if (parent.info.end_time or 0) < end:
-                self.client.set_terminated(parent.info.run_id, status, end)
-            self._log(run, tags={MIRRORED: digest} | ({CHECKPOINT: record.checkpoint_md5} if record.finished else {}))
+            points += [("best_epoch", record.best_epoch, start, 0)]
+            points += [("training_seconds", record.seconds, start, 0)] if record.seconds is not None else []
+        self._log(run, points)  # again after an interruption: to MLflow, a point of the same time is the same point
+        self.sent[run_id] = len(record.history)
+        if not (record.finished or record.failed):
+            if run.info.status != "RUNNING":
+                self.client.update_run(run_id, "RUNNING")
+            return run
+        parent, end = self._run(PARENT, record, origin), start + int(1000 * (record.seconds or 0))
+        for ended in (run, parent):
+            if ended.info.status == "RUNNING" or (ended.info.end_time or 0) < end:
+                self.client.set_terminated(ended.info.run_id, "FINISHED" if record.finished else "FAILED", end)
+        checkpoint = [(CHECKPOINT, record.checkpoint_md5)] if record.finished else []
+        self._log(run, tags=[*checkpoint, (PARENT_ID, parent.info.run_id), (MIRRORED, digest)])
         return run
 
     def _evaluation(self, evaluation: "Evaluation", origin: Mapping[str, str]) -> None:
         for model, entry in evaluation.detail["models"].items():
-            records = [_record(evaluation.detail, model, row) for row in range(len(entry["seeds"]))]
-            parent = self._run(PARENT, records[0], origin)
-            for row, record in enumerate(records):
-                run = self._find(TRAINING, record.digest)
+            for row in range(len(entry["seeds"])):
+                record = _record(evaluation.detail, model, row)
+                parent, run = self._run(PARENT, record, origin), self._find(TRAINING, record.digest)
                 if run is None or MIRRORED not in run.data.tags:
                     run = self._training(record, origin)
-                if run.data.tags.get(PARENT_ID) != parent.info.run_id:
-                    self._log(run, tags={PARENT_ID: parent.info.run_id})
-                self._test(run, evaluation, record, row)
+                self._test(run, parent, evaluation, record, row)
             self._summary(parent, evaluation, model)
 
-    def _test(self, run: "Run", evaluation: "Evaluation", record: "Record", row: int) -> None:
+    def _test(self, run: "Run", parent: "Run", evaluation: "Evaluation", record: "Record", row: int) -> None:
         """A checkpoint's run holds its test results."""
         labels, probabilities = evaluation.labels, evaluation.probabilities[record.model][row]
         figures = evaluation.detail["models"][record.model]["figures"][row]
-        digest = _digest(json.dumps(figures), labels.tobytes(), probabilities.tobytes())
+        tags = {PARENT_ID: parent.info.run_id}
+        digest = _digest(json.dumps([figures, tags]), labels.tobytes(), probabilities.tobytes())
         if run.data.tags.get(EVALUATED) == digest:
             return
         from pipeline.evaluation.metrics import by_class, confusion, report
         from pipeline.evaluation.statistics import share_interval
         from pipeline.reporting.figures import plot_confusion
 
-        classes, title = record.dataset.classes, f"{record.model}, seed {record.seed}"
-        matrix = confusion(labels, probabilities)
+        classes, matrix = record.dataset.classes, confusion(labels, probabilities)
         low, high = share_interval(int(matrix.trace()), len(labels))
-        rows = by_class(labels, probabilities, classes).items()
-        f1 = {f"f1.{name.replace('/', '_')}": row["f1"] for name, row in rows}
-        with self._unless_refused():
-            self.client.log_text(run.info.run_id, report(labels, probabilities, classes), "classification_report.txt")
-            self.client.log_figure(run.info.run_id, plot_confusion(matrix, classes, title), "confusion_matrix.png")
+        by_name = by_class(labels, probabilities, classes)
+        f1 = {f"f1.{name.replace('/', '_')}": of_class["f1"] for name, of_class in by_name.items()}
+        figure = plot_confusion(matrix, classes, f"{record.model}, seed {record.seed}")
+        self._write(self.client.log_figure, run.info.run_id, figure, "confusion_matrix.png")
+        self._write(self.client.log_text, run.info.run_id, report(labels, probabilities, classes), "classification_report.txt")
         self._log_input(run, record, "test")
-        self._log_results(run, {**figures, "accuracy_low": low, "accuracy_high": high, **f1}, {EVALUATED: digest})
+        self._log_results(run, {**figures, "accuracy_low": low, "accuracy_high": high, **f1}, tags | {EVALUATED: digest})
 
     def _summary(self, parent: "Run", evaluation: "Evaluation", model: str) -> None:
         """A parent run holds its seeds' means and, in tags that a table shows, what its model was compared with."""
         from pipeline.params import TRACKS
         from pipeline.reporting.report import sentence
-        from pipeline.reporting.tables import results_table
+        from pipeline.reporting.tables import cell, results_table
 
-        metrics, tags, sentences = evaluation.metrics[model], {}, []
-        for name, factor, digits in (("accuracy", 100, 2), ("auc", 1, 4)):
-            values = [metrics[key] * factor for key in (name, f"{name}_sd") if key in metrics]
-            tags[name] = "\u200a±\u200a".join(f"{value:.{digits}f}" for value in values)  # hair spaces: columns are narrow
-        for name, comparison in evaluation.comparisons.items():
-            if name.startswith(f"{model}_vs_"):
-                gain, low, high = (f"{100 * comparison[key]:+.2f}" for key in ("gain", "low", "high"))
-                first = {"gain": f"{gain} ({low} to {high}) points over {name.partition('_vs_')[2]}"}
-                tags = first | {"verdict": comparison["verdict"]} | tags  # the track's first question stays
-                sentences.append(sentence(name, comparison))
-        tags[NOTE] = "\n\n".join([*sentences, parent.data.tags.get("repeat", "")])
+        metrics, tags, table = evaluation.metrics[model], {}, ""
+        for name, *style in (("accuracy", 100, 2), ("auc", 1, 4)):
+            values = [cell(metrics, key, *style) for key in (name, f"{name}_sd") if key in metrics]
+            tags[name] = "\u200a±\u200a".join(values)  # hair spaces: columns are narrow
+        own = {name: found for name, found in evaluation.comparisons.items() if name.startswith(f"{model}_vs_")}
+        if own:
+            name, first = next(iter(own.items()))
+            gain, low, high = (f"{100 * first[key]:+.2f}" for key in ("gain", "low", "high"))
+            gain += f" ({low} to {high}) points over {name.partition('_vs_')[2]}"
+            tags |= {"gain": gain, "verdict": first["verdict"]}
+        tags[NOTE] = "\n\n".join([*(sentence(*item) for item in own.items()), parent.data.tags.get("repeat", "")])
         figures = {name: value for name, value in metrics.items() if not name.startswith(("parameters", "final_"))}
-        answers = next(iter(evaluation.comparisons)).startswith(f"{model}_vs_")  # the track's question
-        table = results_table(evaluation, TRACKS[evaluation.detail["track"]].original_dataset) if answers else ""
+        if next(iter(evaluation.comparisons)) in own:  # the track's question
+            table = results_table(evaluation, TRACKS[evaluation.detail["track"]].original_dataset)
         digest = _digest(json.dumps([figures, tags]), table)
         if parent.data.tags.get(EVALUATED) != digest:
-            if answers:
-                with self._unless_refused():
-                    self.client.log_text(parent.info.run_id, table, "results.md")
+            if table:
+                self._write(self.client.log_text, parent.info.run_id, table, "results.md")
             self._log_results(parent, figures, tags | {EVALUATED: digest})
 
     def _log_results(self, run: "Run", figures: Mapping[str, float], tags: Mapping[str, str]) -> None:
         now = int(1000 * time.time())  # of several values, MLflow shows the latest
-        values = {_allowed(f"test_{name}"): value for name, value in figures.items()}
-        self._log(run, [(*item, now, 0) for item in values.items() if run.data.metrics.get(item[0]) != item[1]])
-        self._log(run, tags=tags)  # after the points: they say that all is there
+        self._log(run, [(f"test_{name}", value, now, 0) for name, value in figures.items()])
+        self._log(run, tags=tags.items())  # after the points: they say that all is there
 
-    def _log(
-        self, run: "Run", points: Iterable[tuple] = (), params: Mapping | None = None, tags: Mapping[str, str] | None = None
-    ) -> None:
+    def _log(self, run: "Run", points: Iterable[tuple] = (), params: Iterable[tuple] = (), tags: Iterable[tuple] = ()) -> None:
         """Log points (name, value, time in ms, step), parameters and tags: no tag that says all is there if something is not."""
         from mlflow.entities import Metric, Param, RunTag
 
-        metrics = [Metric(*point) for point in points]
-        values = [Param(name, str(value)[:6000]) for name, value in (params or {}).items()]
-        untrue = (MIRRORED, EVALUATED) if self.refused else ()
-        labels = [RunTag(*tag) for tag in (tags or {}).items() if tag[0] not in untrue]
-        with self._unless_refused():
-            self.client.log_batch(run.info.run_id, metrics, values, labels)
+        named = [(re.sub(r"[^\w\-. :/]", "_", name)[:250], *point) for name, *point in points]  # as MLflow allows
+        changed = [Metric(*point) for point in named if point[-1] or run.data.metrics.get(point[0]) != point[1]]
+        values = [Param(name, str(value)[:6000]) for name, value in params]
+        labels = [RunTag(*tag) for tag in tags if not (self.refused and tag[0] in (MIRRORED, EVALUATED))]
+        self._write(self.client.log_batch, run.info.run_id, changed, values, labels)
 
     def _log_input(self, run: "Run", record: "Record", context: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -224,14 +215,12 @@ class Mirror:
         profile = json.dumps({"images": data.images, "shape": data.image_shape, "classes": len(data.classes)})
         source = json.dumps({"uri": str(main_checkout() / "data")})
         dataset = Dataset(data.name[:500], digest, "local", source, profile=profile)
-        with self._unless_refused():
-            inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
-            self.client.log_inputs(run.info.run_id, datasets=inputs)
+        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
+        self._write(self.client.log_inputs, run.info.run_id, inputs)
 
     def _find(self, tag: str, value: str) -> "Run | None":
         """The run with a tag. Of several, which lost answers leave behind, one stays, the same whoever looks; the others go."""
-        runs = self.client.search_runs([self.experiment_id], f"tags.{tag} = '{value}'")
-        runs = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+        runs = self.client.search_runs([self.experiment_id], f"tags.{tag} = '{value}'", order_by=["attributes.start_time"])
         for run in runs[1:]:
             self.client.delete_run(run.info.run_id)
         return runs[0] if runs else None
@@ -242,13 +231,13 @@ class Mirror:
         run = self._find(tag, value)
         if run is None:
             parent = {PARENT_ID: self._run(PARENT, record, origin).info.run_id} if tag == TRAINING else {}
-            with self.lock:
-                name, tags = _identity(record, origin, **seed)
-                start = int(1000 * (record.started or time.time()))
-                create = partial(self.client.create_run, self.experiment_id, start, tags | parent | {tag: value}, name)
-                run = self._find(tag, value) or create()
+            name, tags = _identity(record, origin, **seed)
+            tags |= parent | {tag: value}
+            start = int(1000 * (record.started or time.time()))
+            with store_lock():
+                run = self._find(tag, value) or self.client.create_run(self.experiment_id, start, tags, name)
         params = {"model": record.model, **seed, "dataset": record.dataset.name, **record.parameters}
-        if missing := {name: value for name, value in params.items() if name not in run.data.params}:
+        if missing := [(name, value) for name, value in params.items() if name not in run.data.params]:
             self._log(run, params=missing)
         if not (run.inputs and run.inputs.dataset_inputs):
             self._log_input(run, record, "training")
@@ -260,36 +249,28 @@ def _record(detail: Mapping[str, Any], model: str, row: int) -> "Record":
     from pipeline.training.cache import Record, read_record, trainings_folder
 
     entry = detail["models"][model]
-    lists = {"digest": "digests", "seed": "seeds", "history": "histories", "best_epoch": "best_epochs"}
-    by_seed = {field: entry[name][row] for field, name in (lists | {"checkpoint_md5": "checkpoints"}).items()}
-    record = read_record(trainings_folder(), by_seed["digest"])
-    if record and record.checkpoint_md5 == by_seed["checkpoint_md5"]:
+    lists = {"seed": "seeds", "digest": "digests", "checkpoint_md5": "checkpoints"}
+    lists |= {"history": "histories", "best_epoch": "best_epochs"}
+    of_seed = {field: entry[name][row] for field, name in lists.items()}
+    record = read_record(trainings_folder(), of_seed["digest"])
+    if record and record.checkpoint_md5 == of_seed["checkpoint_md5"]:
         return record
-    shared = {name: entry[name] for name in ("setting", "architecture", "arguments", "parameters")}
-    shared |= {"dataset": detail["dataset"], "epochs": len(by_seed["history"])}
-    return Record(format=3, model=model, device="unknown", **shared, **by_seed)
-
-
-def _curves(record: "Record", step: int) -> dict[str, float]:
-    """What an epoch adds to the curves."""
-    values = record.history[step - 1].model_dump()
-    terms = {f"train_{name}": value for name, value in values.pop("terms").items()}
-    loads = record.loads[step - 1] if step <= len(record.loads) else {}
-    named = {_allowed(name): value for name, value in (values | terms | loads).items()}
-    return named | {LAST_OF_EPOCH: named.pop(LAST_OF_EPOCH)}
+    of_setting = {name: entry[name] for name in ("setting", "architecture", "arguments", "parameters")}
+    known = {"dataset": detail["dataset"], "epochs": len(of_seed["history"]), "device": "unknown"}
+    return Record(format=3, model=model, **known, **of_setting, **of_seed)
 
 
 def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = None) -> tuple[str, dict[str, str]]:
     """Name and tags of a run, by how its parameters differ from those of its commit."""
     from mlflow.tracking.context.registry import resolve_tags  # the user and the program
 
-    process = {STAGE: os.environ.get("DVC_STAGE"), EXPERIMENT: os.environ.get("DVC_EXP_NAME")}
-    process |= {COMMIT: commit(), DIRTY: "" if code_is_committed() else "true"}
-    tags = {name: value for name, value in resolve_tags(process | origin).items() if value}
+    here = {STAGE: os.environ.get("DVC_STAGE"), EXPERIMENT: os.environ.get("DVC_EXP_NAME"), COMMIT: commit()}
+    here[DIRTY] = "" if code_is_committed() else "true"
+    tags = {name: value for name, value in resolve_tags(here | origin).items() if value}
     committed = committed_parameters(tags.get(COMMIT, ""))
     # A record holds what "auto" became.
-    varied = {name: value for name, value in record.parameters.items() if committed.get(name, value) not in (value, "auto")}
-    varied = {name: json.dumps(value, ensure_ascii=False).removesuffix(".0") for name, value in varied.items()}
+    changed = {name: value for name, value in record.parameters.items() if committed.get(name, value) not in (value, "auto")}
+    varied = {name: json.dumps(value, ensure_ascii=False).removesuffix(".0") for name, value in changed.items()}
     words = [f"{SHORT.get(name, name.split('.')[-1])}={value.strip(chr(34))}" for name, value in varied.items()]
     title = " ".join([record.model, *words])[:120]
     if seed is not None:
@@ -298,10 +279,10 @@ def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = No
     settings = [shlex.quote(f"{name}={value}") for name, value in varied.items()]
     command = " -S ".join(["dvc exp run" if settings else "dvc repro", *settings])
     checkout = f"git checkout {tags[COMMIT][:12]} && " if COMMIT in tags else ""
-    repeat = f"Again: `{' '.join([checkout + command, *filter(None, [tags.get(STAGE)])])}`"
+    repeat = f"Again: `{checkout}{command} {tags.get(STAGE, '')}".rstrip() + "`"
     repeat += " (The code had uncommitted changes.)" if DIRTY in tags else ""
-    note = f"**{title}**, trained on {record.dataset.name}.\n\n{repeat}"
     tags |= {"model": record.model, "dataset": record.dataset.name, "device": record.device, "setting": record.setting}
+    note = f"**{title}**, trained on {record.dataset.name}.\n\n{repeat}"
     return title, tags | {"repeat": repeat[:8000], NOTE: note[:8000]}
 
 
@@ -311,8 +292,3 @@ def _say(text: str) -> None:
 
 def _digest(*parts: str | bytes) -> str:
     return hashlib.sha256(b"".join(part.encode() if isinstance(part, str) else part for part in parts)).hexdigest()[:32]
-
-
-def _allowed(name: str) -> str:
-    """A metric's name without the characters that MLflow refuses, and no longer than it allows."""
-    return re.sub(r"[^\w\-. :/]", "_", name)[:250]

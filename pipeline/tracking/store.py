@@ -13,6 +13,7 @@ from pipeline.core.tracking_uri import masked, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the address of a run may hold a password
 TEMPORARY = (401, 403, 408, 429)  # HTTP's 4xx that another day may see otherwise
@@ -41,16 +42,14 @@ def open_store(experiment: str) -> tuple["MlflowClient", str]:
         with store_lock():
             _create_sqlite(uri)
             client = MlflowClient(uri)
-            existing = client.get_experiment_by_name(experiment)
-            experiment_id = existing.experiment_id if existing else _create_experiment(client, experiment, uri)
+            found = client.get_experiment_by_name(experiment) or _create_experiment(client, experiment, uri)
     except Exception as error:
         kind = NoAnswerError if is_no_answer(error) else UserError
-        message = masked(f"MLflow store {uri}: {error}. Set MLFLOW_TRACKING_URI to a store that answers")
-        raise kind(message) from error
-    if existing and existing.lifecycle_stage == "deleted":
-        restore = f"restore it (mlflow experiments restore -x {experiment_id})"
+        raise kind(masked(f"MLflow store {uri}: {error}. Set MLFLOW_TRACKING_URI to a store that answers")) from error
+    if found.lifecycle_stage == "deleted":
+        restore = f"restore it (mlflow experiments restore -x {found.experiment_id})"
         raise UserError(f"MLflow experiment {experiment!r} is deleted: {restore} or change tracking.experiment")
-    return client, experiment_id
+    return client, found.experiment_id
 
 
 def _create_sqlite(uri: str) -> None:
@@ -68,15 +67,15 @@ def _create_sqlite(uri: str) -> None:
             write_atomic(Path(path), new.read_bytes())
 
 
-def _create_experiment(client: "MlflowClient", name: str, uri: str) -> str:
+def _create_experiment(client: "MlflowClient", name: str, uri: str) -> "Experiment":
     # A server chooses its own artifact folder; without one, the default would lie in the current folder.
     location = (main_checkout() / "mlartifacts" / name).as_uri() if uri.startswith("sqlite:") else None
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # so that the UI opens the right pages
     try:
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # so that the UI opens the right pages
-        return client.create_experiment(name, location, kind)
+        return client.get_experiment(client.create_experiment(name, location, kind))
     except Exception:
         if existing := client.get_experiment_by_name(name):  # another machine was faster, or the answer was lost
-            return existing.experiment_id
+            return existing
         raise
 
 

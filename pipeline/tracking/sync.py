@@ -10,7 +10,6 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from dvc.api import DVCFileSystem
 from fsspec import AbstractFileSystem
@@ -26,70 +25,58 @@ from pipeline.tracking.mirror import COMMIT, DIRTY, EXPERIMENT, STAGE, Mirror
 from pipeline.training.cache import Record, read_record, trainings_folder
 
 REFERENCE = re.compile(r"(\w+) refs/exps/(\w\w)/(\w{38})/(.+)")  # its revision; its baseline's, in two parts; its name
-
-
-class Place(NamedTuple):
-    """The workspace or an experiment: its name, its files, and the tags of its runs."""
-
-    name: str
-    files: AbstractFileSystem
-    origin: dict[str, str]
-
-    @contextlib.contextmanager
-    def skipping(self, path: str) -> Iterator[None]:
-        """Say that a file is missing or damaged, and go on."""
-        try:
-            yield
-        except Exception as error:  # the file systems of DVC's remotes raise their own
-            print(f"skipped: {self.name}: {path}: {one_line(error)}")
-
-    def trainings(self, finished: dict[str, Record]) -> Iterator[tuple[Record, str]]:
-        """The records of the checkpoints, and the stages that trained them. Adds to `finished`, by the checkpoints' MD5."""
-        outputs = {}
-        with self.skipping("dvc.lock"):
-            stages = parse_yaml(self.files.cat_file("dvc.lock"))["stages"]
-            outputs = {out["path"]: stage for stage, entry in stages.items() for out in entry.get("outs", ())}
-        for path, stage in outputs.items():
-            files = {}
-            with self.skipping(path):
-                files = self.files.find(path, detail=True)
-            for file in filter(re.compile(r"models/.*/seed\d+\.safetensors").fullmatch, files):
-                with self.skipping(file):
-                    yield finished.get(files[file].get("md5")) or self._read(file, finished), stage
-
-    def _read(self, file: str, finished: dict[str, Record]) -> Record:
-        with tempfile.TemporaryDirectory() as folder:
-            self.files.get_file(file, f"{folder}/{Path(file).name}")
-            record = Record.of_checkpoint(Path(folder) / Path(file).name)
-        return finished.setdefault(record.checkpoint_md5, record)
+CHECKPOINTS = re.compile(r"models/.*/seed\d+\.safetensors")
 
 
 def main() -> None:
     """Mirror trainings, then evaluations: the workspace's last, so that its verdicts stay."""
     mirror = Mirror(load_params().tracking.experiment)
-    places = [Place("workspace", DirFileSystem(str(Path.cwd()), target_protocol="file"), {})]
+    places = [(DirFileSystem(str(Path.cwd()), target_protocol="file"), {})]  # files, and the tags of their runs
     # dvc.api.exp_show would collect the metrics of every commit first: half a minute for a hundred.
-    references = git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps")
-    for revision, *baseline, name in REFERENCE.findall(references):
-        origin = {COMMIT: "".join(baseline), DIRTY: "", EXPERIMENT: name}
-        places.append(Place(name, DVCFileSystem(rev=revision), origin))
+    for revision, *baseline, name in REFERENCE.findall(git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps")):
+        places.append((DVCFileSystem(rev=revision), {COMMIT: "".join(baseline), DIRTY: "", EXPERIMENT: name}))
     keys = [path.parent.name for path in trainings_folder().glob("*/record.json")]
     records = [record for key in keys if (record := read_record(trainings_folder(), key))]
     finished = {record.checkpoint_md5: record for record in records if record.finished}
-    for place in places:
-        for record, stage in place.trainings(finished):
-            mirror.training(record, place.origin | {STAGE: stage})
+    for files, origin in places:
+        with skipping(origin, "dvc.lock"):
+            mirror_checkpoints(mirror, files, origin, finished)
     for record in records:
         if record.finished or record.failed:
             mirror.training(record, {STAGE: ""})
-    for place in reversed(places):
+    for files, origin in reversed(places):
         for track in TRACKS:
-            if place.files.exists(f"metrics/detail/{track}.json"):
-                with place.skipping(f"evaluation of {track}"):
-                    mirror.evaluation(read_evaluation(track, place.files.cat_file), place.origin)
+            if files.exists(f"metrics/detail/{track}.json"):
+                with skipping(origin, f"evaluation of {track}"):
+                    mirror.evaluation(read_evaluation(track, files.cat_file), origin)
     if mirror.pending or mirror.refusals:
         raise UserError("the store lacks what is said above: run make sync again")
     print(f"in the store: {len(finished)} trainings of the workspace, {len(places) - 1} experiments and .trainings/")
+
+
+def mirror_checkpoints(mirror: Mirror, files: AbstractFileSystem, origin: dict[str, str], finished: dict[str, Record]) -> None:
+    """Mirror the trainings of dvc.lock's checkpoints; `finished` holds records by their MD5 and gets those read here."""
+    stages = parse_yaml(files.cat_file("dvc.lock"))["stages"]
+    for stage, output in [(stage, out["path"]) for stage, entry in stages.items() for out in entry.get("outs", ())]:
+        with skipping(origin, output):
+            details = files.find(output, detail=True)
+            for path in filter(CHECKPOINTS.fullmatch, details):
+                with skipping(origin, path), tempfile.TemporaryDirectory() as folder:
+                    record = finished.get(details[path].get("md5"))
+                    if record is None:
+                        files.get_file(path, copy := f"{folder}/{Path(path).name}")
+                        record = Record.of_checkpoint(Path(copy))
+                        finished[record.checkpoint_md5] = record
+                    mirror.training(record, origin | {STAGE: stage})
+
+
+@contextlib.contextmanager
+def skipping(origin: dict[str, str], path: str) -> Iterator[None]:
+    """Say that a file of the workspace or an experiment is missing or damaged, and go on."""
+    try:
+        yield
+    except Exception as error:  # the file systems of DVC's remotes raise their own
+        print(f"skipped: {origin.get(EXPERIMENT, 'workspace')}: {path}: {one_line(error)}")
 
 
 if __name__ == "__main__":
