@@ -28,8 +28,7 @@ def main(track: str) -> None:
     )
     write_evaluation(evaluation, Path())
     for model, figures in evaluation.metrics.items():
-        deviation = f" ± {100 * figures['accuracy_sd']:.2f}" if "accuracy_sd" in figures else ""
-        print(f"{model}: accuracy {100 * figures['accuracy']:.2f}{deviation} %")
+        print(f"{model}: test accuracy {100 * figures['accuracy']:.2f} %, mean over {len(params.seeds)} seeds")
     mirror.evaluation(evaluation)
 
 

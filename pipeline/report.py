@@ -27,10 +27,11 @@ def main(track: str) -> None:
     files = {name: f"figures/{track}/{name}" for name in figures}
     write_atomic(METRICS / f"{track}.md", table)
     write_atomic(METRICS / f"{plan.report}.md", render("markdown", *content, files))
+    page = METRICS / f"{plan.report}.html"
     inlined = {name: data_uri(png) for name, png in figures.items()}
-    write_atomic(METRICS / f"{plan.report}.html", render("html", *content, inlined))
+    write_atomic(page, render("html", *content, inlined))
     sentences = [sentence(name, comparison) for name, comparison in evaluation.comparisons.items()]
-    print("\n".join(["", table, plan.question, *sentences]))
+    print("\n".join(["", table, plan.question, *sentences, "", f"The report: {page}"]))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from scipy.stats import binomtest, t
 CONFIDENCE = 0.95
 POWER = 0.8
 RESAMPLES = 5000
+FEWEST = 3  # seeds that say anything about how much training varies
 
 
 class Comparison(NamedTuple):
@@ -32,8 +33,8 @@ class Comparison(NamedTuple):
 
     @property
     def verdict(self) -> Literal["better", "worse", "not distinguishable"]:
-        """What may be said at 95 %. Of a single seed nothing: it does not show how much training varies."""
-        if self.seeds == 1 or self.low <= 0 <= self.high:
+        """What may be said at 95 %. Of one or two seeds nothing: they do not show how much training varies."""
+        if self.seeds < FEWEST or self.low <= 0 <= self.high:
             return "not distinguishable"
         return "better" if self.gain > 0 else "worse"
 

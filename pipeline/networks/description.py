@@ -9,7 +9,6 @@ from safetensors import SafetensorError, safe_open
 from pipeline.core.errors import UserError, user_error
 from pipeline.data.dataset import Dataset
 
-
 TRAIN_FIRST = "run the stage that trains this model first, or dvc repro, which runs what is missing"
 
 

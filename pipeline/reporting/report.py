@@ -13,8 +13,8 @@ import jinja2
 from markupsafe import Markup
 
 from pipeline.evaluation.comparisons import Evaluation
-from pipeline.evaluation.statistics import CONFIDENCE, POWER
-from pipeline.reporting.tables import cell, escape, markdown_table
+from pipeline.evaluation.statistics import CONFIDENCE, FEWEST, POWER
+from pipeline.reporting.tables import escape, markdown_table, mean
 
 HARDEST = 3  # classes named as hardest
 FIGURES = {  # of Evaluation.metrics: heading, factor, digits
@@ -89,7 +89,7 @@ def _template(format: Format, name: str) -> jinja2.Template:
     options["finalize"] = for_markdown if format == "markdown" else None
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
     environment.filters |= {"points": _points, "one_line": lambda text: type(text)(" ".join(text.split()))}
-    environment.globals |= {"format": f"{format}.jinja", "sure": SURE, "power": f"{100 * POWER:.0f} %"}
+    environment.globals |= {"format": f"{format}.jinja", "sure": SURE, "fewest": FEWEST, "power": f"{100 * POWER:.0f} %"}
     environment.globals["markdown_table"] = lambda headings, rows: Markup(markdown_table(headings, rows))  # noqa: S704 (escaped)
     return environment.get_template(f"{name}.jinja")
 
@@ -110,8 +110,7 @@ def _by_model(models: Json, columns: Mapping[str, tuple[str, float, int]]) -> Ta
     for model, figures in models.items():
         cells = []
         for key, (_, *style) in columns.items():
-            mean, half, deviation = (cell(figures, f"{key}{kind}", *style) for kind in ("", "_ci95", "_sd"))
-            cells.append(f"{mean} ± {half} ({deviation})" if deviation else mean)
+            cells.append(mean(figures, key, *style))
         rows.append([model, *cells])
     return ["model", *(heading for heading, _, _ in columns.values())], rows
 

@@ -36,28 +36,38 @@ def cell(figures: Mapping[str, float], key: str, factor: float, digits: int) -> 
     return f"{figures[key] * factor:,.{digits}f}" if key in figures else ""
 
 
+def mean(figures: Mapping[str, float], key: str, factor: float, digits: int) -> str:
+    """A figure as text, with the standard deviation over the seeds where there are several."""
+    return " ± ".join(cell(figures, name, factor, digits) for name in (key, f"{key}_sd") if name in figures)
+
+
 def results_table(evaluation: Evaluation, original_dataset: str) -> str:
-    """A Markdown table with a row per model: mean ± sample standard deviation over the seeds, beside the original project's.
+    """A Markdown table with a row per model: means over the seeds and, on the data that it used, the original project's figures.
 
     `original_dataset` names the data that the original course project used.
     """
-    dataset, original = evaluation.detail["dataset"], f"original ({original_dataset})"
-    headings = ["accuracy (%)", original, "AUC", "weighted F1 (%)", original, "final training loss", original]
-    styles = {"accuracy": (100, 2), "auc": (1, 4), "f1_weighted": (100, 2), "final_train_loss": (1, 4)}  # factor, digits
-    rows = []
-    for model, figures in evaluation.metrics.items():
-        row = [model, cell(figures, "parameters", 1, 0)]
-        for key, style in styles.items():
-            row.append(" ± ".join(cell(figures, name, *style) for name in (key, f"{key}_sd") if name in figures))
-            if key != "auc":  # which the original project did not report
-                row.append(cell(ORIGINAL[model], key, *style))
-        rows.append(row)
+    dataset = evaluation.detail["dataset"]
+    styles = {
+        "parameters": ("parameters", 1, 0),
+        "accuracy": ("accuracy (%)", 100, 2),
+        "auc": ("AUC", 1, 4),
+        "f1_weighted": ("weighted F1 (%)", 100, 2),
+        "final_train_loss": ("final training loss", 1, 4),
+    }
+    columns = {
+        heading: [mean(of, key, *style) for of in evaluation.metrics.values()] for key, (heading, *style) in styles.items()
+    }
+    if dataset["name"] == original_dataset:
+        for key, (heading, *style) in styles.items():
+            if any(key in ORIGINAL[model] for model in evaluation.metrics):
+                columns[f"original {heading}"] = [cell(ORIGINAL[model], key, *style) for model in evaluation.metrics]
+    (model, *_) = evaluation.probabilities
     seeds = len(evaluation.probabilities[model])
     images = " / ".join(f"{dataset['images'][split]:,}" for split in ("train", "val", "test"))
     heading = f"{evaluation.detail['track']}: {dataset['name']}, {images} training / validation / test images, "
     heading += f"{seeds} seed{'s' if seeds > 1 else ''}"
-    table = markdown_table(["model", "parameters", *headings], rows)
-    note = f"Original course project: one seed, on {original_dataset}"
-    if dataset["name"] != original_dataset:
-        note += f", which is not {dataset['name']}: shown for orientation, no comparison"
-    return f"{escape(heading)}\n\n{table}\n\n{escape(note)}.\n"
+    table = markdown_table(["model", *columns], zip(evaluation.metrics, *columns.values(), strict=True))
+    notes = ["± is the standard deviation over the seeds."] if seeds > 1 else []
+    if dataset["name"] == original_dataset:
+        notes.append("Original: the course project's, of one seed.")
+    return "\n\n".join(filter(None, [escape(heading), table, " ".join(notes)])) + "\n"

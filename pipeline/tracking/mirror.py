@@ -168,20 +168,24 @@ class Mirror:
 
     def _summary(self, parent: "Run", evaluation: "Evaluation", model: str) -> None:
         """A parent run holds its seeds' means and, in tags that a table shows, what its model was compared with."""
+        from pipeline.evaluation.statistics import FEWEST
         from pipeline.params import TRACKS
         from pipeline.reporting.report import sentence
         from pipeline.reporting.tables import cell, results_table
 
         metrics, tags, table = evaluation.metrics[model], {}, ""
         for name, *style in (("accuracy", 100, 2), ("auc", 1, 4)):
-            values = [cell(metrics, key, *style) for key in (name, f"{name}_sd") if key in metrics]
-            tags[name] = "\u200a±\u200a".join(values)  # hair spaces: columns are narrow
+            tags[name], half = cell(metrics, name, *style), metrics.get(f"{name}_ci95", 0)
+            if len(evaluation.probabilities[model]) >= FEWEST:
+                interval = {"low": metrics[name] - half, "high": metrics[name] + half}
+                tags[name] += f" ({cell(interval, 'low', *style)} to {cell(interval, 'high', *style)})"
         own = {name: found for name, found in evaluation.comparisons.items() if name.startswith(f"{model}_vs_")}
         if own:
             name, first = next(iter(own.items()))
             gain, low, high = (f"{100 * first[key]:+.2f}" for key in ("gain", "low", "high"))
-            gain += f" ({low} to {high}) points over {name.partition('_vs_')[2]}"
-            tags |= {"gain": gain, "verdict": first["verdict"]}
+            sure = first["seeds"] >= FEWEST
+            gain += f"{f' ({low} to {high})' if sure else ''} over {name.partition('_vs_')[2]}"
+            tags |= {"gain": gain, "verdict": first["verdict"] if sure else "a smoke test"}
         tags[NOTE] = "\n\n".join([*(sentence(*item) for item in own.items()), parent.data.tags.get("repeat", "")])
         figures = {name: value for name, value in metrics.items() if not name.startswith(("parameters", "final_"))}
         if next(iter(evaluation.comparisons)) in own:  # the track's question

@@ -38,7 +38,14 @@ def addresses(page: str) -> list[str]:
 @pytest.mark.parametrize("format", ADDRESSES)
 def test_the_report_answers_in_the_order_of_the_questions(format: str, evaluation: Evaluation):
     text = rendered(format, evaluation)
-    parts = [PLAN.question, "student_alone, seed 3: no better", "student_distilled", "How much", "On which classes"]
+    parts = [
+        PLAN.question,
+        "digits, 400 test images, seeds 3, 5.",
+        "student_alone, seed 3: no better",
+        "student_distilled",
+        "How much",
+        "On which classes",
+    ]
     parts += ["Hardest for student_distilled, by F1: ", "At what cost", "student_int8: accuracy 92.90 %"]
     parts += ["How sure", "How it was run", "0" * 64, "c0ffee"]
     places = [text.index(part) for part in parts]
@@ -65,7 +72,10 @@ def test_names_from_the_data_are_text(tmp_path: Path, data: TrainingData):
         ({"verdict": "worse"}, "**a** is **worse** than **b**: +1.00 points"),
         ({"verdict": "not distinguishable"}, "**a** and **b** are **not distinguishable at 95 %**: +1.00 points"),
         ({"verdict": "not distinguishable"}, ", which would have shown a difference of 0.50 points in 80 % of such trials."),
-        ({"verdict": "not distinguishable", "seeds": 1}, "; a single seed does not show how much training varies."),
+        (
+            {"seeds": 2},
+            "**a** against **b**: +1.00 points of accuracy over 2 seeds and 2,000 test images: a smoke test, no evidence.",
+        ),
         ({"verdict": "not distinguishable", "detectable": 1.4}, ", which are too few to show any difference."),
     ],
 )
@@ -87,7 +97,7 @@ def page(evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_stage_writes_table_report_and_figures(page: Path):
     files = re.findall(r"!\[.*?\]\((.*?)\)", page.with_suffix(".md").read_text())
     assert [(page.parent / file).is_file() for file in files] == [True] * len(FIGURES)
-    assert "original (mnist)" in page.with_name("distillation.md").read_text()
+    assert page.with_name("distillation.md").read_text().startswith("distillation: digits, ")
     assert [address[:5] for address in addresses(page.read_text())] == ["data:"] * (1 + len(FIGURES))
 
 

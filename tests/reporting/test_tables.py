@@ -1,7 +1,6 @@
 import html
 import re
 
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -9,19 +8,20 @@ from pipeline.evaluation.comparisons import Evaluation
 from pipeline.reporting.tables import escape, markdown_table, results_table
 
 
-@pytest.mark.parametrize(
-    ("original", "note"), [("digits", "."), ("mnist", ", which is not digits: shown for orientation, no com")]
-)
-def test_the_table_puts_mean_and_deviation_beside_the_original_projects_figures(evaluation: Evaluation, original: str, note: str):
+def test_the_table_has_means_and_deviations_and_the_original_projects_figures_on_its_data(evaluation: Evaluation):
     figures = {"accuracy": 0.98765, "auc": 0.99991, "f1_weighted": 0.9871, "final_train_loss": 0.01234, "parameters": 300426}
     metrics = {"teacher": figures | {"accuracy_sd": 0.0012}, "student_alone": figures}
-    table = results_table(evaluation._replace(metrics=metrics), original)
-    rows = [re.split(r" *\| *", line)[1:-1] for line in table.splitlines() if line.startswith("|")]
-    assert rows[0][:5] == ["model", "parameters", "accuracy (%)", f"original ({original})", "AUC"]
-    assert rows[2] == ["teacher", "300,426", "98.77 ± 0.12", "98.81", "0.9999", "98.71", "", "0.0123", "0.0123"]
-    assert rows[3][:4] == ["student_alone", "300,426", "98.77", "98.64"]
-    assert "distillation: digits, 400 / 100 / 0 training / validation / test images, 2 seeds" in table
-    assert f"Original course project: one seed, on {original}{note}" in table
+    for data, columns in (("mnist", []), ("digits", ["original accuracy (%)", "original final training loss"])):
+        table = results_table(evaluation._replace(metrics=metrics), data)
+        rows = [re.split(r" *\| *", line)[1:-1] for line in table.splitlines() if line.startswith("|")]
+        measured = ["model", "parameters", "accuracy (%)", "AUC", "weighted F1 (%)", "final training loss"]
+        assert rows[0] == [*measured, *columns]
+        assert rows[2][:6] == ["teacher", "300,426", "98.77 ± 0.12", "0.9999", "98.71", "0.0123"]
+        assert rows[2][6:] == (["98.81", "0.0123"] if columns else [])
+        assert rows[3][:3] == ["student_alone", "300,426", "98.77"]
+        assert "distillation: digits, 400 / 100 / 0 training / validation / test images, 2 seeds" in table
+        assert "± is the standard deviation" in table
+        assert ("Original" in table) == bool(columns)
 
 
 @given(st.text(st.characters(codec="ascii", min_codepoint=32, max_codepoint=126) | st.sampled_from("é\n\t"), max_size=40))
