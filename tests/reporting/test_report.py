@@ -40,7 +40,7 @@ def test_the_report_answers_in_the_order_of_the_questions(format: str, evaluatio
     text = rendered(format, evaluation)
     parts = [
         PLAN.question,
-        "digits, 400 test images, seeds 3, 5.",
+        "digits, 400 test images, seeds 0, 3.",
         "student_alone, seed 3: no better",
         "student_distilled",
         "How much",
