@@ -1,0 +1,74 @@
+"""README.md and docs/: their figures are those of the results, their commands and links exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+README = PAGES["README.md"]
+
+
+def shown(page: str, pattern: str) -> str:
+    """What a page shows of a file, whose name stands in a comment before it."""
+    return re.search(rf"<!-- {pattern} -->\n(.*?)<!-- end -->", PAGES[page], re.DOTALL)[1].strip()
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 900
+
+
+def test_the_results_are_those_in_metrics():
+    assert shown("README.md", "metrics/distillation.md") == (ROOT / "metrics/distillation.md").read_text().strip()
+    verdict = next(line for line in (ROOT / "metrics/report.md").read_text().splitlines() if line.startswith("> "))
+    assert verdict in README.splitlines()
+
+
+def test_the_speed_table_is_that_of_a_measured_device():
+    name = re.search(r"<!-- (benchmarks/results/[\w.-]+) -->", PAGES["docs/performance.md"])[1]
+    table = [line for line in (ROOT / name).read_text().splitlines() if line.startswith("|")]
+    assert shown("docs/performance.md", name).splitlines() == table
+
+
+def test_the_faults_are_those_that_were_counted():
+    assert f"\n{shown('docs/reliability.md', 'tests/faults/results.md')}\n" in (ROOT / "tests/faults/results.md").read_text()
+
+
+@pytest.mark.parametrize("study", ["mnist", "pneumoniamnist"])
+def test_the_counts_of_the_studies_are_those_of_their_tables(study: str):
+    table = (ROOT / "metrics" / "studies" / f"{study}.md").read_text()
+    counts = re.search(r"at 95 % each: (.*?)\. ", table)[1]
+    assert counts in PAGES["docs/studies.md"]
+    verdicts = [line.split("|")[-2].strip() for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(verdicts) >= 24
+    assert counts == ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in ("better", "worse", "not distinguishable"))
+
+
+def test_every_make_target_that_a_page_names_exists():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    pages = [*PAGES.values(), (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / "CHANGELOG.md").read_text()]
+    named = {name for page in pages for words in re.findall(r"(?:`|\$ )make ([a-z -]+)", page) for name in words.split()[:1]}
+    assert {"demo", "test", "ui"} <= named <= targets
+    helped = set(re.findall(r"  make ([\w-]+)", (ROOT / "Makefile").read_text()))
+    assert named <= helped | {"test-all"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str):
+    links = re.findall(r"\]\(([^)]+)\)", PAGES[page])
+    headings = {
+        re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
+        for line in PAGES[page].splitlines()
+        if line[:1] == "#"
+    }
+    for link in (link for link in links if "://" not in link):
+        assert link.removeprefix("#") in headings if link[0] == "#" else (ROOT / Path(page).parent / link).exists(), link
+
+
+def test_every_page_begins_with_a_command():
+    for page, text in PAGES.items():
+        assert page == "README.md" or "```console\n$ " in text[:200], page
