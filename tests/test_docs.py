@@ -1,11 +1,12 @@
 """README.md and docs/: their figures are those of the results, their commands and links exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, small_checkout
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,3 +73,31 @@ def test_every_link_leads_somewhere(page: str):
 def test_every_page_begins_with_a_command():
     for page, text in PAGES.items():
         assert page == "README.md" or "```console\n$ " in text[:200], page
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_do_what_it_says_from_top_to_bottom(tmp_path: Path):
+    """On small data, without what installs, activates or serves (tests/tracking/test_pages.py opens `make ui`)."""
+    checkout = small_checkout(tmp_path / "checkout")
+    parameters = (checkout.folder / "params.yaml").read_text()
+    console = "\n".join(re.findall(r"```console\n(.*?)```", README, re.DOTALL))
+    commands = re.findall(r"^\$ (?!make demo|make test|make ui|source)(.*?)(?: +#.*)?$", console, re.MULTILINE)
+    printed = {}
+    for command in commands:
+        compare = re.fullmatch(r"make compare(?: A=(\S+) B=(\S+))?", command)
+        words = [*checkout.stage("tracking.compare"), compare[1] or "", compare[2] or ""] if compare else shlex.split(command)
+        printed[command] = checkout.run(*words).stdout
+    assert (checkout.folder / "params.yaml").read_text() == parameters
+    assert (checkout.folder / "metrics/report.html").is_file()
+    table = [line.split() for line in printed["make compare"].splitlines()]
+    assert [row[0] for row in table] == ["experiment", "-" * len(table[1][0]), "HEAD", "t6", "reverse"]
+    assert {"kd.temperature", "kd.divergence", "gain"} <= set(table[0])
+    assert dict(zip(table[0], table[3], strict=False))["kd.temperature"] == "6"
+    teacher, distilled, alone = printed["make compare A=t6 B=reverse"].splitlines()
+    assert re.fullmatch(
+        r"reverse against t6, student_distilled: [a-z ]+, [+-]\d+\.\d\d points "
+        r"\(95 % interval \S+ to \S+, 2 seeds, 200 images\)",
+        distilled,
+    )
+    assert teacher == "reverse against t6, teacher: the same checkpoints"
+    assert alone == "reverse against t6, student_alone: the same checkpoints"
