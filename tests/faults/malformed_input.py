@@ -100,14 +100,14 @@ PICKLE = f"cposix\nmkdir\n(S'{SIGN}'\ntR.".encode()
 CODE = f"!!python/object/apply:os.mkdir ['{SIGN}']\n".encode()
 POSTSCRIPT = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n({SIGN}) (w) file closefile showpage\n".encode()
 LAUGHS = b"a0: &a0 [x]\n" + b"".join(b"a%d: &a%d [%s]\n" % (n + 1, n + 1, b", ".join([b"*a%d" % n] * 9)) for n in range(20))
+MERGES = LAUGHS.replace(b"[x]", b"{x: 1}").replace(b"[", b"{<<: [").replace(b"]", b"]}")
 
 # To be refused, by the readers of what it could be.
 YAML = (
-    *(LAUGHS, LAUGHS.replace(b"[", b"{<<: [").replace(b"]", b"]}"), b"kd: &a [*a]\n", b"x: " + CODE, CODE, b"\0", b"\xff\xfe"),
+    *(LAUGHS, MERGES, b"kd: &a [*a]\n", b"x: " + CODE, CODE, b"\0", b"%YAML 9.9\n---\n", "x: \u2028\x85\ufeff\n".encode()),
     *(b"x: " + b"[" * 5000, b"x: " + b"[" * 100_000, b"x: " + b"{a: " * 5000, b"x: " + b"9" * 5000, b"x: 0x" + b"f" * 50_000),
     *(b"x: " + b"1:" * 20_000 + b"1\n", b"x: 2001-99-99\n", b"x: !!binary '???'\n", b"x: !!set {? [a]}\n", b"? {a: b}\n: c\n"),
-    *(b"x: |\n " + b"y" * 2_000_000, b"x: " + b"y" * 90_000, b"- a\n" * 200_000, b"- 1\n- 2", b"--- a\n--- b\n"),
-    *(b"%YAML 9.9\n---\n", "x: \u2028\x85\ufeff\n".encode()),
+    *(b"x: |\n " + b"y" * 2_000_000, b"x: " + b"y" * 90_000, b"- a\n" * 200_000, b"- 1\n- 2", b"--- a\n--- b\n", b"\xff\xfe"),
 )
 PIXELS = PARTS["images"].tobytes()
 SIDES = (0, 1, 19, 21, -1, 2**20, 2**31, 2**40, 2**62, 10**30, True, 1.5, None)
