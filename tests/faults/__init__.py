@@ -1,1 +1,0 @@
-"""Faults put into the real pipeline, and what came of them: `make faults`."""

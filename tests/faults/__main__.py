@@ -16,15 +16,16 @@ from tabulate import tabulate
 from pipeline.core.files import write_atomic, write_json
 from pipeline.core.provenance import code_is_committed, commit, machine
 from tests.faults.checkout import Outcome
-from tests.faults.dvc_queue import queued
 from tests.faults.full_disk import full_disk
-from tests.faults.hostile_input import hostile_input
-from tests.faults.kills import kills
+from tests.faults.kills import kills, queued
+from tests.faults.malformed_input import malformed_input
 from tests.faults.outages import outages
 
 RESULTS = Path(__file__).with_name("results.json")
+EXPLANATION = """Written by `make faults`: each kind of fault, each fault, and when and where the parts were run. Survived means:
+nothing missing and nothing other than without the fault; what exactly, each part says at the top of its module."""
 PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
-    "inputs": lambda folder, arguments: hostile_input(arguments.inputs),
+    "inputs": lambda folder, arguments: malformed_input(arguments.inputs),
     "disk": lambda folder, arguments: [full_disk(folder)],
     "queue": lambda folder, arguments: [queued(folder)],
     "outages": lambda folder, arguments: outages(folder, arguments.outages),
@@ -33,14 +34,12 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
 
 
 def main() -> None:
-    """Run the parts, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--outages", type=int, default=20)
-    parser.add_argument("--inputs", type=int, default=10_000)
+    for name, count in (("kills", 50), ("outages", 20), ("inputs", 10_000)):
+        parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--only", choices=list(PARTS))
     arguments = parser.parse_args()
-    parts = read_results()
+    parts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in [arguments.only] if arguments.only else PARTS:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
@@ -49,64 +48,28 @@ def main() -> None:
         code = commit()[:12] + ("" if code_is_committed() else " with uncommitted changes")
         parts[name] = {"minutes": (time.monotonic() - start) / 60, "code": code, "outcomes": outcomes, "machine": machine()}
         write_json(RESULTS, parts)
-    write_atomic(RESULTS.with_suffix(".md"), page(parts))
-    outcomes = [outcome for part in parts.values() for outcome in part["outcomes"]]
-    bad = [outcome.fault for outcome in outcomes if outcome.survived < outcome.injected]
+    write_atomic(RESULTS.with_suffix(".md"), "\n\n".join(["# Faults", EXPLANATION, *tables(parts)]) + "\n")
+    bad = [fault for part in parts.values() for fault, injected, survived, *_ in part["outcomes"] if survived < injected]
     raise SystemExit(f"error: not survived: {', '.join(bad)}" if bad else 0)
 
 
-def read_results() -> dict[str, dict[str, Any]]:
-    """The parts that have been run, in the order of PARTS."""
-    parts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for part in parts.values():
-        part["outcomes"] = [Outcome(*row) for row in part["outcomes"]]
-    return {name: parts[name] for name in PARTS if name in parts}
-
-
-def in_short(outcomes: list[Outcome]) -> list[Outcome]:
-    """The outcomes of each kind of fault, what is before the colon in its name, summed up."""
-    kinds: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        kinds.setdefault(outcome.fault.partition(":")[0], []).append(outcome)
-    return [
-        Outcome(
-            kind, *(sum(column) for column in zip(*(row[1:5] for row in rows), strict=True)), rows[0].details * (len(rows) == 1)
-        )
-        for kind, rows in kinds.items()
-    ]
-
-
 def table(outcomes: list[Outcome]) -> str:
-    """Outcomes as a Markdown table."""
     return tabulate(outcomes, headers=["fault", "injected", "survived", "lost", "wrong", ""], tablefmt="github")
 
 
-def page(parts: dict[str, dict[str, Any]]) -> str:
-    """The outcomes in short and in detail, and what they were measured on."""
-    outcomes = [outcome for part in parts.values() for outcome in part["outcomes"]]
-    where = list(dict.fromkeys(name for part in parts.values() for name in part["machine"]))
-    runs = [
-        [name, f"{part['minutes']:.1f}", part["code"], *(part["machine"].get(key, "") for key in where)]
-        for name, part in parts.items()
-    ]
-    missing = [name for name in PARTS if name not in parts]
-    return f"""# Faults
-
-Written by `make faults`, which takes {sum(part["minutes"] for part in parts.values()):.0f} minutes here.
-
-{table(in_short(outcomes))}
-
-{f"Not run to their full counts yet: {', '.join(missing)}." if missing else "Every part has been run."}
-
-Survived means: nothing missing and nothing other than without the fault. What exactly, each part says at its top:
-tests/faults/kills.py, outages.py, hostile_input.py, full_disk.py and dvc_queue.py. In detail:
-
-{table(outcomes)}
-
-The parts, run one after the other:
-
-{tabulate(runs, headers=["part", "minutes", "commit", *where], tablefmt="github", disable_numparse=True)}
-"""
+def tables(parts: dict[str, dict[str, Any]]) -> list[str]:
+    """The outcomes summed up by what is before the colon in a fault's name, each outcome, and what they were measured on."""
+    parts = {name: parts[name] for name in PARTS if name in parts}
+    outcomes = [Outcome(*row) for part in parts.values() for row in part["outcomes"]]
+    kinds: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        kinds.setdefault(outcome.fault.partition(":")[0], []).append(outcome)
+    sums = {kind: [sum(column) for column in zip(*(row[1:5] for row in rows), strict=True)] for kind, rows in kinds.items()}
+    short = [Outcome(kind, *sums[kind], rows[0].details if len(rows) == 1 else "") for kind, rows in kinds.items()]
+    where = list(dict.fromkeys(key for part in parts.values() for key in part["machine"]))
+    runs = [[name, f"{part['minutes']:.1f}", part["code"], *map(part["machine"].get, where)] for name, part in parts.items()]
+    headers = ["part", "minutes", "commit", *where]
+    return [table(short), table(outcomes), tabulate(runs, headers=headers, tablefmt="github", disable_numparse=True)]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """A copy of the project to do anything to: a git repository of its own with small parameters, and a shell in it."""
 
+import contextlib
+import functools
+import operator
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +18,11 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from pipeline.core.files import md5
+
 ROOT = Path(__file__).parents[2]
-SMALL = {  # both tracks on the images inside an installed package
-    "baselines__dataset": "mnist5k",
-    "baselines__pretrained": False,
-    "distillation__dataset": "mnist5k",
-}
+# Both tracks on the images inside an installed package.
+SMALL = {"baselines__dataset": "mnist5k", "baselines__pretrained": False, "distillation__dataset": "mnist5k"}
 CURVES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
 
@@ -41,18 +43,17 @@ class Checkout:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         foreign = ("DVC_", "MLFLOW_", "DATA_MIRROR", "RETRAIN", "TRAININGS_", "TRACK_LATER")
-        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-        self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)} | {"PATH": path}
+        self.options = {"cwd": folder, "env": self.environment, "text": True}
 
     def run(self, *command: str, expect: int | None = 0, timeout: int = 300) -> subprocess.CompletedProcess:
         """Run a command to its end. Raises AssertionError if its exit status is not the expected one."""
-        options = {"cwd": self.folder, "env": self.environment, "capture_output": True, "text": True}
-        done = subprocess.run(command, **options, timeout=timeout, check=False)
+        done = subprocess.run(command, **self.options, capture_output=True, timeout=timeout, check=False)
         assert expect is None or done.returncode == expect, f"{command}: {done.stdout}\n{done.stderr}"
         return done
 
     def dvc(self, *arguments: str, expect: int | None = 0) -> str:
-        """What a DVC command prints."""
         done = self.run("dvc", *arguments, expect=expect)
         return done.stdout + done.stderr
 
@@ -60,10 +61,10 @@ class Checkout:
         """The command of a stage such as "train_baselines resnet18"."""
         return [sys.executable, "-m", *f"pipeline.{stage}".split()]
 
-    def start(self, *command: str, stdout: int = subprocess.PIPE) -> subprocess.Popen:
+    def start(self, *command: str) -> subprocess.Popen:
         """Start a command as the leader of a process group, so that it can be killed with its children."""
-        options = {"cwd": self.folder, "env": self.environment, "text": True, "start_new_session": True}
-        return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, **options)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, **self.options, **pipes, start_new_session=True)
 
     def set(self, **parameters: Any) -> None:
         """Change params.yaml; a block's key is written with two underscores, as in `kd__temperature`."""
@@ -71,10 +72,7 @@ class Checkout:
         content = yaml.safe_load(path.read_text())
         for name, value in parameters.items():
             *blocks, key = name.split("__")
-            inner = content
-            for block in blocks:
-                inner = inner[block]
-            inner[key] = value
+            functools.reduce(operator.getitem, blocks, content)[key] = value
         path.write_text(yaml.safe_dump(content))
 
     def mlflow_runs(self, uri: str | None = None) -> list[Run]:
@@ -82,9 +80,15 @@ class Checkout:
         client = MlflowClient(uri or f"sqlite:///{self.folder}/mlflow.db")
         return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
 
-    def by_name(self) -> Counter:
-        """How many runs of each name the checkout's own store has."""
+    def by_name(self) -> Counter[str]:
         return Counter(run.info.run_name for run in self.mlflow_runs())
+
+    def unsound_runs(self, names: Iterable[str], epochs: int) -> int:
+        """How many runs are missing, more than `names` says, or incomplete in the checkout's own store."""
+        wanted, runs = Counter(names), [run for run in self.mlflow_runs() if "/seed" in run.info.run_name]
+        sound = Counter(run.info.run_name for run in runs if complete(f"sqlite:///{self.folder}/mlflow.db", run, epochs))
+        found = Counter(run.info.run_name for run in runs if run.info.run_name in wanted)
+        return (wanted - sound).total() + (found - wanted).total()
 
 
 def copy_checkout(folder: Path, **parameters: Any) -> Checkout:
@@ -103,25 +107,22 @@ def copy_checkout(folder: Path, **parameters: Any) -> Checkout:
     return checkout
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """The MD5 of every file in a folder, by its path there."""
+    return {str(path.relative_to(folder)): md5(path) for path in folder.rglob("*") if path.is_file()}
+
+
 def complete(uri: str, run: Run, epochs: int) -> bool:
     """Whether a training's run is finished, names its checkpoint, and has every point of its curves once."""
     client = MlflowClient(uri)
-    histories = [client.get_metric_history(run.info.run_id, curve) for curve in CURVES]
-    once = list(range(1, epochs + 1))
-    points = all(sorted(point.step for point in history) == once for history in histories)
-    return run.info.status == "FINISHED" and "checkpoint_md5" in run.data.tags and points
-
-
-def kill(process: subprocess.Popen) -> None:
-    """Kill a process and its children at once, as a power failure would, and wait until they are gone."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    curves = [client.get_metric_history(run.info.run_id, curve) for curve in CURVES]
+    points = [sorted(point.step for point in curve) for curve in curves]
+    once = points == [list(range(1, epochs + 1))] * len(CURVES)
+    return once and run.info.status == "FINISHED" and "checkpoint_md5" in run.data.tags
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 on which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
 
 
@@ -130,9 +131,7 @@ def wait_for(port: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, "the server has ended"
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.2)
+        with contextlib.suppress(OSError):
+            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        time.sleep(0.2)
     raise TimeoutError(port)

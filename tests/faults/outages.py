@@ -4,86 +4,145 @@ Every outage is one training of a seed of its own, against a real MLflow server 
 checkpoint has the bytes of an undisturbed training and the server has, after `make sync`, one finished run with every point once.
 """
 
+import contextlib
+import http.client
+import os
 import random
 import shutil
+import socket
+import struct
 import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from mlflow.entities import Run
+from tests.faults.checkout import SMALL, Checkout, Outcome, checksums, complete, copy_checkout, free_port
+from tests.serving.conftest import running
 
-from pipeline.core.files import md5
-from tests.faults.checkout import SMALL, Checkout, Outcome, complete, copy_checkout, free_port, kill, wait_for
-from tests.faults.proxy import FAULTS, Proxy
-
+FAULTS = ("refused", "reset", "answer lost", "hanging", "HTTP 500", "slow")
+SLOW = 3  # seconds per request
 EPOCHS = 8
 STAGE = "train_student_alone"
-MODELS = Path("models/distillation/student_alone")
 
 
-@contextmanager
-def mlflow_server(checkout: Checkout) -> Iterator[int]:
-    """A tracking server of the checkout's own, artifacts through it; its port."""
-    port = free_port()
-    store = ["--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "artifacts"]
-    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *store]
-    process = checkout.start(*command, stdout=subprocess.DEVNULL)  # a full pipe would stop it
-    try:
-        wait_for(port, process)
-        yield port
-    finally:
-        kill(process)
+class Proxy(contextlib.AbstractContextManager):
+    """An HTTP proxy that passes requests on to the port `upstream` of 127.0.0.1, except while there is a fault."""
+
+    def __init__(self, upstream: int) -> None:
+        self.upstream, self.fault = upstream, ""
+        self._listen(0)
+        self.port = self._server.server_port
+
+    def _listen(self, port: int) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
+        self._server.proxy, self._server.daemon_threads = self, True
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def _close(self) -> None:
+        self._server.shutdown()
+        self._server.socket.close()
+
+    def begin(self, fault: str) -> None:
+        self.fault = fault
+        if fault == "refused":
+            self._close()
+
+    def end(self) -> None:
+        if self.fault == "refused":
+            self._listen(self.port)
+        self.fault = ""
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        self._close()
 
 
-def outages(folder: Path, count: int, random_seed: int = 0) -> list[Outcome]:
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def _any(self) -> None:
+        proxy: Proxy = self.server.proxy
+        fault = proxy.fault
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        while fault == "hanging" == proxy.fault:
+            time.sleep(0.05)
+        if fault in ("refused", "reset", "hanging"):
+            return self._reset()
+        if fault == "slow":
+            time.sleep(SLOW)
+        if fault == "HTTP 500":
+            return self._answer(500, "text/plain", b"out of order")
+        upstream = http.client.HTTPConnection("127.0.0.1", proxy.upstream, timeout=60)
+        upstream.request(self.command, self.path, body, dict(self.headers.items()) | {"Connection": "close"})
+        answer = upstream.getresponse()
+        content = answer.read()
+        upstream.close()
+        if fault == "answer lost":  # the request is carried out all the same
+            return self._reset()
+        return self._answer(answer.status, answer.getheader("Content-Type", "text/plain"), content)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _any  # noqa: N815 (http.server's names)
+
+    def _answer(self, status: int, kind: str, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(self.connection.detach())
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def outages(folder: Path, count: int) -> list[Outcome]:
     """Inject `count` outages of all kinds in turn; one outcome per kind."""
-    moments = random.Random(random_seed)
+    moments = random.Random(0)
     checkout = copy_checkout(folder, **SMALL, distillation__epochs=EPOCHS, seeds=list(range(count)))
+    models = checkout.folder / "models/distillation/student_alone"
     checkout.run(*checkout.stage("fetch_data distillation"))
     checkout.run(*checkout.stage(STAGE), timeout=1000)
-    expected = [_checksum(checkout, seed) for seed in range(count)]
+    expected = [checksums(models)[f"seed{seed}.safetensors"] for seed in range(count)]
+    shutil.rmtree(models)
     shutil.rmtree(checkout.folder / ".trainings")
     kinds = [FAULTS[number % len(FAULTS)] for number in range(count)]
-    wrong, lost = set(), set()
-    with mlflow_server(checkout) as upstream, Proxy(upstream) as server:
-        checkout.environment["MLFLOW_TRACKING_URI"] = uri = f"http://127.0.0.1:{server.port}"
+    wrong, lost, upstream = Counter(), Counter(), free_port()
+    store = ["--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "artifacts"]
+    command = [Path(sys.executable).with_name("mlflow"), "server", "--port", upstream, "--workers", "1", *store]
+    with running(upstream, *command, **checkout.options, stdout=subprocess.DEVNULL), Proxy(upstream) as server:
+        direct = f"http://127.0.0.1:{upstream}"
+        checkout.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{server.port}"
         for seed, kind in enumerate(kinds):
             checkout.set(seeds=[seed])
             stage = checkout.start(*checkout.stage(STAGE))
-            while stage.poll() is None and not _runs(checkout, f"http://127.0.0.1:{upstream}", seed):
+            while stage.poll() is None and not _runs(checkout, direct, seed):
                 time.sleep(0.05)  # until the training is in the store: a stage does not start without one
             time.sleep(moments.uniform(0, 1))
             server.begin(kind)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 stage.wait(timeout=moments.choice([1, 3, 600]))  # seconds that the outage lasts, or until the stage has ended
-            except subprocess.TimeoutExpired:
-                server.end()
-            output, _ = stage.communicate()
             server.end()
-            if stage.returncode or _checksum(checkout, seed) != expected[seed]:
+            output, _ = stage.communicate()
+            if stage.returncode or checksums(models).get(f"seed{seed}.safetensors") != expected[seed]:
                 print(output)
-                wrong.add(seed)
+                wrong[kind] += 1
         checkout.run(*checkout.stage("tracking.sync"))
-        for seed in range(count):
-            runs = _runs(checkout, uri, seed)
-            tags = [run.data.tags.get("checkpoint_md5") for run in runs]
-            if tags != [expected[seed]] or not complete(uri, runs[0], EPOCHS):
-                lost.add(seed)
-    outcomes = []
-    for kind in dict.fromkeys(kinds):
-        seeds = {seed for seed in range(count) if kinds[seed] == kind}
-        counts = len(seeds), len(seeds - lost - wrong), len(seeds & lost), len(seeds & wrong - lost)
-        outcomes.append(Outcome(f"tracking server: {kind}", *counts))
-    return outcomes
+        for seed, kind in enumerate(kinds):
+            runs = _runs(checkout, direct, seed)
+            right = [run.data.tags.get("checkpoint_md5") for run in runs] == [expected[seed]]
+            lost[kind] += not right or not complete(direct, runs[0], EPOCHS)
+    return [
+        Outcome(f"tracking server: {kind}", injected, max(injected - wrong[kind] - lost[kind], 0), lost[kind], wrong[kind])
+        for kind, injected in Counter(kinds).items()
+    ]
 
 
-def _runs(checkout: Checkout, uri: str, seed: int) -> list[Run]:
-    """The runs of a seed's training."""
-    return [run for run in checkout.mlflow_runs(uri) if run.info.run_name == f"{MODELS.name}/seed{seed}"]
-
-
-def _checksum(checkout: Checkout, seed: int) -> str | None:
-    path = checkout.folder / MODELS / f"seed{seed}.safetensors"
-    return md5(path) if path.is_file() else None
+def _runs(checkout: Checkout, uri: str, seed: int) -> list:
+    return [run for run in checkout.mlflow_runs(uri) if run.info.run_name == f"student_alone/seed{seed}"]

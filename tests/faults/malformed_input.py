@@ -1,0 +1,372 @@
+"""Damaged, malformed and malicious input for every reader of a file or a request.
+
+A reader gets mutations of a valid file, in a process of its own. It must accept each or refuse it with a `UserError` (a request:
+with a 4xx) within 10 s, run no code that is in it, and need less than 300 MiB for it. Of a reader whose process dies or hangs, no
+input counts as survived; the traceback is printed.
+"""
+
+import asyncio
+import contextlib
+import faulthandler
+import functools
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import struct
+import sys
+import tempfile
+import traceback
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+from unittest.mock import AsyncMock
+
+import mlflow
+import numpy as np
+import onnx
+import torch
+import yaml
+from mlflow.pyfunc import scoring_server
+from safetensors.torch import load, save
+
+import studies.study
+from pipeline.core.errors import UserError, one_line
+from pipeline.core.files import read_json
+from pipeline.data.dataset import SPLITS, Dataset, load_dataset
+from pipeline.data.prepared import load_split
+from pipeline.evaluation.comparisons import FILES, read_evaluation
+from pipeline.export.onnx_export import export_onnx
+from pipeline.export.onnx_model import Student
+from pipeline.fetching.sources import read_source
+from pipeline.networks.checkpoints import load_checkpoint, load_initial_weights, new_classifier, save_checkpoint
+from pipeline.params import load_params
+from pipeline.serving.predict import read_image
+from pipeline.serving.registry import read_predictions
+from pipeline.serving.server import LIMIT, GuardBody
+from pipeline.training.cache import Entry, Record, read_record
+from tests.faults.checkout import ROOT, Outcome
+from tests.networks.conftest import describe
+
+CONTEXT = multiprocessing.get_context("spawn")
+PATIENCE = 10  # seconds for one input
+MEMORY = 300 * 2**20  # bytes for one input
+SIGN = "foreign-code-ran"  # the folder that it would make, in the working directory
+FOREIGN_CODE = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class")  # audit events
+
+
+def npy(dtype: Any = "|u1", shape: Any = (20, 8, 8, 1), data: bytes = b"", header: str = "") -> bytes:
+    """An .npy file with this header, true or not."""
+    text = (header or repr({"descr": dtype, "fortran_order": False, "shape": shape})).encode()
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text + data
+
+
+def npz(arrays: dict[str, np.ndarray], *more: tuple[str, bytes]) -> bytes:
+    """An .npz archive of arrays and more .npy files; of two with the same name, readers take the last."""
+    entries = [(name, npy(array.dtype.str, array.shape, array.tobytes())) for name, array in arrays.items()]
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(stream := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in (*entries, *more):
+            file.writestr(f"{name}.npy", content)
+    return stream.getvalue()
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file that says it has these sides, with right checksums."""
+    chunks = ((b"IHDR", struct.pack(">II5B", width, height, 8, 0, 0, 0, 0)), *chunks)
+    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+PARTS = {"images": np.full((20, 8, 8, 1), 7, np.uint8), "labels": np.arange(20) % 3}
+IMAGES = {f"{split}_{part}": array for split in SPLITS for part, array in PARTS.items()} | {"class_names": np.array([*"abc"])}
+PROBABILITIES = np.full((2, 20, 3), 1 / 3, np.float32)
+PREDICTIONS = {"labels": np.zeros(20, np.int64), "seeds": np.arange(2), "student_distilled": PROBABILITIES}
+COUNTS = {"images": dict.fromkeys(SPLITS, 20), "validation": "official", "fingerprint": "0" * 64}
+DATASET = Dataset(name="digits", classes=[*"abc"], image_shape=(8, 8, 1), mean=0.5, std=0.5, **COUNTS)
+DESCRIPTION = describe(DATASET)
+RECORD = Record(**DESCRIPTION.model_dump(), epochs=2, started=1.5, loads=[{"system/cpu_utilization_percentage": 9.0}])
+NETWORK = new_classifier(DESCRIPTION.architecture, DESCRIPTION.arguments, DATASET, 0)
+IDAT, IEND = (b"IDAT", zlib.compress(bytes(29 * 28))), (b"IEND", b"")
+PICKLE = f"cposix\nmkdir\n(S'{SIGN}'\ntR.".encode()
+CODE = f"!!python/object/apply:os.mkdir ['{SIGN}']\n".encode()
+POSTSCRIPT = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n({SIGN}) (w) file closefile showpage\n".encode()
+LAUGHS = b"a0: &a0 [x]\n" + b"".join(b"a%d: &a%d [%s]\n" % (n + 1, n + 1, b", ".join([b"*a%d" % n] * 9)) for n in range(20))
+MERGES = LAUGHS.replace(b"[x]", b"{x: 1}").replace(b"[", b"{<<: [").replace(b"]", b"]}")
+
+# To be refused, by the readers of what it could be.
+YAML = (
+    *(LAUGHS, MERGES, b"kd: &a [*a]\n", b"x: " + CODE, CODE, b"\0", b"%YAML 9.9\n---\n", "x: \u2028\x85\ufeff\n".encode()),
+    *(b"x: " + b"[" * 5000, b"x: " + b"[" * 100_000, b"x: " + b"{a: " * 5000, b"x: " + b"9" * 5000, b"x: 0x" + b"f" * 50_000),
+    *(b"x: " + b"1:" * 20_000 + b"1\n", b"x: 2001-99-99\n", b"x: !!binary '???'\n", b"x: !!set {? [a]}\n", b"? {a: b}\n: c\n"),
+    *(b"x: |\n " + b"y" * 2_000_000, b"x: " + b"y" * 90_000, b"- a\n" * 200_000, b"- 1\n- 2", b"--- a\n--- b\n", b"\xff\xfe"),
+)
+PIXELS = PARTS["images"].tobytes()
+SIDES = (0, 1, 19, 21, -1, 2**20, 2**31, 2**40, 2**62, 10**30, True, 1.5, None)
+DTYPES = ("<i8", ">i8", "<f8", "<f2", "|b1", "<c16", "<U5", "<U0", "|V0", "|S3", "<M8[ns]", "O", "xx", "", 7, None)
+STRUCTURES = ([("a", "<i4"), ("b", "|O")], ("<i4", (2**40,)), [("a", "|V0")])
+HEADERS = ("(" * 4000, "(" * 150 + "1" + ")" * 150, "{", "[]", "'" * 9, "{'shape': 1L}", "\0", "9" * 5000)
+NPY = (
+    *(npy(shape=(side, 8, 8, 1), data=PIXELS) for side in SIDES),
+    *(npy(dtype, data=PIXELS) for dtype in DTYPES + STRUCTURES),
+    *(npy(header=header, data=PIXELS) for header in HEADERS),
+    *(npy("|O", shape, PICKLE) for shape in ((20, 8, 8, 1), (1,), ())),
+    *(npy(dtype, shape) for dtype in ("<U0", "|V0", "|u1") for shape in ((2**40,), (2**62, 0, 8))),
+    *(npy(data=PIXELS[1:]), npy(data=PIXELS + b"\0"), npy(shape=(19, 8, 8, 1), data=PIXELS[64:]), npy("<U5", data=bytes(25_600))),
+)
+WRONG_PREDICTIONS = [npz(PREDICTIONS, ("student_distilled", array)) for array in NPY]
+WRONG_SIDES = ((50_000, 50_000), (10_000, 10_000), (28, 2**31), (2**32 - 1, 2**32 - 1), (0, 28), (8, 8))
+PNG = (
+    *(png(*sides, IDAT, IEND) for sides in WRONG_SIDES),
+    *(b"GIF89a\x1c\0\x1c\0\0\0\0", POSTSCRIPT, png(28, 28, IEND), png(28, 28, (b"IDAT", b"x" * 100), IEND)),
+    png(28, 28, (b"IDAT", IDAT[1][:-8]))[:-20],
+)
+BODIES = (
+    *(b"", b'{"inputs": []}', b'{"inputs": [[[[NaN]]]]}', b'{"inputs": [' + b"[[[[[[0]]]]]]," * 250_000 + b"0]}"),
+    *(b'{"inputs": [' + b"[]," * 1_000_000 + b"[]]}", b'{"instances": [' + b'{"":1},' * 500_000 + b"0]}", b"[" * 4_000_000),
+    *(b'{"inputs": ["' + b"x" * 2_000_000 + b'"' + b',"a"' * 400_000 + b"]}", b'{"inputs": [' + b"1e9," * 1_000_000 + b"0]}"),
+    *(b'{"dataframe_records": [' + b'"",' * 1_000_000 + b'""]}', b'{"inputs": [' + b"9" * 4_000_000 + b"]}", b" " * (LIMIT + 1)),
+)
+TYPES = (b"text/csv\na,b\n1,2", b"application/vnd.apache.parquet\nPAR1", b"\n", b"application/json; charset=x\n")
+ARGUMENTS = ({"width": 4096, "hidden": 65_536}, {"hidden": 10**12}, {"width": 10**30}, {"name": "resnet18"})
+DATASETS = ({"image_shape": [60_000, 60_000, 1]}, {"image_shape": [10**12, 8, 1]}, {"classes": ["x"] * 200_000}, {"std": 0})
+UNKNOWN_TYPE = b'\x35\0\0\0\0\0\0\0{"a":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}abcd'
+WEIGHTS = save({"weight": torch.zeros(4, 3)})
+
+# Mutations at random.
+INTEGERS = (0, 1, 2**7, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**62, 2**64 - 1)
+JSON_PARTS = re.compile(rb'"[^"]*"|-?[\d.]+|\[[^\[\]]*\]|\{[^{}]*\}')  # keys, values, innermost lists and objects
+JSON = (  # instead of such a part
+    *(b"null", b"true", b"-1", b"0", b"65536", b"2147483648", b"0.5", b"1e308", b"1e999", b"NaN", b"9" * 400, b"9" * 5000, b""),
+    *(b'""', b'"' + b"x" * 10_000 + b'"', b'"../../../etc/passwd"', b'"\\u0000\\u001b[2J"', b'"F4"', b'"BF16"', b'"__class__"'),
+    *(b"[]", b"{}", b"[{}]", b'{"": {}}', b'0, "extra": 0', b'0, "in_channels": 0', b"[" + b"[]," * 999 + b"0]"),
+    *(b"[" * 50_000, b"[" * 50_000 + b"]" * 50_000),
+)
+KINDS = (b"zTXt", b"iCCP", b"iTXt", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"eXIf")
+CHUNKS = tuple(png(28, 28, (kind, b"a\0\0\1\0\0\0"), IDAT, IEND) for kind in KINDS)
+FOREIGN = (*YAML, *JSON, *NPY, *PNG, *CHUNKS, b"\x93NUMPY\1\0", b"PK\5\6" + bytes(18), PICKLE)
+
+
+def damage(content: bytes, random: Random) -> bytes:
+    """Flip, overwrite, repeat, remove or truncate, at one to three places."""
+    for _ in range(random.randint(1, 3)):
+        at, size = random.randrange(len(content) + 1), random.choice((1, 2, 4, 8, 64, 4096))
+        part, tail = content[at : at + size], content[at + size :]
+        flipped = bytes(byte ^ (1 << random.randrange(8)) for byte in part[:4]) + part[4:]
+        number = (random.choice(INTEGERS) % 256**size).to_bytes(size, random.choice(("little", "big")))  # a length, perhaps
+        filled = random.choice((random.randbytes(len(part)), bytes(len(part)), b"\xff" * len(part)))
+        changed = random.choice((flipped, number, filled, b"", part * 2, part * 100))
+        content = content[:at] + changed + random.choice((*[tail] * 6, b""))
+    return content
+
+
+def json_text(content: bytes, random: Random) -> bytes:
+    for _ in range(random.randint(1, 3)):
+        if parts := list(JSON_PARTS.finditer(content)):
+            start, end = random.choice(parts).span()
+            content = content[:start] + random.choice(JSON) + content[end:]
+    return content
+
+
+DESCRIBED = DESCRIPTION.model_dump_json().encode()
+MUTATIONS = {  # besides `damage`, by the file's suffix
+    ".json": json_text,
+    ".http": json_text,
+    ".yaml": lambda content, random: json_text(json.dumps(yaml.safe_load(content)).encode(), random),
+    ".safetensors": lambda content, random: save(load(content), {"description": json_text(DESCRIBED, random).decode()}),
+}
+
+
+class Reader(NamedTuple):
+    """A file, its content if all is well, the function that reads it, and contents that it must refuse."""
+
+    path: Path
+    valid: bytes
+    read: Callable[[Path], object]
+    malformed: Sequence[bytes] = ()
+
+    def mutated(self, random: Random) -> bytes:
+        """The valid file, damaged or with other values; or a malformed one, also of another kind, as it is or damaged."""
+        if random.random() < 0.6:
+            return random.choice((damage, MUTATIONS.get(self.path.suffix, damage)))(self.valid, random)
+        content = random.choice(random.choice((self.malformed or FOREIGN, FOREIGN)))
+        return random.choice((content, damage(content, random)))
+
+    def judge(self, content: bytes) -> tuple[str, str]:
+        """What becomes of a file: "accepted", "refused" (some return None), "crashed", "large" or "executed"; and the message."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_bytes(content)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+        before = _peak_memory()
+        try:
+            verdict = ("refused" if self.read(self.path) is None else "accepted"), ""
+        except UserError as error:
+            verdict = "refused", one_line(error)
+        except BaseException:  # whatever it is
+            verdict = "crashed", traceback.format_exc(limit=-3)
+        if (size := _peak_memory() - before) > MEMORY:
+            verdict = "large", f"{size:,} bytes"
+        if Path(SIGN).exists():
+            Path(SIGN).rmdir()
+            verdict = "executed", SIGN
+        return verdict
+
+
+def _peak_memory() -> int:
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1))
+
+
+def own_images(folder: Path) -> Reader:
+    valid = npz(IMAGES)
+    entry = valid.index(b"PK\1\2")
+    declared = [valid[: entry + at] + b"\x63\0" + valid[entry + at + 2 :] for at in (8, 10, 16, 24, 42)]  # flags, method, ...
+    flipped, missing = valid[:100] + bytes([valid[100] ^ 1]) + valid[101:], npz(PARTS)
+    wrong = [npz(IMAGES, ("train_images", array)) for array in NPY]
+    return Reader(folder / "own.npz", valid, lambda path: read_source(str(path)), [flipped, missing, *declared, *wrong])
+
+
+def prepared(part: str, folder: Path) -> Reader:
+    (folder / "train").mkdir()
+    for name, array in PARTS.items():
+        np.save(folder / "train" / name, array)
+    path = folder / "train" / f"{part}.npy"
+    return Reader(path, path.read_bytes(), lambda _: load_split(folder, "train", torch.device("cpu")), NPY)
+
+
+def _read_evaluation(path: Path) -> object:
+    detail = {"track": "own", "dataset": DATASET.model_dump(), "models": {"student_distilled": {"seeds": [0, 1]}}}
+    tables = dict(zip(FILES, [b"{}", b"{}", json.dumps(detail).encode()], strict=False))
+    return read_evaluation("{}", lambda name: tables.get(name) or path.read_bytes())
+
+
+def checkpoint(folder: Path) -> Reader:
+    def read(path: Path) -> object:
+        classifier, loaded = load_checkpoint(path, torch.device("cpu"))
+        return classifier(torch.zeros((1, *loaded.dataset.image_shape), dtype=torch.uint8)), loaded.best()
+
+    def described(tensors: dict, key: str = "dataset", **changed: object) -> bytes:
+        description = DESCRIPTION.model_dump()
+        return save(tensors, {"description": json.dumps(description | {key: description[key] | changed})})
+
+    save_checkpoint(path := folder / "seed0.safetensors", NETWORK, DESCRIPTION)
+    tensors = load(path.read_bytes())
+    doubled = described({name: tensor.double() for name, tensor in tensors.items()})
+    others = [described(tensors, "arguments", **a) for a in ARGUMENTS] + [described(tensors, **d) for d in DATASETS]
+    return Reader(path, path.read_bytes(), read, [doubled, *others])
+
+
+def saved_training(folder: Path) -> Reader:
+    entry = Entry(folder, "a")
+    entry.save(RECORD, {"weight": torch.arange(6.0)})
+
+    def read(_: Path) -> object:
+        loaded = entry.load()
+        assert loaded is None or (loaded[0], loaded[1]["weight"].tolist()) == (RECORD, [0, 1, 2, 3, 4, 5])
+        return loaded
+
+    return Reader(entry.state, entry.state.read_bytes(), read)
+
+
+def study(folder: Path) -> Reader:
+    shutil.copy(ROOT / "params.yaml", folder)
+    studies.study.ROOT = folder
+    content = (ROOT / "studies/mnist.yaml").read_bytes()
+    return Reader(folder / "studies/a.yaml", content, lambda path: studies.study.load_study(path.stem), YAML)
+
+
+def exported_student(folder: Path) -> Reader:
+    path = folder / "student" / "student.onnx"
+    export_onnx(NETWORK, DATASET.image_shape, DATASET.classes, path)
+    model = onnx.load(path)  # its first weights in another file, which is there
+    weights = model.graph.initializer[0]
+    (folder / "weights").write_bytes(weights.raw_data)
+    weights.ClearField("raw_data")
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    weights.external_data.add(key="location", value="../weights")
+    malformed = [b"", b"\xff" * 100, model.SerializeToString()]
+    return Reader(path, path.read_bytes(), lambda path: Student(path).probabilities(PARTS["images"]), malformed)
+
+
+def request(folder: Path) -> Reader:
+    """The server, by its ASGI application. The file's first line is the content type, the rest the body."""
+    code, artifacts = str(ROOT / "pipeline/serving/pyfunc_model.py"), {"onnx": str(exported_student(folder).path)}
+    options = {"signature": mlflow.models.infer_signature(np.zeros((1, 8, 8, 1))), "pip_requirements": []}
+    mlflow.pyfunc.save_model(folder / "model", python_model=code, artifacts=artifacts, **options)
+    app = GuardBody(scoring_server.init(mlflow.pyfunc.load_model(str(folder / "model"))), LIMIT, (8, 8, 1))
+    scope = {"type": "http", "method": "POST", "path": "/invocations", "query_string": b"", "scheme": "http"}
+
+    def read(path: Path) -> int:
+        kind, _, body = path.read_bytes().partition(b"\n")
+        send, receive = AsyncMock(), AsyncMock(return_value={"type": "http.request", "body": body})
+        asyncio.run(app(scope | {"headers": [(b"content-type", kind)] if kind else []}, receive, send))
+        status = send.await_args_list[0].args[0]["status"]
+        if 400 <= status < 500:
+            raise UserError(f"a.http: {status}")
+        assert status == 200
+        return status
+
+    valid = b"application/json\n" + json.dumps({"inputs": np.zeros((2, 8, 8, 1), int).tolist()}).encode()
+    return Reader(folder / "a.http", valid, read, [*TYPES, *(b"application/json\n" + body for body in BODIES)])
+
+
+def _of(name: str, valid: bytes, read: Callable[[Path], object], malformed: Sequence[bytes] = ()) -> Callable[[Path], Reader]:
+    return lambda folder: Reader(folder / name, valid, read, malformed)
+
+
+MAKERS = (own_images, checkpoint, saved_training, study, exported_student, request)
+READERS: dict[str, Callable[[Path], Reader]] = {maker.__name__: maker for maker in MAKERS} | {  # given an empty folder
+    "prepared_images": functools.partial(prepared, "images"),
+    "prepared_labels": functools.partial(prepared, "labels"),
+    "prepared_description": _of("dataset.json", DATASET.model_dump_json().encode(), lambda path: load_dataset(path.parent)),
+    "initial_weights": _of("resnet18.safetensors", WEIGHTS, load_initial_weights, [UNKNOWN_TYPE]),
+    "predictions": _of("predictions.npz", npz(PREDICTIONS), read_predictions, WRONG_PREDICTIONS),
+    "evaluation": _of("predictions.npz", npz(PREDICTIONS), _read_evaluation, WRONG_PREDICTIONS),
+    "stage_json": _of("a.json", b'{"a": {"b": 0.9}, "seeds": [0, 1]}', read_json, [b"[1, 2]", b"[" * 100_000, b"\xff", b""]),
+    "parameters": _of("params.yaml", (ROOT / "params.yaml").read_bytes(), load_params, YAML),
+    "image": _of("a.png", png(28, 28, IDAT, IEND), functools.partial(read_image, shape=(28, 28, 1)), PNG),
+    "training_record": _of("a/record.json", RECORD.model_dump_json().encode(), lambda path: read_record(path.parents[1], "a")),
+}
+
+
+def malformed_input(count: int) -> list[Outcome]:
+    """Share `count` inputs among the readers; one outcome per reader."""
+    share, outcomes = -(-count // len(READERS)), []
+    for name in READERS:
+        with ProcessPoolExecutor(1, CONTEXT) as pool:
+            try:
+                verdicts = pool.submit(_attack, name, share).result()
+            except BrokenProcessPool:
+                verdicts = Counter()
+        survived = verdicts["accepted"] + verdicts["refused"]
+        outcomes.append(Outcome(f"malformed input: {name}", share, survived, 0, share - survived))
+    return outcomes
+
+
+def _attack(name: str, count: int) -> Counter[str]:
+    """Give `count` inputs, always the same, to a reader. For a process of its own, which ends when the reader hangs."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    faulthandler.enable(sys.stdout)
+    foreign_code, verdicts = [], Counter()
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        reader = READERS[name](Path(folder))
+        reader.judge(reader.valid)
+        sys.addaudithook(lambda event, _: foreign_code.append(event) if event in FOREIGN_CODE else None)
+        for number in range(count):
+            content = reader.mutated(Random(f"{name} {number}"))
+            faulthandler.dump_traceback_later(PATIENCE, exit=True, file=sys.stdout)
+            verdict, message = reader.judge(content)
+            faulthandler.cancel_dump_traceback_later()
+            if foreign_code:
+                verdict, message = "executed", foreign_code.pop()
+            if verdict not in ("accepted", "refused"):
+                print(f"{name}, input {number}: {verdict}: {message}", flush=True)
+            verdicts[verdict] += 1
+    return verdicts
