@@ -10,11 +10,11 @@ export MLFLOW_DISABLE_TELEMETRY := true
 DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.epochs=2 \
         -S distillation.dataset=mnist5k -S distillation.epochs=3 -S 'seeds=[0,1]'
 
-.PHONY: help install demo test screenshots bench faults study study-table register serve sync lint format ui clean
+.PHONY: help install demo test test-all screenshots bench faults study study-table register serve sync lint format ui clean
 
 help:
 	@echo "make demo     install, run the whole graph on 5,000 embedded images, print the results"
-	@echo "make test     install what tests need, run them all"
+	@echo "make test     install what tests need, run those that take a few minutes; 'make test-all' runs all of them"
 	@echo "make screenshots  README.md's pictures of the MLflow UI, of what 'make demo' left in mlflow.db (needs Chromium)"
 	@echo "make bench    time the trainings against an ordinary loop (BENCH='--share 0.1' for a quick look)"
 	@echo "make faults   kill, cut off, fill and feed badly the real pipeline, and count what survives (half an hour)"
@@ -44,9 +44,13 @@ demo: .venv/installed
 	@echo "  dvc repro report@distillation       the real thing: full MNIST (downloads 12 MB)"
 	@echo "  README.md                           the full run, varying it, your own images"
 
-# Two at a time.
+# Two at a time. Left out: what is marked slow, and tests/faults. `make test TESTS="slow or faults"`: these alone.
+TESTS := not slow and not faults
 test: .venv/installed-for-tests
-	pytest -n 2 --dist loadfile
+	pytest -n 2 --dist loadfile -m "$(TESTS)"
+
+test-all: TESTS :=
+test-all: test
 
 screenshots: .venv/installed-for-tests
 	SCREENSHOTS=docs pytest tests/tracking/test_pages.py
