@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from sklearn.datasets import load_digits
 
 from pipeline.data.dataset import Dataset
@@ -15,6 +16,18 @@ from tests.faults.checkout import ROOT, Checkout, copy_checkout
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 torch.set_num_threads(1)  # as a training, whatever the machine has
+
+
+DIGITS = Dataset(
+    name="digits",
+    classes=[str(digit) for digit in range(10)],
+    image_shape=(8, 8, 1),
+    mean=0.5,
+    std=0.5,
+    images={"train": 400, "val": 100, "test": 0},
+    validation="official",
+    fingerprint="0" * 64,
+)
 
 
 def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,17 +84,15 @@ def data() -> TrainingData:
     """400 digits to train on and 100 to validate on, as tensors on the CPU."""
     images, labels = (torch.from_numpy(array) for array in digits(500))
     images = images[..., None]
-    dataset = Dataset(
-        name="digits",
-        classes=[str(digit) for digit in range(10)],
-        image_shape=(8, 8, 1),
-        mean=0.5,
-        std=0.5,
-        images={"train": 400, "val": 100, "test": 0},
-        validation="official",
-        fingerprint="0" * 64,
-    )
-    return TrainingData(dataset, Split(images[:400], labels[:400]), Split(images[400:], labels[400:]))
+    return TrainingData(DIGITS, Split(images[:400], labels[:400]), Split(images[400:], labels[400:]))
+
+
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A SQLite store without runs, to copy: MLflow takes seconds to create one."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path.read_bytes()
 
 
 @pytest.fixture(scope="session")

@@ -86,10 +86,9 @@ def committed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def checkout(template: Path, store: Path, new_store: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it to stand in, with an empty store and without a git identity."""
+def checkout(template: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to stand in, without a git identity."""
     shutil.copytree(template, store, dirs_exist_ok=True)
-    (store / "mlflow.db").write_bytes(new_store)
     monkeypatch.chdir(store)
     monkeypatch.setattr("pipeline.core.provenance.PIPELINE", store / "pipeline")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
