@@ -63,8 +63,8 @@ def is_mapped(address: int) -> bool:
 def small_checkout(folder: Path, **parameters: object) -> Checkout:
     """A copy of the project whose tracks read a small file, two seeds, one epoch or two, unless `parameters` say otherwise."""
     folder.mkdir(parents=True)
-    write_npz(folder / "own.npz")
-    small = {"baselines__dataset": "own.npz", "distillation__dataset": "own.npz", "baselines__pretrained": False}
+    write_npz(folder / "images.npz")
+    small = {"baselines__dataset": "images.npz", "distillation__dataset": "images.npz", "baselines__pretrained": False}
     small |= {"baselines__epochs": 1, "distillation__epochs": 2, "seeds": [0, 1]}
     return copy_checkout(folder, **(small | parameters))
 
@@ -75,8 +75,8 @@ def stages_run(output: str) -> list[str]:
 
 
 @pytest.fixture
-def own_npz(tmp_path: Path) -> Path:
-    return write_npz(tmp_path / "own.npz")
+def npz(tmp_path: Path) -> Path:
+    return write_npz(tmp_path / "images.npz")
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def test_a_misspelt_setting_is_stopped_by_dvc_itself(checkout: Checkout):
 def test_changed_content_behind_an_unchanged_path_is_noticed(checkout: Checkout):
     checkout.dvc("repro", EVALUATION)
     assert stages_run(checkout.dvc("repro", EVALUATION)) == []
-    images = np.load(checkout.folder / "own.npz")["test_images"]
-    write_npz(checkout.folder / "own.npz", test_images=255 - images)
+    images = np.load(checkout.folder / "images.npz")["test_images"]
+    write_npz(checkout.folder / "images.npz", test_images=255 - images)
     stages = stages_run(checkout.dvc("repro", EVALUATION))
     assert (stages[0], stages[-1]) == ("fetch_data@distillation", EVALUATION)

@@ -42,5 +42,5 @@ def test_the_counts_of_the_studies_are_those_of_their_tables(study: str):
     assert counts in README
     verdicts = [line.split("|")[-2].strip() for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(verdicts) >= 24
-    said = ("better", "worse", "not distinguishable")
-    assert counts == ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in said)
+    possible = ("better", "worse", "not distinguishable")
+    assert counts == ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in possible)

@@ -53,10 +53,8 @@ class Registry:
 @pytest.fixture(scope="session")
 def exported(data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Path]:
     """An untrained student, and its ONNX file."""
-    classifier, path = (
-        new_classifier("compact_cnn", ARGUMENTS, data.dataset, 0).eval(),
-        tmp_path_factory.mktemp("student") / "s.onnx",
-    )
+    classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 0).eval()
+    path = tmp_path_factory.mktemp("student") / "student.onnx"
     export_onnx(classifier, data.dataset.image_shape, data.dataset.classes, path)
     return classifier, path
 

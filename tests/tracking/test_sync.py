@@ -105,9 +105,9 @@ def test_the_store_gets_the_workspace_and_every_experiment_once(tmp_path: Path, 
     sync.main()
     assert set(before) == names("student_distilled", "student_distilled T=6", "student_alone")
     assert {name: run.data.tags for name, run in runs().items()} == {name: run.data.tags for name, run in before.items()}
-    first, other, alone = (runs()[name] for name in ("student_distilled", "student_distilled T=6", "student_alone"))
+    first, other, lone = (runs()[name] for name in ("student_distilled", "student_distilled T=6", "student_alone"))
     assert other.data.tags["dvc.experiment"] == "warm-owl"
-    assert "dvc.experiment" not in first.data.tags | alone.data.tags
+    assert "dvc.experiment" not in first.data.tags | lone.data.tags
     for run, temperature in ((first, 5), (other, 6)):
         (tmp_path / f"again{temperature}").mkdir()
         evaluation = write_results(tmp_path / f"again{temperature}", temperature)

@@ -12,7 +12,7 @@ SETTINGS = {"epochs": 2, "batch_size": 64, "lr": 0.01, "precision": "fp32"}
 
 
 @pytest.fixture
-def teacher(own_npz: Path, tmp_path: Path) -> Recipe:
+def teacher(npz: Path, tmp_path: Path) -> Recipe:
     """A teacher's recipe; its data are prepared in tmp_path / "data"."""
-    prepare(read_source(str(own_npz)), 0.1, tmp_path / "data")
+    prepare(read_source(str(npz)), 0.1, tmp_path / "data")
     return Recipe("teacher", "compact_cnn", {"width": 4, "hidden": 8}, SETTINGS, 0, tmp_path / "data", "cpu")

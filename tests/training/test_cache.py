@@ -78,16 +78,16 @@ def hold(root: Path, begun, seconds: float) -> None:
 
 def test_a_second_process_waits_and_says_so(tmp_path: Path):
     context = multiprocessing.get_context("spawn")
-    begun, said = context.Event(), []
+    begun, waits = context.Event(), []
     process = context.Process(target=hold, args=(tmp_path, begun, 0.5))
     process.start()
     begun.wait()
-    with open_entry(tmp_path, "abc", lambda: said.append(True)):
-        assert said == [True]
+    with open_entry(tmp_path, "abc", lambda: waits.append(True)):
+        assert waits == [True]
         process.join(10)
         assert process.exitcode == 0
-    with open_entry(tmp_path, "abc", lambda: said.append(True)):
-        assert said == [True]
+    with open_entry(tmp_path, "abc", lambda: waits.append(True)):
+        assert waits == [True]
 
 
 def work(root: Path, count: int, log: Path) -> None:
