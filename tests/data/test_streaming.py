@@ -42,12 +42,6 @@ def test_a_streamed_training_is_that_of_images_in_memory(data: TrainingData, row
     assert all(map(torch.equal, results[0][1], results[1][1]))
 
 
-def test_a_streamed_epoch_has_the_images_of_every_batch_in_order(data: TrainingData):
-    rows = torch.randperm(400).split(64)
-    batches = list(streamed(data.train.images, rows, CPU))
-    assert all(torch.equal(batch, data.train.images[numbers]) for batch, numbers in zip(batches, rows, strict=True))
-
-
 def peak_anonymous(checkout: Checkout, stage: str) -> int:
     """The most memory, in MiB, that a stage and its children held at a time and that is no file's."""
     process = checkout.start(*checkout.stage(stage))

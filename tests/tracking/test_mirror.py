@@ -132,20 +132,14 @@ def test_two_settings_at_once_are_named_and_repeated_by_their_own_parameters(sto
         name = f"{temperature}-{alpha}"
         mirror.training(make_record(3, model="student", parameters=parameters, digest=name, setting=name))
     repeat = {name: run.data.tags["repeat"] for name, run in runs().items()}
+    again = "Again: `git checkout cccccccccccc && dvc {} distill_student`".format
     assert repeat == {
-        "student": "Again: `git checkout cccccccccccc && dvc repro distill_student`",
-        "student/seed3": "Again: `git checkout cccccccccccc && dvc exp run -S 'seeds=[3]' distill_student`",
-        "student T=6": "Again: `git checkout cccccccccccc && dvc exp run -S kd.temperature=6 distill_student`",
-        "student T=6/seed3": (
-            "Again: `git checkout cccccccccccc && dvc exp run -S kd.temperature=6 -S 'seeds=[3]' distill_student`"
-        ),
-        "student T=8 alpha=0.25": (
-            "Again: `git checkout cccccccccccc && dvc exp run -S kd.temperature=8 -S kd.alpha=0.25 distill_student`"
-        ),
-        "student T=8 alpha=0.25/seed3": (
-            "Again: `git checkout cccccccccccc && dvc exp run -S kd.temperature=8 -S kd.alpha=0.25 -S 'seeds=[3]'"
-            " distill_student`"
-        ),
+        "student": again("repro"),
+        "student/seed3": again("exp run -S 'seeds=[3]'"),
+        "student T=6": again("exp run -S kd.temperature=6"),
+        "student T=6/seed3": again("exp run -S kd.temperature=6 -S 'seeds=[3]'"),
+        "student T=8 alpha=0.25": again("exp run -S kd.temperature=8 -S kd.alpha=0.25"),
+        "student T=8 alpha=0.25/seed3": again("exp run -S kd.temperature=8 -S kd.alpha=0.25 -S 'seeds=[3]'"),
     }
 
 

@@ -96,7 +96,9 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, "starter"])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, signal.SIGKILL, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGTERM, "starter"))]
+)
 def test_no_process_outlives_the_one_that_started_it(recipes: list[Recipe], tmp_path: Path, how):
     (tmp_path / "stage.py").write_text(STAGE.format(folder=str(tmp_path), settings=LONG | {"epochs": 3000}))
     command = [sys.executable, str(tmp_path / "stage.py")]
