@@ -49,9 +49,13 @@ demo: .venv/installed
 	@echo "  make demo NAME=t6 VARY='-S kd.temperature=6'     the same, varied: what that does not touch is not trained again"
 	@echo "  make compare A=demo B=t6                         is it better?"
 
-# Two at a time.
+# Two at a time. Left out: what is marked slow, and tests/faults. `make test TESTS="slow or faults"`: these alone.
+TESTS := not slow and not faults
 test: .venv/installed-for-tests
-	pytest -n 2 --dist loadfile
+	pytest -n 2 --dist loadfile -m "$(TESTS)"
+
+test-all: TESTS :=
+test-all: test
 
 screenshots: .venv/installed-for-tests
 	SCREENSHOTS=docs pytest tests/tracking/test_pages.py

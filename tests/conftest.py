@@ -1,11 +1,13 @@
 """Small real images and the fixtures that several tests share."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from sklearn.datasets import load_digits
 
 from pipeline.data.dataset import Dataset
@@ -14,6 +16,18 @@ from tests.faults.checkout import ROOT, Checkout, copy_checkout
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 torch.set_num_threads(1)  # as a training, whatever the machine has
+
+
+DIGITS = Dataset(
+    name="digits",
+    classes=[str(digit) for digit in range(10)],
+    image_shape=(8, 8, 1),
+    mean=0.5,
+    std=0.5,
+    images={"train": 400, "val": 100, "test": 0},
+    validation="official",
+    fingerprint="0" * 64,
+)
 
 
 def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,23 +63,20 @@ def is_mapped(address: int) -> bool:
 def small_checkout(folder: Path, **parameters: object) -> Checkout:
     """A copy of the project whose tracks read a small file, two seeds, one epoch or two, unless `parameters` say otherwise."""
     folder.mkdir(parents=True)
-    write_npz(folder / "own.npz")
-    small = {"baselines__dataset": "own.npz", "distillation__dataset": "own.npz", "baselines__pretrained": False}
+    write_npz(folder / "images.npz")
+    small = {"baselines__dataset": "images.npz", "distillation__dataset": "images.npz", "baselines__pretrained": False}
     small |= {"baselines__epochs": 1, "distillation__epochs": 2, "seeds": [0, 1]}
     return copy_checkout(folder, **(small | parameters))
 
 
-@pytest.fixture(scope="session")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A checkout in which the whole graph has run; `output` is what DVC said."""
-    checkout = small_checkout(tmp_path_factory.mktemp("end") / "checkout")
-    checkout.output = checkout.dvc("repro")
-    return checkout
+def stages_run(output: str) -> list[str]:
+    """The stages that DVC says it has run."""
+    return re.findall(r"Running stage '(.*)'", output)
 
 
 @pytest.fixture
-def own_npz(tmp_path: Path) -> Path:
-    return write_npz(tmp_path / "own.npz")
+def npz(tmp_path: Path) -> Path:
+    return write_npz(tmp_path / "images.npz")
 
 
 @pytest.fixture(scope="session")
@@ -73,17 +84,15 @@ def data() -> TrainingData:
     """400 digits to train on and 100 to validate on, as tensors on the CPU."""
     images, labels = (torch.from_numpy(array) for array in digits(500))
     images = images[..., None]
-    dataset = Dataset(
-        name="digits",
-        classes=[str(digit) for digit in range(10)],
-        image_shape=(8, 8, 1),
-        mean=0.5,
-        std=0.5,
-        images={"train": 400, "val": 100, "test": 0},
-        validation="official",
-        fingerprint="0" * 64,
-    )
-    return TrainingData(dataset, Split(images[:400], labels[:400]), Split(images[400:], labels[400:]))
+    return TrainingData(DIGITS, Split(images[:400], labels[:400]), Split(images[400:], labels[400:]))
+
+
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A SQLite store without runs, to copy: MLflow takes seconds to create one."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path.read_bytes()
 
 
 @pytest.fixture(scope="session")

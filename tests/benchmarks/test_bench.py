@@ -22,6 +22,7 @@ def test_the_peer_trains_networks_of_the_same_size(model: str):
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
 
 
+@pytest.mark.slow
 def test_every_way_learns_from_the_same_images(tmp_path: Path):
     prepare(read_source("mnist5k"), 0.1, tmp_path / "distillation")
     data = bench.cut(tmp_path, "distillation", 0.5)

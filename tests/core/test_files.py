@@ -10,8 +10,8 @@ from unittest.mock import Mock
 import pytest
 
 from pipeline.core.files import atomic_folder, write_atomic
-from tests.conftest import ROOT
 
+ROOT = Path(__file__).parents[2]
 DIES = """
 import os, signal, sys
 from pathlib import Path

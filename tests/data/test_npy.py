@@ -26,7 +26,7 @@ def test_an_archive_is_unpacked_onto_the_disk_and_leaves_nothing_there(tmp_path:
     assert array.all()
 
 
-def test_a_full_disk_is_not_taken_for_a_bad_file(own_npz: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_not_taken_for_a_bad_file(npz: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "copyfileobj", Mock(side_effect=OSError(errno.ENOSPC, "no space")))
     with pytest.raises(OSError, match="no space"):
-        read_npz(own_npz, ["train_images"])
+        read_npz(npz, ["train_images"])

@@ -29,7 +29,10 @@ def comparisons(setting: str, gain: float, trials: int) -> list[Comparison]:
     return results
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("like mnist", "seeds")]
+
+
+@pytest.mark.parametrize("setting", [*LARGE, "images", "three seeds"])
 def test_without_a_gain_better_or_worse_is_seldom_said(setting: str):
     verdicts = [comparison.verdict for comparison in comparisons(setting, 0, 200)]
     assert verdicts.count("not distinguishable") >= 0.93 * 200
@@ -44,6 +47,7 @@ def test_half_a_point_is_seen_with_ten_thousand_images_and_five_seeds():
     assert all(result.high == max(result.seeds_high, result.bootstrap_high) > result.gain for result in results)
 
 
+@pytest.mark.slow
 def test_the_detectable_gain_is_detected_as_often_as_it_says():
     claimed = np.mean([comparison.detectable for comparison in comparisons("like mnist", 0, 50)])
     verdicts = [comparison.verdict for comparison in comparisons("like mnist", claimed, 100)]

@@ -14,8 +14,8 @@ from tests.conftest import write_npz
 CPU = torch.device("cpu")
 
 
-def test_prepared_data_is_what_the_source_held(own_npz: Path, tmp_path: Path):
-    source = read_source(str(own_npz))
+def test_prepared_data_is_what_the_source_held(npz: Path, tmp_path: Path):
+    source = read_source(str(npz))
     dataset = prepare(source, 0.1, tmp_path / "out")
     assert load_dataset(tmp_path / "out") == dataset
     assert (dataset.images, dataset.validation) == ({"train": 400, "val": 100, "test": 200}, "official")
@@ -34,8 +34,8 @@ def test_a_missing_validation_split_is_cut_from_training_images_stratified_and_a
     assert sorted(map(bytes, [*data.train.images.numpy(), *data.val.images.numpy()])) == sorted(map(bytes, images))
 
 
-def test_the_fingerprint_follows_every_pixel_and_label_and_nothing_else(own_npz: Path, tmp_path: Path):
-    source = read_source(str(own_npz))
+def test_the_fingerprint_follows_every_pixel_and_label_and_nothing_else(npz: Path, tmp_path: Path):
+    source = read_source(str(npz))
     fingerprint = prepare(source, 0.1, tmp_path / "a").fingerprint
     assert prepare(source, 0.2, tmp_path / "b").fingerprint == fingerprint
     for split in source.splits:
@@ -54,8 +54,8 @@ def test_a_class_with_one_image_leaves_no_stratified_split(tmp_path: Path):
 
 
 @pytest.mark.parametrize("file", ["dataset.json", "train/images.npy", "val/labels.npy"])
-def test_damaged_prepared_data_is_refused_by_name(own_npz: Path, tmp_path: Path, file: str):
-    prepare(read_source(str(own_npz)), 0.1, tmp_path / "out")
+def test_damaged_prepared_data_is_refused_by_name(npz: Path, tmp_path: Path, file: str):
+    prepare(read_source(str(npz)), 0.1, tmp_path / "out")
     path = tmp_path / "out" / file
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(UserError, match=path.name):

@@ -56,8 +56,8 @@ def test_the_embedded_set_needs_no_network_and_is_refused_if_it_changes(no_mirro
 
 def test_an_own_file_is_read_with_or_without_its_optional_parts_by_a_path_from_the_main_checkout(no_mirror: Path):
     (no_mirror / "images").mkdir()
-    source = read_source(str(write_npz(no_mirror / "images" / "own.npz")))
-    assert source.name == read_source("images/own.npz").name == "own.npz"
+    source = read_source(str(write_npz(no_mirror / "images" / "images.npz")))
+    assert source.name == read_source("images/images.npz").name == "images.npz"
     assert source.splits["train"][0].shape == (400, 8, 8, 1)
     assert source.classes == [str(digit) for digit in range(10)]
     names = np.array([f"digit {digit}" for digit in range(10)])
@@ -108,7 +108,7 @@ def test_a_file_that_does_not_hold_what_it_should_is_refused(tmp_path: Path, rep
         ("organmnist3d", 28, "three-dimensional"),
         ("mnist", 64, "one size: size = 64"),
         ("mnist5k", 64, "one size: size = 64"),
-        ("own.npz", 64, "one size: size = 64"),
+        ("images.npz", 64, "one size: size = 64"),
     ],
 )
 def test_an_unsuitable_name_or_size_is_refused(name: str, size: int, message: str):

@@ -1,9 +1,6 @@
-import errno
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -77,15 +74,6 @@ def test_a_damaged_checkpoint_is_refused_by_name(path: Path, damage: Callable[[P
     damage(path)
     with pytest.raises(UserError, match=r"seed3\.safetensors"):
         load_checkpoint(path, CPU)
-
-
-def test_a_full_disk_leaves_the_old_checkpoint_alone(path: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch):
-    before = path.read_bytes()
-    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-    with pytest.raises(OSError, match="No space"):
-        save_checkpoint(path, new_classifier("compact_cnn", ARGUMENTS, data.dataset, 4), describe(data.dataset))
-    assert path.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]
 
 
 def test_checkpoints_are_listed_by_seed(tmp_path: Path):

@@ -15,6 +15,7 @@ from pipeline.core.files import write_atomic
 from pipeline.core.tracking_uri import tracking_uri
 from pipeline.data.prepared import TrainingData
 from pipeline.export.onnx_export import export_onnx
+from pipeline.networks.architectures import Classifier
 from pipeline.networks.checkpoints import new_classifier, save_checkpoint
 from pipeline.serving.registry import register
 from tests.faults.checkout import wait_for
@@ -24,12 +25,10 @@ from tests.networks.conftest import ARGUMENTS, describe
 class Registry:
     """A store with an experiment, and students of a wanted accuracy."""
 
-    def __init__(self, folder: Path, data: TrainingData) -> None:
-        self.folder, self.data, self.client = folder, data, MlflowClient(tracking_uri())
+    def __init__(self, folder: Path, data: TrainingData, classifier: Classifier, onnx: Path) -> None:
+        self.folder, self.data, self.classifier, self.onnx = folder, data, classifier, onnx
+        self.client = MlflowClient(tracking_uri())
         self.experiment = self.client.create_experiment("e", (folder / "mlartifacts").as_uri())
-        self.classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 0).eval()
-        self.onnx = folder / "student.onnx"
-        export_onnx(self.classifier, data.dataset.image_shape, data.dataset.classes, self.onnx)
 
     def student(self, name: str, accuracy: float, first_seed: int = 0, **changed: Any) -> Path:
         """A checkout with a student, its data set changed as given, and its training's run in the store."""
@@ -51,11 +50,23 @@ class Registry:
         return register(self.client, self.student(name, accuracy, **options))
 
 
+@pytest.fixture(scope="session")
+def exported(data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Path]:
+    """An untrained student, and its ONNX file."""
+    classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 0).eval()
+    path = tmp_path_factory.mktemp("student") / "student.onnx"
+    export_onnx(classifier, data.dataset.image_shape, data.dataset.classes, path)
+    return classifier, path
+
+
 @pytest.fixture
-def registry(tmp_path: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> Registry:
+def registry(
+    tmp_path: Path, data: TrainingData, exported: tuple[Classifier, Path], new_store: bytes, monkeypatch: pytest.MonkeyPatch
+) -> Registry:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return Registry(tmp_path, data)
+    (tmp_path / "mlflow.db").write_bytes(new_store)
+    return Registry(tmp_path, data, *exported)
 
 
 @contextlib.contextmanager

@@ -59,8 +59,8 @@ def test_the_server_gives_the_models_answers_refuses_bad_bodies_and_lives_on(reg
         assert {name: status for name, status in statuses.items() if not 400 <= status < 500} == {}
         assert statuses["huge"] == 413
         with ThreadPoolExecutor(8) as clients:
-            answers = clients.map(lambda _: post(port, body_of(images[:1])).status_code, range(1000))
-            assert Counter(answers) == {200: 1000}
+            answers = clients.map(lambda _: post(port, body_of(images[:1])).status_code, range(200))
+            assert Counter(answers) == {200: 200}
 
 
 def test_without_a_champion_the_server_says_what_to_do(registry: Registry):

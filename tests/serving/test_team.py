@@ -17,6 +17,8 @@ from tests.conftest import ROOT, small_checkout
 from tests.faults.checkout import Checkout, free_port
 from tests.serving.conftest import running
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tracking_server() -> Iterator[str]:

@@ -12,6 +12,7 @@ import pytest
 from pipeline.training.cache import read_record
 from tests.conftest import Checkout, small_checkout, write_npz
 
+pytestmark = pytest.mark.slow
 EPOCHS = 20
 STUDY = f"""
 fixed: {{seeds: [0, 1], distillation.epochs: {EPOCHS}}}

@@ -21,8 +21,10 @@ ALL = {"prepare_data", *TRAININGS}
 
 def tasks_with(**settings: Any) -> list[Task]:
     """The tasks of params.yaml with one seed and an own file; a block's key is written with two underscores."""
-    own = {"seeds": [0], "distillation.dataset": "own/images.npz"} | {key.replace("__", "."): settings[key] for key in settings}
-    return plan(Params.model_validate(merge(load_params(ROOT / "params.yaml").model_dump(), own)))
+    changes = {"seeds": [0], "distillation.dataset": "own/images.npz"} | {
+        key.replace("__", "."): settings[key] for key in settings
+    }
+    return plan(Params.model_validate(merge(load_params(ROOT / "params.yaml").model_dump(), changes)))
 
 
 def changed(before: list[Task], after: list[Task]) -> set[str]:

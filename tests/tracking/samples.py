@@ -8,24 +8,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pipeline.core.tracking_uri import tracking_uri
-from pipeline.data.dataset import Dataset
 from pipeline.evaluation.comparisons import Evaluation
 from pipeline.evaluation.metrics import over_seeds, score
 from pipeline.evaluation.statistics import compare
 from pipeline.networks.description import Epoch
 from pipeline.params import TRACKS
 from pipeline.training.cache import Record
+from tests.conftest import DIGITS
 
-DATASET = Dataset(
-    name="digits",
-    classes=["zero", "one (a, b)"],
-    image_shape=(8, 8, 1),
-    mean=0.5,
-    std=0.5,
-    images={"train": 400, "val": 100, "test": 200},
-    validation="official",
-    fingerprint="0" * 64,
-)
+DATASET = DIGITS.model_copy(update={"classes": ["zero", "one (a, b)"]})
 COMMITTED = {"seeds": [0, 1], "kd.temperature": 5, "kd.alpha": 0.7, "distillation.lr": 0.001, "precision": "auto"}
 
 
@@ -85,7 +76,7 @@ def make_evaluation(
             "histories": [[epoch.model_dump() for epoch in record.history] for record in entries],
         }
     pairs = [pair for pair in TRACKS[track].comparisons if {*pair} <= {*shares}]
-    compared = {f"{one}_vs_{other}": compare(correct[one], correct[other]).as_json() for one, other in pairs}
+    compared = {f"{first}_vs_{second}": compare(correct[first], correct[second]).as_json() for first, second in pairs}
     detail = {"track": track, "dataset": DATASET.model_dump(mode="json"), "models": models}
     return Evaluation(metrics, compared, detail, labels, probabilities)
 
@@ -93,9 +84,9 @@ def make_evaluation(
 def runs(experiment: str = "e") -> dict[str, Run]:
     """The store's runs by name; fails for two of one name."""
     client = MlflowClient(tracking_uri())
-    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
-    by_name = {run.info.run_name: run for run in found}
-    assert len(by_name) == len(found), sorted(run.info.run_name for run in found)
+    listed = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    by_name = {run.info.run_name: run for run in listed}
+    assert len(by_name) == len(listed), sorted(run.info.run_name for run in listed)
     return by_name
 
 

@@ -42,7 +42,10 @@ SHARES = {
 }
 MODELS = [model for shares in SHARES.values() for model in shares]
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver")
+pytestmark = [
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver"),
+    pytest.mark.slow,  # tests/reporting opens the report in Chromium
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +71,8 @@ def runs(store: str) -> dict[str, Run]:
     """The newest evaluated runs by name: the models' and their seeds'."""
     client = MlflowClient(store)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, "metrics.test_accuracy >= 0", order_by=["attributes.start_time ASC"])
-    return {run.info.run_name: run for run in found}
+    evaluated = client.search_runs(experiments, "metrics.test_accuracy >= 0", order_by=["attributes.start_time ASC"])
+    return {run.info.run_name: run for run in evaluated}
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +144,12 @@ def test_the_table_of_runs_answers_whether_distilling_the_student_was_worth_it(
     search = browser.find_element(By.XPATH, "//input[@placeholder='Search columns']")
 
     def tick(column: str) -> bool:
-        if found := browser.find_elements(By.XPATH, f"//*[contains(@class, 'tree-title') and .='{column}']"):
-            found[0].click()
+        if titles := browser.find_elements(By.XPATH, f"//*[contains(@class, 'tree-title') and .='{column}']"):
+            titles[0].click()
         else:  # the list of tags is folded
             unfold = "//*[starts-with(@title, 'Tags (')]/preceding-sibling::*[contains(@class, 'switcher')]"
             browser.find_element(By.XPATH, unfold).click()
-        return bool(found)
+        return bool(titles)
 
     for column in COLUMNS:
         search.send_keys(Keys.CONTROL, "a")
@@ -176,8 +179,8 @@ def test_from_the_comparison_of_two_students_a_click_leads_to_both_loss_curves(
     table = "//a[@title='Plot chart']/following::*[contains(@class, 'ReactVirtualized__Grid')]"
 
     def link() -> WebElement | None:
-        if found := browser.find_elements(By.LINK_TEXT, "train_loss"):
-            return found[0]
+        if links := browser.find_elements(By.LINK_TEXT, "train_loss"):
+            return links[0]
         metrics = browser.find_element(By.XPATH, table)  # it has only those rows that are in view
         browser.execute_script("arguments[0].scrollTop += 150", metrics)
         return None
@@ -210,8 +213,8 @@ def test_the_comparison_of_two_students_shows_both_confusion_matrices(
     click(browser, "//*[@artifact-name='confusion_matrix.png']")
 
     def matrices() -> list[WebElement] | None:
-        found = browser.find_elements(By.CSS_SELECTOR, "img[alt='confusion_matrix.png']")
-        loaded = [image for image in found if image.is_displayed() and int(image.get_property("naturalWidth")) > 0]
+        images = browser.find_elements(By.CSS_SELECTOR, "img[alt='confusion_matrix.png']")
+        loaded = [image for image in images if image.is_displayed() and int(image.get_property("naturalWidth")) > 0]
         return loaded if len(loaded) == len(students) else None
 
     wait_until(browser, matrices, "two images of confusion matrices")

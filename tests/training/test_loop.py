@@ -1,6 +1,6 @@
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -58,11 +58,15 @@ def test_a_seed_decides_everything(data: TrainingData):
 
 def test_batches_depend_on_the_seed_and_not_on_the_model(data: TrainingData):
     seen = []
+
+    def spy(logits, labels, rows):
+        assert torch.equal(labels, data.train.labels[rows]), "targets follow their images"
+        seen[-1].append(rows.tolist())
+
     for width in (4, 8):
         seen.append([])
         model = new_classifier("compact_cnn", {"width": width, "hidden": 16}, data.dataset, 0)
-        spy = spying(lambda logits, labels, rows: seen[-1].append(rows.tolist()))
-        run(model, data, spy, torch.arange(400), seed=7)
+        run(model, data, spying(spy), torch.arange(400), seed=7)
     assert seen[0] == seen[1]
     epochs = [sorted(row for batch in seen[0][start : start + 7] for row in batch) for start in (0, 7)]
     assert epochs == [list(range(400))] * 2, "every image once per epoch"
@@ -70,10 +74,10 @@ def test_batches_depend_on_the_seed_and_not_on_the_model(data: TrainingData):
 
 
 def test_alpha_one_gives_the_weights_of_training_alone(data: TrainingData):
-    alone, distilled = student(data), student(data)
-    run(alone, data, hard_labels(), seed=3)
+    lone, distilled = student(data), student(data)
+    run(lone, data, hard_labels(), seed=3)
     run(distilled, data, distillation(5.0, 1.0, "forward"), torch.randn(400, 10), seed=3)
-    assert equal(alone, distilled)
+    assert equal(lone, distilled)
 
 
 def test_accuracy_is_that_of_the_labelled_images(data: TrainingData):
@@ -105,13 +109,6 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_says_what_to_try(data:
         run(student(data), data, breaks)
 
 
-def test_targets_follow_their_images(data: TrainingData):
-    def check(logits, labels, teacher_logits):
-        assert torch.equal(teacher_logits.argmax(1), labels)
-
-    run(student(data), data, spying(check), F.one_hot(data.train.labels, 10).float())
-
-
 def test_the_weights_of_the_best_epoch_on_validation_images_are_kept(data: TrainingData):
     model = student(data)
     states = []
@@ -127,20 +124,16 @@ def test_the_weights_of_the_best_epoch_on_validation_images_are_kept(data: Train
     assert all(torch.equal(states[progress.best_epoch - 1][key], tensor) for key, tensor in model.state_dict().items())
 
 
-def test_recorded_losses_are_those_of_the_model(data: TrainingData):
+def test_recorded_figures_are_those_of_the_model(data: TrainingData):
+    """400 images in batches of 64 leave a last one of 16: the training loss is no mean of the batches' means."""
     model = student(data)
+    (epoch,) = run(model, data, hard_labels(), settings=Settings(1, 64, 0.0)).history
+    for split, loss in ((data.train, epoch.train_loss), (data.val, epoch.val_loss)):
+        assert loss == pytest.approx(F.cross_entropy(predict(model, split.images), split.labels).item(), rel=1e-5)
     (epoch,) = run(model, data, hard_labels(), settings=Settings(1, 64, 0.003)).history
     logits = predict(model, data.val.images)
     assert epoch.val_loss == pytest.approx(F.cross_entropy(logits, data.val.labels).item())
     assert epoch.val_accuracy == pytest.approx((logits.argmax(1) == data.val.labels).float().mean().item())
-
-
-def test_the_training_loss_is_the_mean_over_the_images_of_an_epoch(data: TrainingData):
-    """400 images in batches of 64 leave a last one of 16: no mean of the batches' means."""
-    model = student(data)
-    logits = predict(model, data.train.images)
-    (epoch,) = run(model, data, hard_labels(), settings=Settings(1, 64, 0.0)).history
-    assert epoch.train_loss == pytest.approx(F.cross_entropy(logits, data.train.labels).item(), rel=1e-5)
 
 
 def test_a_last_batch_of_one_image_does_not_break_batch_norm(data: TrainingData):
@@ -151,17 +144,25 @@ def test_a_last_batch_of_one_image_does_not_break_batch_norm(data: TrainingData)
     assert sizes == [32]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("architecture", ["compact_cnn", "resnet18"])
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [
+        ("compact_cnn", "fp32"),
+        ("compact_cnn", "bf16"),
+        ("resnet18", "fp32"),
+        pytest.param("resnet18", "bf16", marks=pytest.mark.slow),  # a minute without native bf16
+    ],
+)
 def test_resuming_after_any_epoch_gives_the_same_bits(data: TrainingData, architecture: str, precision: str):
     arguments = STUDENT if architecture == "compact_cnn" else {"stem": "imagenet"}
-    settings = Settings(3, 128, 0.003, precision)
-    larger = lambda images: images.repeat_interleave(3, 1).repeat_interleave(3, 2)  # noqa: E731
-    data = data._replace(  # 24x24: see recipe.train on smaller ones
-        dataset=data.dataset.model_copy(update={"image_shape": (24, 24, 1)}),
-        train=Split(larger(data.train.images), data.train.labels),
-        val=Split(larger(data.val.images), data.val.labels),
-    )
+    settings = Settings(3, 32, 0.003, precision)
+
+    def few_and_larger(split: Split) -> Split:
+        """64 images of 24x24 pixels: see recipe.train on smaller ones."""
+        return Split(split.images[:64].repeat_interleave(3, 1).repeat_interleave(3, 2), split.labels[:64])
+
+    dataset = data.dataset.model_copy(update={"image_shape": (24, 24, 1)})
+    data = data._replace(dataset=dataset, train=few_and_larger(data.train), val=few_and_larger(data.val))
     saved = []
     whole = new_classifier(architecture, arguments, data.dataset, 5)
     for progress in fit(whole, data.train, data.val, hard_labels(), settings, 5):
@@ -194,56 +195,32 @@ def test_bf16_learns_as_well_as_fp32(data: TrainingData):
     assert sum(accuracy["bf16"]) / 4 == pytest.approx(sum(accuracy["fp32"]) / 4, abs=spread + 0.01)
 
 
-class _Readings(TorchDispatchMode):
-    """Counts the operations that bring a value from the device to the host, for which the host waits."""
+class Readings(TorchDispatchMode):
+    """Counts the operations that bring a value from the device to the host."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += "_local_scalar_dense" in str(func)
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_waits_as_often_whatever_the_number_of_steps(data: TrainingData):
-    """What a CUDA graph needs, shown here on the CPU: a step reads nothing back."""
+def test_no_step_waits_for_the_host(data: TrainingData):
+    """What a CUDA graph needs, shown on the CPU: an epoch of many steps reads as many values back as one of few."""
     counts = []
-    for batch_size in (32, 64, 200):
-        with _Readings() as readings:
+    for batch_size in (200, 20):
+        with Readings() as readings:
             run(student(data), data, hard_labels(), settings=Settings(1, batch_size, 0.003))
         counts.append(readings.count)
-    assert counts[0] == counts[1] == counts[2] > 0
+    assert counts[0] == counts[1] > 0
 
 
-def test_a_step_leaves_weights_and_moments_where_they_are(data: TrainingData):
-    """What a CUDA graph needs as well."""
-    model, addresses = student(data), []
-    for progress in fit(model, data.train, data.val, hard_labels(), Settings(3, 64, 0.003), 0):
-        moments = [tensor for state in progress.state["optimizer"]["state"].values() for tensor in state.values()]
-        addresses.append([tensor.data_ptr() for tensor in [*model.parameters(), *moments]])
-    assert addresses[0] == addresses[1] == addresses[2]
-
-
-@pytest.fixture
-def on_cuda(data: TrainingData) -> Iterator[TrainingData]:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return data._replace(**{name: Split(*(t.cuda() for t in getattr(data, name))) for name in ("train", "val")})
-
-
-def test_a_captured_step_gives_the_weights_of_the_eager_one(on_cuda: TrainingData):
-    weights = []
-    for batch_size in (64, 64, 50):
-        model = student(on_cuda).cuda()
-        run(model, on_cuda, hard_labels(), settings=Settings(1, batch_size, 0.003))
-        weights.append([tensor.cpu() for tensor in model.state_dict().values()])
-    assert all(map(torch.equal, weights[0], weights[1]))
-    eager = student(on_cuda).cuda().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(eager.parameters(), 0.003, fused=True, capturable=True)
-    order = torch.Generator("cuda").manual_seed(0)
-    for rows in torch.randperm(400, generator=order, device="cuda").split(50):
-        optimizer.zero_grad()
-        F.cross_entropy(eager(on_cuda.train.images[rows]), on_cuda.train.labels[rows]).backward()
-        optimizer.step()
-    assert all(torch.allclose(a, b.cpu(), atol=1e-6) for a, b in zip(weights[2], eager.state_dict().values(), strict=True))
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_training_on_cuda_is_the_same_again_and_as_good_as_on_the_cpu(data: TrainingData):
+    """Whose steps are captured as a graph, the last and smaller one of an epoch left out."""
+    cuda = data._replace(**{name: Split(*(tensor.cuda() for tensor in getattr(data, name))) for name in ("train", "val")})
+    models = [student(data).cuda(), student(data).cuda(), student(data)]
+    histories = [run(model, data if model is models[2] else cuda, hard_labels()).history for model in models]
+    assert equal(models[0], models[1])
+    for on_cuda, on_cpu in zip(histories[0], histories[2], strict=True):
+        assert on_cuda.train_loss == pytest.approx(on_cpu.train_loss, rel=0.02)

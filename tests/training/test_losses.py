@@ -34,8 +34,8 @@ def test_forward_has_the_gradient_of_hintons_soft_target_cross_entropy(batch):
     logits, _, teacher = batch
     soft = F.cross_entropy(logits / 5, F.softmax(teacher / 5, dim=1))
     (expected,) = torch.autograd.grad(soft, logits)
-    (found,) = torch.autograd.grad(forward_kl(logits, teacher, 5.0), logits)
-    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(forward_kl(logits, teacher, 5.0), logits)
+    torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize(("divergence", "kl"), [("forward", forward_kl), ("reverse", reverse_kl)])

@@ -13,14 +13,7 @@ from pipeline.training import recipe as module
 from pipeline.training.cache import Record, read_record
 from pipeline.training.recipe import Recipe, train
 from tests.conftest import write_npz
-
-SETTINGS = {"epochs": 2, "batch_size": 64, "lr": 0.01, "precision": "fp32"}
-
-
-@pytest.fixture
-def teacher(own_npz: Path, tmp_path: Path) -> Recipe:
-    prepare(read_source(str(own_npz)), 0.1, tmp_path / "data")
-    return Recipe("teacher", "compact_cnn", {"width": 4, "hidden": 8}, SETTINGS, 0, tmp_path / "data", "cpu")
+from tests.training.conftest import SETTINGS
 
 
 def key(recipe: Recipe, root: Path) -> str:

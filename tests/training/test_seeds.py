@@ -14,21 +14,17 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
-from pipeline.fetching.preparation import prepare
-from pipeline.fetching.sources import read_source
 from pipeline.training.cache import Record  # noqa: TC001
 from pipeline.training.recipe import Recipe
 from pipeline.training.seeds import train_seeds
+from tests.training.conftest import SETTINGS
 
-SETTINGS = {"epochs": 2, "batch_size": 64, "lr": 0.01, "precision": "fp32"}
 LONG = SETTINGS | {"epochs": 300}
 
 
 @pytest.fixture
-def recipes(own_npz: Path, tmp_path: Path) -> list[Recipe]:
-    prepare(read_source(str(own_npz)), 0.1, tmp_path / "data")
-    first = Recipe("teacher", "compact_cnn", {"width": 4, "hidden": 8}, SETTINGS, 0, tmp_path / "data", "cpu")
-    return [dataclasses.replace(first, seed=seed) for seed in range(3)]
+def recipes(teacher: Recipe) -> list[Recipe]:
+    return [dataclasses.replace(teacher, seed=seed) for seed in range(3)]
 
 
 def checkpoints(folder: Path) -> dict[str, str]:
@@ -100,7 +96,9 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, "starter"])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, signal.SIGKILL, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGTERM, "starter"))]
+)
 def test_no_process_outlives_the_one_that_started_it(recipes: list[Recipe], tmp_path: Path, how):
     (tmp_path / "stage.py").write_text(STAGE.format(folder=str(tmp_path), settings=LONG | {"epochs": 3000}))
     command = [sys.executable, str(tmp_path / "stage.py")]
