@@ -31,12 +31,10 @@ from random import Random
 from typing import Any, NamedTuple
 from unittest.mock import AsyncMock
 
-import mlflow
 import numpy as np
 import onnx
 import torch
 import yaml
-from mlflow.pyfunc import scoring_server
 from safetensors.torch import load, save
 
 import studies.study
@@ -52,7 +50,7 @@ from pipeline.networks.checkpoints import load_checkpoint, load_initial_weights,
 from pipeline.params import load_params
 from pipeline.serving.predict import read_image
 from pipeline.serving.registry import read_predictions
-from pipeline.serving.server import LIMIT, GuardBody
+from pipeline.serving.server import LIMIT, application
 from pipeline.training.cache import Entry, Record, read_record
 from tests.faults.checkout import ROOT, Outcome
 from tests.networks.conftest import describe
@@ -243,8 +241,8 @@ def prepared(part: str, folder: Path) -> Reader:
 
 def _read_evaluation(path: Path) -> object:
     detail = {"track": "own", "dataset": DATASET.model_dump(), "models": {"student_distilled": {"seeds": [0, 1]}}}
-    tables = dict(zip(FILES, [b"{}", b"{}", json.dumps(detail).encode()], strict=False))
-    return read_evaluation("{}", lambda name: tables.get(name) or path.read_bytes())
+    content = json.dumps(detail | {"metrics": {}, "comparisons": {}}).encode()
+    return read_evaluation("own", lambda name: content if name == FILES[0].format("own") else path.read_bytes())
 
 
 def checkpoint(folder: Path) -> Reader:
@@ -297,10 +295,7 @@ def exported_student(folder: Path) -> Reader:
 
 def request(folder: Path) -> Reader:
     """The server, by its ASGI application. The file's first line is the content type, the rest the body."""
-    code, artifacts = str(ROOT / "pipeline/serving/pyfunc_model.py"), {"onnx": str(exported_student(folder).path)}
-    options = {"signature": mlflow.models.infer_signature(np.zeros((1, 8, 8, 1))), "pip_requirements": []}
-    mlflow.pyfunc.save_model(folder / "model", python_model=code, artifacts=artifacts, **options)
-    app = GuardBody(scoring_server.init(mlflow.pyfunc.load_model(str(folder / "model"))), LIMIT, (8, 8, 1))
+    app = application(Student(exported_student(folder).path))
     scope = {"type": "http", "method": "POST", "path": "/invocations", "query_string": b"", "scheme": "http"}
 
     def read(path: Path) -> int:

@@ -15,11 +15,12 @@ import pytest
 
 from pipeline.core.errors import LONGEST, UserError, one_line
 from pipeline.data.npy import SMALL, read_npy, read_npz
+from pipeline.export.onnx_model import Student
 from pipeline.serving.predict import read_image
-from pipeline.serving.server import LIMIT, GuardBody
+from pipeline.serving.server import application
 from studies import study
 from tests.faults import malformed_input
-from tests.faults.malformed_input import PICKLE, READERS, Reader, npy
+from tests.faults.malformed_input import PICKLE, READERS, Reader, exported_student, npy
 
 pytestmark = pytest.mark.faults
 
@@ -109,16 +110,17 @@ def test_an_image_that_is_a_folder_or_a_pipe_is_refused(tmp_path: Path):
             read_image(tmp_path / f"{name}.png", (28, 28, 1))
 
 
-def test_a_body_in_a_million_parts_is_put_together_in_time():
-    received, parts = [], iter(range(2_000_000, 0, -1))
-
-    async def app(scope: dict, receive: Callable, send: object) -> None:
-        received.append(await receive())
+def test_a_body_in_a_million_parts_is_read_in_time(tmp_path: Path):
+    """It is 2,000,000 spaces, no JSON, and refused as such: read whole, in seconds."""
+    app, parts, sent = application(Student(exported_student(tmp_path).path)), iter(range(2_000_000, 0, -1)), []
 
     async def receive() -> dict:
         return {"type": "http.request", "body": b" ", "more_body": next(parts) > 1}
 
+    async def send(message: dict) -> None:
+        sent.append(message)
+
     start = time.process_time()
-    asyncio.run(GuardBody(app, LIMIT, (8, 8, 1))({"type": "http", "method": "GET", "headers": []}, receive, None))
-    assert received[0]["body"] == b" " * 2_000_000
-    assert time.process_time() - start < 10
+    asyncio.run(app({"type": "http", "method": "POST", "path": "/invocations", "headers": []}, receive, send))
+    assert (sent[0]["status"], next(parts, None)) == (400, None)
+    assert time.process_time() - start < 20
