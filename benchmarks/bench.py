@@ -120,11 +120,7 @@ def ours(way: str, model: str, data: Path, seeds: int, folder: Path, device: tor
     with tempfile.TemporaryDirectory(dir=folder) as root:
         for record in train_seeds(recipes, Path(root), "auto", folder / f"c {model}"):
             finished += [record] if record.finished else []
-            if record.loads and device.type == "cuda":
-                share = record.loads[-1]["system/gpu_0_memory_usage_percentage"] / 100
-                peaks.append(share * torch.cuda.get_device_properties(0).total_memory / 2**20)
-            elif record.loads:
-                peaks += [peak_memory(child.pid) for child in psutil.Process().children(recursive=True)]
+            peaks += [peak_memory(child.pid) for child in psutil.Process().children(recursive=True) if record.loads]
     spent = max(record.started + record.seconds for record in finished) - min(record.started for record in finished)
     return {
         "seconds_per_epoch": spent / seeds / epochs,

@@ -100,13 +100,13 @@ def load_initial(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     A first convolution for grey images gets the sum of the colour filters, which is what it would compute from the same grey in
     all three channels. One of another kernel size (the "cifar" stem) stays random. Raises UserError for a tensor of no use.
     """
-    own = model.state_dict()
+    weights = model.state_dict()
     for key, tensor in tensors.items():
-        if key == "conv1.weight" and key in own:
-            if own[key].shape[2:] != tensor.shape[2:]:
+        if key == "conv1.weight" and key in weights:
+            if weights[key].shape[2:] != tensor.shape[2:]:
                 continue
-            if own[key].shape[1] == 1:
+            if weights[key].shape[1] == 1:
                 tensor = tensor.sum(dim=1, keepdim=True)
-        if key not in own or own[key].shape != tensor.shape:
+        if key not in weights or weights[key].shape != tensor.shape:
             raise UserError(f"initial weights do not fit the model: {key} of shape {tuple(tensor.shape)}")
-        own[key].copy_(tensor)
+        weights[key].copy_(tensor)
