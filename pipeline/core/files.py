@@ -103,13 +103,13 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a small YAML file. Raises UserError, in one line, for a file that is missing, no YAML, or hostile."""
+    """The content of a small YAML file. Raises UserError, in one line, for a file that is missing, no YAML, or malformed."""
     with user_error(f"cannot read {path}", OSError, UserError), path.open("rb") as file:
         return parse_yaml(file.read(LARGEST_YAML + 1))
 
 
 def parse_yaml(content: bytes) -> Any:
-    """The content of a small YAML document. Raises UserError for one that is no YAML, or hostile."""
+    """The content of a small YAML document. Raises UserError for one that is no YAML, or malformed."""
     if len(content) > LARGEST_YAML:
         raise UserError(f"over {LARGEST_YAML:,} bytes")
     with user_error("no YAML", Exception):  # PyYAML's constructors raise a dozen types on values such as !!timestamp x

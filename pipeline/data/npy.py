@@ -5,6 +5,7 @@ Arrays stay on the disk and are mapped into memory, where the system keeps of th
 
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -19,7 +20,7 @@ SMALL = 64 * 2**20  # bytes that any archive may unpack to
 
 def read_npy(path: Path) -> np.ndarray:
     """The array in an .npy file, mapped and read-only. Raises UserError if it is missing, damaged, or holds Python objects."""
-    with user_error(f"{path}: truncated, or not an .npy file of plain numbers", Exception):  # a dozen types on hostile bytes
+    with user_error(f"{path}: truncated, or not an .npy file of plain numbers", Exception):  # a dozen types on malformed bytes
         return _mapped(path)
 
 
@@ -45,7 +46,8 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    array = np.lib.format.open_memmap(path, mode="r")  # refuses Python objects, and arrays that go beyond the file
+    with warnings.catch_warnings(action="ignore"):  # of what a damaged header brings about: it is refused
+        array = np.lib.format.open_memmap(path, mode="r")  # refuses Python objects, and arrays that go beyond the file
     if surplus := path.stat().st_size - array.offset - array.nbytes:
         raise ValueError(f"{surplus} bytes more than an array of shape {array.shape} and dtype {array.dtype} has")
     return np.asarray(array)

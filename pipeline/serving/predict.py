@@ -32,7 +32,7 @@ def main(folder: str) -> None:
 def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     """One image, uint8 of `shape` (H, W, C). Raises UserError for a file that is no image or has another size."""
     height, width, channels = shape
-    with user_error(f"{path}: cannot be read as an image", Exception):  # Pillow raises a dozen types on hostile bytes
+    with user_error(f"{path}: cannot be read as an image", Exception):  # Pillow raises a dozen types on malformed bytes
         if not path.is_file():  # a folder, or a pipe that nothing comes out of
             raise ValueError("not a file")
         # Pillow refuses images of over 179 million pixels by itself, and warns of half as many.

@@ -1,4 +1,4 @@
-"""Large arrays stay on the disk. What is damaged or hostile: tests/faults/test_hostile_input.py."""
+"""Large arrays stay on the disk. What is damaged or malicious: tests/faults/test_malformed_input.py."""
 
 import errno
 import shutil
