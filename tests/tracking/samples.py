@@ -52,22 +52,32 @@ STUDENTS = {"student_distilled": 0.9, "student_alone": 0.7}
 
 
 def make_evaluation(
-    *records: Record, track: str = "distillation", shares: Mapping[str, float] = STUDENTS, images: int = 200
+    *records: Record,
+    track: str = "distillation",
+    shares: Mapping[str, float] = STUDENTS,
+    images: int = 200,
+    temperature: float | None = None,
 ) -> Evaluation:
-    """The evaluation of models with the seeds of the records; `shares`: how much of the images each gets right."""
+    """The evaluation of models with the seeds of the records; `shares`: how much of the images each gets right.
+
+    With a `temperature`, the distilled students are others, trained at that one.
+    """
     random = np.random.default_rng(0)
     labels = np.arange(images) % 2
     models, probabilities, correct, metrics = {}, {}, {}, {}
     for model, share in shares.items():
-        entries = [record.model_copy(update={"model": model, "digest": f"{model}-{record.seed}"}) for record in records]
+        varied = {"kd.temperature": temperature} if temperature and model == "student_distilled" else {}
+        suffix = f" T{temperature}" if varied else ""
+        entries = [record.model_copy(update={"model": model, "digest": f"{model}-{record.seed}{suffix}"}) for record in records]
         correct[model] = np.stack([random.random(images) < share for _ in entries])
         second = np.where(correct[model], labels, 1 - labels) * 0.8 + 0.1
         probabilities[model] = np.stack([1 - second, second], axis=2).astype(np.float32)
         figures = [score(labels, rows.astype(float)) for rows in probabilities[model]]
         metrics[model] = over_seeds([values | {"final_train_loss": 0.5} for values in figures]) | {"parameters": 1000}
         models[model] = {
-            **{name: getattr(records[0], name) for name in ("architecture", "arguments", "parameters")},
-            "setting": f"{model}-setting",
+            **{name: getattr(records[0], name) for name in ("architecture", "arguments")},
+            "parameters": records[0].parameters | varied,
+            "setting": f"{model}-setting{suffix}",
             "seeds": [record.seed for record in entries],
             "digests": [record.digest for record in entries],
             "checkpoints": [f"md5-{record.digest}" for record in entries],

@@ -7,6 +7,7 @@ README.md shows are written to the folder.
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,24 +24,24 @@ from PIL import Image
 from selenium import webdriver
 from selenium.common import ElementNotInteractableException, NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from pipeline.core.tracking_uri import tracking_uri
+from pipeline.params import load_params
 from pipeline.tracking.mirror import Mirror
+from tests.conftest import ROOT
 from tests.faults.checkout import free_port, wait_for
 from tests.tracking.samples import make_evaluation, make_record
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
-COLUMNS = ("accuracy", "gain", "verdict")
+COLUMNS = ("gain", "verdict", "accuracy")
 SHARES = {
     "baselines": {"simple_cnn": 0.7, "resnet18": 0.9},
     "distillation": {"teacher": 0.95, "student_distilled": 0.9, "student_alone": 0.85},
 }
-MODELS = [model for shares in SHARES.values() for model in shares]
 
 pytestmark = [
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver"),
@@ -50,7 +51,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, new_store: bytes) -> str:
-    """The address of a store with two seeds of every model, trained and evaluated."""
+    """The address of a store with three seeds of every model, trained and evaluated; of the distilled student at T=6, too."""
     if SCREENSHOTS:
         return tracking_uri()
     folder = tmp_path_factory.mktemp("main")
@@ -58,11 +59,12 @@ def store(tmp_path_factory: pytest.TempPathFactory, new_store: bytes) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(folder))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        mirror = Mirror("e")
+        mirror, records = Mirror(load_params(ROOT / "params.yaml").tracking.experiment), [make_record(seed) for seed in range(3)]
         for track, shares in SHARES.items():
-            for record in (make_record(seed, model=model) for model in shares for seed in (0, 1)):
+            for record in (make_record(seed, model=model) for model in shares for seed in range(3)):
                 mirror.training(record)
-            mirror.evaluation(make_evaluation(make_record(0), make_record(1), track=track, shares=shares))
+            mirror.evaluation(make_evaluation(*records, track=track, shares=shares))
+        mirror.evaluation(make_evaluation(*records, shares=SHARES["distillation"] | {"student_distilled": 0.93}, temperature=6.0))
         return tracking_uri()
 
 
@@ -81,32 +83,46 @@ def students(runs: dict[str, Run]) -> list[Run]:
 
 
 @pytest.fixture(scope="module")
-def address(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The UI of the store."""
+def address(store: str) -> Iterator[str]:
+    """What `make ui` prints: the address of the table of results, in the UI that it has started."""
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1", "--backend-store-uri", store]
-    server = subprocess.Popen(command, cwd=tmp_path_factory.mktemp("ui"), start_new_session=True, stderr=subprocess.DEVNULL)
-    try:
-        wait_for(port, server)
-        yield f"http://127.0.0.1:{port}/#"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)
+    folder = {} if SCREENSHOTS else {"DVC_ROOT": str(Path(store.removeprefix("sqlite:///")).parent)}
+    environment = (
+        os.environ | folder | {"PORT": str(port), "MLFLOW_TRACKING_URI": store, "BROWSER": "true", "MLFLOW_WORKERS": "1"}
+    )
+    command = [sys.executable, "-m", "pipeline.tracking.ui"]
+    options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **options) as server:
+        try:
+            line = server.stdout.readline().strip()
+            assert line.startswith(f"http://127.0.0.1:{port}/#/experiments/")
+            wait_for(port, server)
+            yield line
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
-def browser(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """Chromium, with the assistant closed that the UI opens for a new visitor."""
+def new_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """Chromium, as a new visitor has it."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     quiet = ("disable-background-networking", "disable-component-update", "disable-sync", "disable-quic", "no-first-run")
     profile = f"user-data-dir={tmp_path_factory.mktemp('profile')}"
-    for flag in ("headless", "no-sandbox", "disable-gpu", "window-size=1400,1000", *quiet, profile):
+    for flag in ("headless", "no-sandbox", "disable-gpu", "window-size=1700,1000", *quiet, profile):
         options.add_argument(f"--{flag}")
     with webdriver.Chrome(options, webdriver.ChromeService(DRIVER)) as browser:
-        browser.get(address)
-        click(browser, "//*[@data-component-id='mlflow.assistant.chat_panel.close']")
         yield browser
+
+
+@pytest.fixture
+def browser(new_browser: webdriver.Chrome, address: str) -> webdriver.Chrome:
+    """With the assistant closed that the UI opens for a new visitor."""
+    new_browser.get(address)
+    close = "//*[@data-component-id='mlflow.assistant.chat_panel.close']"
+    if new_browser.find_elements(By.XPATH, close):
+        click(new_browser, close)
+    return new_browser
 
 
 def wait_until(browser: webdriver.Chrome, seen: Callable[[], Any], what: str) -> Any:
@@ -121,7 +137,7 @@ def click(browser: webdriver.Chrome, xpath: str) -> None:
 
 def open_comparison(browser: webdriver.Chrome, address: str, pair: list[Run]) -> None:
     ids, experiments = json.dumps([run.info.run_id for run in pair]), json.dumps([pair[0].info.experiment_id])
-    browser.get(f"{address}/compare-runs?runs={quote(ids)}&experiments={quote(experiments)}")
+    browser.get(f"{address.partition('/experiments/')[0]}/compare-runs?runs={quote(ids)}&experiments={quote(experiments)}")
     wait_until(browser, lambda: browser.find_element(By.XPATH, "//*[contains(., 'Comparing 2 Runs')]"), "the comparison")
 
 
@@ -133,43 +149,32 @@ def take_picture(browser: webdriver.Chrome, name: str, bottom: int) -> None:
         cropped.quantize(256).save(Path(SCREENSHOTS) / f"mlflow-{name}.png", optimize=True)
 
 
-def test_the_table_of_runs_answers_whether_distilling_the_student_was_worth_it(
-    browser: webdriver.Chrome, address: str, runs: dict[str, Run]
+def test_make_ui_opens_the_table_of_results_which_answers_without_a_click(
+    new_browser: webdriver.Chrome, address: str, runs: dict[str, Run]
 ):
-    """A row for each model; its seeds are folded away."""
-    browser.get(f"{address}/experiments/{runs['teacher'].info.experiment_id}/runs?workflowType=machine_learning")
-    click(browser, "//button[contains(., 'Columns')]")
-    for column in ("Dataset", "Source", "Models"):
-        click(browser, f"//*[@title='{column}']")
-    search = browser.find_element(By.XPATH, "//input[@placeholder='Search columns']")
+    """A row for each model and setting, the most accurate first; what was varied stands in its name."""
+    new_browser.get(address)
+    models = [run for run in runs.values() if "/seed" not in run.info.run_name]
 
-    def tick(column: str) -> bool:
-        if titles := browser.find_elements(By.XPATH, f"//*[contains(@class, 'tree-title') and .='{column}']"):
-            titles[0].click()
-        else:  # the list of tags is folded
-            unfold = "//*[starts-with(@title, 'Tags (')]/preceding-sibling::*[contains(@class, 'switcher')]"
-            browser.find_element(By.XPATH, unfold).click()
-        return bool(titles)
-
-    for column in COLUMNS:
-        search.send_keys(Keys.CONTROL, "a")
-        search.send_keys(column)
-        wait_until(browser, lambda column=column: tick(column), f"{column} among the columns to choose from")
-    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
-
-    def rows() -> dict[str, list[str]]:
-        shown = {}
-        for model in MODELS:
-            link = browser.find_element(By.XPATH, f"//a[contains(@href, '/runs/{runs[model].info.run_id}')]")
+    def rows() -> list[list[str]]:
+        shown = []
+        for run in sorted(models, key=lambda run: run.data.metrics["test_accuracy"], reverse=True):
+            link = new_browser.find_element(By.XPATH, f"//a[contains(@href, '/runs/{run.info.run_id}')]")
             row = link.find_element(By.XPATH, "./ancestor::*[@row-id]").get_attribute("row-id")
             cells = [f"//*[@row-id='{row}']//*[contains(@col-id, '`{column}`')]" for column in COLUMNS]
-            shown[link.text] = [browser.find_element(By.XPATH, cell).text for cell in cells]
+            shown.append([link.location["y"], link.text, *(new_browser.find_element(By.XPATH, cell).text for cell in cells)])
         return shown
 
-    shown = wait_until(browser, rows, "a row for each of the five models")
+    places, *_ = zip(*(shown := wait_until(new_browser, rows, "a row for each model")), strict=True)
+    assert list(places) == sorted(places)
     empty = dict.fromkeys(COLUMNS, "-")
-    assert shown == {model: [(empty | runs[model].data.tags)[column] for column in COLUMNS] for model in MODELS}
-    take_picture(browser, "runs", bottom=640)
+    tags = {run.info.run_name: empty | run.data.tags for run in models}
+    assert {name: cells for _, name, *cells in shown} == {name: [of[column] for column in COLUMNS] for name, of in tags.items()}
+    if not SCREENSHOTS:
+        gains = [tags[f"student_distilled{varied}"]["gain"] for varied in ("", " T=6")]
+        assert all(re.fullmatch(r"[+-]\d+\.\d\d \([+-]\S+ to [+-]\S+\) over student_alone", gain) for gain in gains)
+        assert gains[0] != gains[1]
+    take_picture(new_browser, "results", bottom=560)
 
 
 def test_from_the_comparison_of_two_students_a_click_leads_to_both_loss_curves(
