@@ -76,7 +76,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     before = dict(checkout.environment)
     path = os.pathsep.join([str(ROOT / "tests/observer"), str(checkout.folder)])
     checkout.environment |= {"PYTHONPATH": path, "OBSERVED": str(checkout.notes), "OMP_NUM_THREADS": "1"}  # timings are none here
-    checkout.output = checkout.dvc("repro")
+    done = checkout.run("dvc", "repro", timeout=900)
+    checkout.output = done.stdout + done.stderr
     checkout.environment = before
     return checkout
 
