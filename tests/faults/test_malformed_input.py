@@ -22,7 +22,7 @@ from studies import study
 from tests.faults import malformed_input
 from tests.faults.malformed_input import PICKLE, READERS, Reader, exported_student, npy
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")]
 
 
 @pytest.fixture(scope="module")
