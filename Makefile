@@ -33,7 +33,7 @@ help:
 	@echo "  make lint                     ruff and the order of the packages; format: let ruff rewrite the formatting"
 	@echo "  make bench                    time the trainings against an ordinary loop (BENCH='--share 0.1' for a quick look)"
 	@echo "  make faults                   kill, cut off, fill and feed badly the real pipeline, and count what survives (half an hour)"
-	@echo "  make screenshots              the documentation's pictures, from what 'make demo' left (needs Chromium)"
+	@echo "  make screenshots              README's picture, of what mlflow.db holds (needs Chromium)"
 	@echo "  make lock                     renew requirements.lock, what every install uses"
 	@echo "  make clean                    remove .venv, downloads, the caches of trainings and studies; results and tracking stay"
 
@@ -58,7 +58,7 @@ test-all: TESTS :=
 test-all: test
 
 screenshots: .venv/installed-for-tests
-	SCREENSHOTS=docs pytest tests/tracking/test_pages.py
+	SCREENSHOTS=docs pytest tests/tracking/test_pages.py -k make_ui
 
 bench: .venv/installed
 	python -m benchmarks.bench $(BENCH)

@@ -1,7 +1,7 @@
 """The pages of the MLflow UI in a real browser, on the way of a user who asks whether distilling the student was worth it.
 
-With SCREENSHOTS=<folder>, the pages are those of this checkout's own store instead of a small run's, and the pictures that
-README.md shows are written to the folder.
+With SCREENSHOTS=<folder>, the first page is that of this checkout's own store instead of a small run's, and the picture that
+README.md shows is written to the folder.
 """
 
 import io
@@ -37,6 +37,7 @@ from tests.tracking.samples import make_evaluation, make_record
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
+CLOSE = "//*[@data-component-id='mlflow.assistant.chat_panel.close']"
 COLUMNS = ("gain", "verdict", "accuracy")
 SHARES = {
     "baselines": {"simple_cnn": 0.7, "resnet18": 0.9},
@@ -119,9 +120,8 @@ def new_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.
 def browser(new_browser: webdriver.Chrome, address: str) -> webdriver.Chrome:
     """With the assistant closed that the UI opens for a new visitor."""
     new_browser.get(address)
-    close = "//*[@data-component-id='mlflow.assistant.chat_panel.close']"
-    if new_browser.find_elements(By.XPATH, close):
-        click(new_browser, close)
+    if new_browser.find_elements(By.XPATH, CLOSE):
+        click(new_browser, CLOSE)
     return new_browser
 
 
@@ -139,14 +139,6 @@ def open_comparison(browser: webdriver.Chrome, address: str, pair: list[Run]) ->
     ids, experiments = json.dumps([run.info.run_id for run in pair]), json.dumps([pair[0].info.experiment_id])
     browser.get(f"{address.partition('/experiments/')[0]}/compare-runs?runs={quote(ids)}&experiments={quote(experiments)}")
     wait_until(browser, lambda: browser.find_element(By.XPATH, "//*[contains(., 'Comparing 2 Runs')]"), "the comparison")
-
-
-def take_picture(browser: webdriver.Chrome, name: str, bottom: int) -> None:
-    """Of what the window shows right of the navigation, down to a row of pixels, if pictures are wanted."""
-    if SCREENSHOTS:
-        page = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
-        cropped = page.crop((195, 0, page.width, bottom))
-        cropped.quantize(256).save(Path(SCREENSHOTS) / f"mlflow-{name}.png", optimize=True)
 
 
 def test_make_ui_opens_the_table_of_results_which_answers_without_a_click(
@@ -174,7 +166,11 @@ def test_make_ui_opens_the_table_of_results_which_answers_without_a_click(
         gains = [tags[f"student_distilled{varied}"]["gain"] for varied in ("", " T=6")]
         assert all(re.fullmatch(r"[+-]\d+\.\d\d \([+-]\S+ to [+-]\S+\) over student_alone", gain) for gain in gains)
         assert gains[0] != gains[1]
-    take_picture(new_browser, "results", bottom=560)
+    if SCREENSHOTS:
+        click(new_browser, CLOSE)
+        page = Image.open(io.BytesIO(new_browser.get_screenshot_as_png())).convert("RGB")
+        cropped = page.crop((195, 0, page.width, 560))
+        cropped.quantize(256).save(Path(SCREENSHOTS) / "mlflow-results.png", optimize=True)
 
 
 def test_from_the_comparison_of_two_students_a_click_leads_to_both_loss_curves(
@@ -208,7 +204,6 @@ def test_from_the_comparison_of_two_students_a_click_leads_to_both_loss_curves(
     for name in histories:
         legend = f"//*[.='{name} (train_loss)']"
         wait_until(browser, lambda xpath=legend: browser.find_element(By.XPATH, xpath).is_displayed(), legend)
-    take_picture(browser, "losses", bottom=690)
 
 
 def test_the_comparison_of_two_students_shows_both_confusion_matrices(
@@ -223,6 +218,3 @@ def test_the_comparison_of_two_students_shows_both_confusion_matrices(
         return loaded if len(loaded) == len(students) else None
 
     wait_until(browser, matrices, "two images of confusion matrices")
-    heading = browser.find_element(By.XPATH, "//*[@role='button'][.='Artifacts']")
-    browser.execute_script("arguments[0].scrollIntoView()", heading)
-    take_picture(browser, "confusion", bottom=570)
