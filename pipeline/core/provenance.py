@@ -21,7 +21,8 @@ DECIDE_NOTHING = {"core", "tracking", "serving", "reporting", "params.py"}  # of
 def git(*arguments: str) -> str:
     """What git prints in the checkout that this code lies in; nothing if it fails."""
     try:
-        return subprocess.run(["git", *arguments], cwd=PIPELINE.parent, capture_output=True, text=True, check=False).stdout  # noqa: S603, S607
+        done = subprocess.run(["git", *arguments], cwd=PIPELINE.parent, capture_output=True, check=False)  # noqa: S603, S607
+        return done.stdout.decode(errors="replace")
     except OSError:
         return ""
 
@@ -53,7 +54,7 @@ def code_digest(packages: Iterable[str] | None = None) -> str:
     names = packages or {path.name for path in PIPELINE.iterdir()} - DECIDE_NOTHING
     digest = hashlib.sha256()
     for path in sorted(PIPELINE.rglob("*.py")):
-        if (name := path.relative_to(PIPELINE)).parts[0] in names:
+        if (name := path.relative_to(PIPELINE)).parts[0] in names and path.is_file():  # an editor's lock is a link to nowhere
             digest.update(f"{name}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 

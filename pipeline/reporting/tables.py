@@ -68,6 +68,8 @@ def results_table(evaluation: Evaluation, original_dataset: str) -> str:
     heading += f"{seeds} seed{'s' if seeds > 1 else ''}"
     table = markdown_table(["model", *columns], zip(evaluation.metrics, *columns.values(), strict=True))
     notes = ["± is the standard deviation over the seeds."] if seeds > 1 else []
+    if "student_distilled" in evaluation.metrics:
+        notes.append("The distilled student's training loss has the teacher's term in it.")
     if dataset["name"] == original_dataset:
         notes.append("Original: the course project's, of one seed.")
     return "\n\n".join(filter(None, [escape(heading), table, " ".join(notes)])) + "\n"

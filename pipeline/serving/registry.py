@@ -72,22 +72,23 @@ def register(client: MlflowClient, checkout: Path) -> tuple[str, str, str]:
     """
     checkpoint = checkout / "models/student/student.safetensors"
     exported, predictions = checkpoint.with_suffix(".onnx"), checkout / "metrics/predictions/distillation.npz"
+    for path in (checkpoint, exported, predictions):
+        if not path.is_file():
+            raise UserError(f"{path}: missing: dvc repro report@distillation, or dvc exp apply an experiment that has run it")
     description, checksum = read_description(checkpoint), md5(checkpoint)
     dataset = description.dataset
     accuracy = read_json(checkout / "metrics/export.json")["student"]["accuracy"]
-    for path in (exported, predictions):
-        if not path.is_file():
-            raise UserError(f"{path}: missing: run dvc repro first")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, f"tags.training = '{description.digest}'", max_results=1)
     if not runs:
         raise UserError("the MLflow store has no run of the student's training: run make sync first")
     champion = by_alias(client, CHAMPION)
-    if champion is None:
-        alias, reason = CHAMPION, "the first version"
-    elif same := client.search_model_versions(f"name = '{NAME}' and tags.checkpoint_md5 = '{checksum}'"):
+    both = f"tags.checkpoint_md5 = '{checksum}' and tags.{ONNX} = '{sha256(exported)}'"
+    if same := client.search_model_versions(f"name = '{NAME}' and {both}"):
         aliases = client.get_model_version(NAME, same[0].version).aliases
         return str(same[0].version), ", ".join(aliases) or "no alias", "registered before"
+    if champion is None:
+        alias, reason = CHAMPION, "the first version"
     else:
         alias, reason = judge(client, champion, dataset.fingerprint, predictions)
     tags = {
@@ -170,7 +171,7 @@ def open_champion(client: MlflowClient, folder: Path) -> tuple[str, Student]:
     """
     champion = by_alias(client, CHAMPION)
     if champion is None:
-        raise UserError(f"no {CHAMPION} of {NAME} in the registry: dvc repro, then make register")
+        raise UserError(f"no {CHAMPION} of {NAME} in the registry: dvc repro report@distillation, then make register")
     mlflow.set_tracking_uri(client.tracking_uri)
     address, advice = f"models:/{NAME}/{champion.version}/model.onnx", "register the student again, or serve another version"
     with user_error(f"{address}: no model that this project registered", Exception, then=advice):

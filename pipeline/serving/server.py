@@ -5,6 +5,7 @@ POST {"inputs": images} as JSON to /invocations, as to MLflow's own model server
 the server lives. Only the ONNX file that was registered is opened: no code from the store is run. Bodies over 4 MiB are refused.
 """
 
+import asyncio
 import json
 import os
 import socket
@@ -16,26 +17,35 @@ import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from pipeline.core.cli import run
-from pipeline.core.errors import user_error
+from pipeline.core.errors import read_port, user_error
 from pipeline.export.onnx_model import Student
 from pipeline.serving.registry import NAME, open_champion, open_store
 
 LIMIT = 4 * 2**20  # bytes of a request's body
+PATIENCE = 30  # seconds for it to come
+MOST = 64  # connections at a time: others get a 503
 
 
 def application(student: Student) -> Starlette:
-    """The server's ASGI application: 413 for a body over the limit, 400 for one that is not JSON as described above."""
+    """The server's ASGI application: 413 for too large a body, 408 for a slow one, 400 for other JSON than above."""
 
     async def invocations(request: Request) -> Response:
         body, size = bytearray(), 0
-        async for part in request.stream():
-            size += len(part)
-            body.extend(part) if size <= LIMIT else body.clear()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                async for part in request.stream():
+                    size += len(part)
+                    body.extend(part) if size <= LIMIT else body.clear()
+        except TimeoutError:
+            if size <= LIMIT:
+                return PlainTextResponse(f"the body did not come within {PATIENCE} s", 408)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
         if size > LIMIT:
             return PlainTextResponse(f"the body is over the limit of {LIMIT} bytes", 413)
         return await run_in_threadpool(_answer, student, bytes(body))
@@ -75,11 +85,11 @@ def main() -> None:
     """Serve until interrupted."""
     with tempfile.TemporaryDirectory() as folder:
         version, student = open_champion(open_store(), Path(folder))
-    host, port = os.environ.get("HOST") or "127.0.0.1", int(os.environ.get("PORT") or 5001)
+    host, port = os.environ.get("HOST") or "127.0.0.1", read_port(os.environ.get("PORT") or "5001")
     with user_error(f"cannot listen on {host}:{port}", OSError, then="PORT=... (make serve SERVE_PORT=...) names another port"):
         listening = socket.create_server((host, port))
     print(f"{NAME} version {version} on http://{host}:{port}/invocations", flush=True)
-    uvicorn.Server(uvicorn.Config(application(student), log_level="warning")).run([listening])
+    uvicorn.Server(uvicorn.Config(application(student), log_level="warning", limit_concurrency=MOST)).run([listening])
 
 
 if __name__ == "__main__":

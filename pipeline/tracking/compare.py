@@ -8,21 +8,22 @@ A and B are names of experiments, revisions such as HEAD, or `workspace`. Their 
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
 from pipeline.core.cli import run
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, one_line
 from pipeline.core.provenance import committed_parameters, git
 from pipeline.evaluation.comparisons import Evaluation, read_evaluation
 from pipeline.evaluation.statistics import compare
 from pipeline.params import TRACKS
 
 EXPERIMENT = re.compile(r"(\w+) refs/exps/\w\w/\w{38}/(.+)")  # revision and name
+GAINS = ("gain", "gain_low", "gain_high")
 
 
 def main(a: str, b: str) -> None:
@@ -32,58 +33,67 @@ def main(a: str, b: str) -> None:
     print("\n".join(verdicts(a, b)) if a else table())
 
 
-def table() -> str:
-    """A row per experiment: the parameters that differ among them, then the headline figures that do; shares of 1."""
+def experiments() -> dict[str, str]:
+    """The revision of every experiment of this checkout, by name, oldest first."""
     references = git("for-each-ref", "--format=%(objectname) %(refname)", "--sort=creatordate", "refs/exps")
-    revisions = {"HEAD": "HEAD"} | {name: revision for revision, name in EXPERIMENT.findall(references)}
-    rows = {name: committed_parameters(revision) | _headline(revision) for name, revision in revisions.items()}
+    return {name: revision for revision, name in EXPERIMENT.findall(references)}
+
+
+def table() -> str:
+    """A row per experiment: the parameters that differ among them, then accuracies in percent and gains in points that do."""
+    revisions = {"HEAD": "HEAD"} | experiments()
+    rows = {name: committed_parameters(revision) | _headline(name, revision) for name, revision in revisions.items()}
     keys = dict.fromkeys(key for row in rows.values() for key in row)
     varied = [key for key in keys if len({str(row.get(key)) for row in rows.values()}) > 1]
     if not varied:
         return "no experiment differs from HEAD: dvc exp run --temp --name t6 -S kd.temperature=6 report@distillation"
-    cells = [[name, *(_cell(row.get(key)) for key in varied)] for name, row in rows.items()]
+    cells = [[name, *(row.get(key, "") for key in varied)] for name, row in rows.items()]
     return tabulate(cells, ["experiment", *varied], disable_numparse=True)
 
 
-def _headline(revision: str) -> dict[str, float]:
+def _headline(name: str, revision: str) -> dict[str, str]:
+    """The figures of metrics/<track>.json, as text; those of a damaged or older file are left out with a line."""
     figures = {}
     for track in TRACKS:
-        content = git("show", f"{revision}:metrics/{track}.json")
-        for name, value in (json.loads(content) if content else {}).items():
-            figures |= {f"{name}.{key}": figure for key, figure in value.items()} if isinstance(value, dict) else {name: value}
+        content = git("show", f"{revision}:./metrics/{track}.json")
+        try:
+            headline = json.loads(content or "{}")
+            gains = {key: f"{100 * headline.pop(key):+.2f}" for key in GAINS if key in headline}
+            accuracies = {model: f"{100 * of_model['accuracy']:.2f}" for model, of_model in headline.items()}
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            print(f"left out: {name}: metrics/{track}.json: {one_line(error)}", file=sys.stderr)
+            continue
+        figures |= accuracies | {f"{track} {key.replace('_', ' ')}": text for key, text in gains.items()}
     return figures
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) and abs(value) < 1 else str(value)
 
 
 def verdicts(a: str, b: str) -> list[str]:
     """Per track and model of both: is `b` more accurate than `a`, over the seeds that they share. Raises UserError."""
-    lines = []
+    readers, lines, reason = [_reader(a), _reader(b)], [], ""
     for track in TRACKS:
-        readers = _reader(a), _reader(b)
         try:
-            ours, theirs = (read_evaluation(track, reader) for reader in reversed(readers))
-        except UserError as error:
+            theirs, ours = (read_evaluation(track, reader) for reader in readers)
+            both = [model for model in ours.metrics if model in theirs.metrics]
+            lines += [_verdict(f"{b} against {a}, {model}", model, ours, theirs) for model in both]
+        except (UserError, KeyError) as error:
             reason = error
-            continue
-        lines += [_verdict(f"{b} against {a}, {model}", model, ours, theirs) for model in ours.metrics]
     if not lines:
-        raise UserError(f"{a}, {b}: no track has results in both: {reason}")
+        raise UserError(f"{a}, {b}: no track has results in both (dvc fetch may bring them): {reason}")
     return lines
 
 
-def _reader(revision: str) -> Callable[[str], bytes]:
-    """How files of a revision are read, from git or DVC's cache."""
-    if revision == "workspace":
+def _reader(name: str) -> Callable[[str], bytes]:
+    """How files of an experiment, a revision or the workspace are read, from git or DVC's cache. Raises UserError."""
+    if name == "workspace":
         return lambda path: Path(path).read_bytes()
+    revision = (
+        experiments().get(name) or git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip()
+    )
+    if not revision:
+        raise UserError(f"{name}: no experiment and no git revision here. Experiments: {', '.join(experiments()) or 'none'}")
     from dvc.api import DVCFileSystem
 
-    try:
-        return DVCFileSystem(rev=revision).cat_file
-    except Exception as error:
-        raise UserError(f"{revision}: neither a DVC experiment nor a git revision here: {error}") from error
+    return DVCFileSystem(rev=revision).cat_file
 
 
 def _verdict(heading: str, model: str, ours: Evaluation, theirs: Evaluation) -> str:
@@ -91,7 +101,8 @@ def _verdict(heading: str, model: str, ours: Evaluation, theirs: Evaluation) -> 
     if details[0]["checkpoints"] == details[1]["checkpoints"]:
         return f"{heading}: the same checkpoints"
     if ours.detail["dataset"]["fingerprint"] != theirs.detail["dataset"]["fingerprint"]:
-        return f"{heading}: measured on other images: {ours.detail['dataset']['name']}, {theirs.detail['dataset']['name']}"
+        names = f"{ours.detail['dataset']['name']}, {theirs.detail['dataset']['name']}"
+        return f"{heading}: not compared, the data or their split differ: {names}"
     seeds = [seed for seed in details[0]["seeds"] if seed in details[1]["seeds"]]
     if not seeds:
         return f"{heading}: no seed in common"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.core.cli import run
-from pipeline.core.errors import user_error
+from pipeline.core.errors import UserError, user_error
 from pipeline.core.files import md5, read_json
 from pipeline.params import load_params
 from pipeline.tracking.mirror import CHECKPOINT, COMMIT, EXPERIMENT, STAGE
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 def main(target: str) -> None:
     """Print every checkpoint of `target` with its runs."""
+    if target.endswith((".safetensors", ".onnx")) and not Path(target).is_file():
+        raise UserError(f"{target}: missing: dvc repro, or dvc checkout")
     checkpoints = of_file(Path(target)) if Path(target).is_file() else of_revision(target)
     client, experiment = open_store(load_params().tracking.experiment)
     for path, checksum in checkpoints.items():

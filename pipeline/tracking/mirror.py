@@ -33,6 +33,7 @@ TRAINING, PARENT = "training", "parent"  # tags that runs are found by: a traini
 CHECKPOINT = "checkpoint_md5"  # tag: the checksum that dvc.lock has too
 MIRRORED, EVALUATED = "mirrored", "evaluated"  # tags: digest of the record, of the test results that the run holds
 PARENT_ID, NOTE, STAGE, EXPERIMENT = "mlflow.parentRunId", "mlflow.note.content", "dvc.stage", "dvc.experiment"
+LAST_OF_EPOCH = "val_loss"  # logged last: an epoch that has it is complete
 COMMIT, DIRTY = "mlflow.source.git.commit", "mlflow.source.git.dirty"
 SHORT = {"kd.temperature": "T"}  # in a run's name, where others have the last part of their key
 
@@ -110,18 +111,22 @@ class Mirror:
         digest = _digest(record.model_dump_json())
         if run.data.tags.get(MIRRORED) == digest:
             return run
-        run_id, start = run.info.run_id, run.info.start_time
+        run_id, start, metrics = run.info.run_id, run.info.start_time, run.data.metrics
+        if run_id not in self.sent:  # what another process logged stays: a point of another value would be a second one
+            history = self.client.get_metric_history(run_id, LAST_OF_EPOCH) if LAST_OF_EPOCH in metrics else []
+            self.sent[run_id] = max((point.step for point in history), default=0)
         points = []
-        for step in range(self.sent.get(run_id, 0) + 1, len(record.history) + 1):
+        for step in range(self.sent[run_id] + 1, len(record.history) + 1):
             values = record.history[step - 1].model_dump()
             values |= {f"train_{name}": value for name, value in values.pop("terms").items()}
             values |= record.loads[step - 1] if step <= len(record.loads) else {}
+            values |= {LAST_OF_EPOCH: values.pop(LAST_OF_EPOCH)}
             points += [(name, value, start + step, step) for name, value in values.items()]
         if record.finished:
-            points += [("best_epoch", record.best_epoch, start, 0)]
-            points += [("training_seconds", record.seconds, start, 0)] if record.seconds is not None else []
-        self._log(run, points)  # again after an interruption: to MLflow, a point of the same time is the same point
-        self.sent[run_id] = len(record.history)
+            once = {"best_epoch": record.best_epoch, "training_seconds": record.seconds}
+            points += [(name, value, start, 0) for name, value in once.items() if name not in metrics and value is not None]
+        self._log(run, points)
+        self.sent[run_id] = max(self.sent[run_id], len(record.history))
         if not (record.finished or record.failed):
             if run.info.status != "RUNNING":
                 self.client.update_run(run_id, "RUNNING")
@@ -179,17 +184,18 @@ class Mirror:
             if len(evaluation.probabilities[model]) >= FEWEST:
                 interval = {"low": metrics[name] - half, "high": metrics[name] + half}
                 tags[name] += f" ({cell(interval, 'low', *style)} to {cell(interval, 'high', *style)})"
-        own = {name: found for name, found in evaluation.comparisons.items() if name.startswith(f"{model}_vs_")}
-        if own:
-            name, first = next(iter(own.items()))
-            gain, low, high = (f"{100 * first[key]:+.2f}" for key in ("gain", "low", "high"))
-            sure = first["seeds"] >= FEWEST
+        notes = [f"Seeds {', '.join(map(str, evaluation.detail['models'][model]['seeds']))}.", parent.data.tags.get("repeat", "")]
+        # The track's question alone: what another model was compared with may be of another experiment next time.
+        name, answer = next(iter(evaluation.comparisons.items()))
+        if name.startswith(f"{model}_vs_"):
+            gain, low, high = (f"{100 * answer[key]:+.2f}" for key in ("gain", "low", "high"))
+            sure = answer["seeds"] >= FEWEST
             gain += f"{f' ({low} to {high})' if sure else ''} over {name.partition('_vs_')[2]}"
-            tags |= {"gain": gain, "verdict": first["verdict"] if sure else "a smoke test"}
-        tags[NOTE] = "\n\n".join([*(sentence(*item) for item in own.items()), parent.data.tags.get("repeat", "")])
-        figures = {name: value for name, value in metrics.items() if not name.startswith(("parameters", "final_"))}
-        if next(iter(evaluation.comparisons)) in own:  # the track's question
+            tags |= {"gain": gain, "verdict": answer["verdict"] if sure else "a smoke test"}
+            notes.insert(0, sentence(name, answer))
             table = results_table(evaluation, TRACKS[evaluation.detail["track"]].original_dataset)
+        tags[NOTE] = "\n\n".join(notes)
+        figures = {name: value for name, value in metrics.items() if not name.startswith(("parameters", "final_"))}
         digest = _digest(json.dumps([figures, tags]), table)
         if parent.data.tags.get(EVALUATED) != digest:
             if table:
@@ -268,6 +274,8 @@ def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = No
     """Name and tags of a run, by how its parameters differ from those of its commit."""
     from mlflow.tracking.context.registry import resolve_tags  # the user and the program
 
+    from pipeline.reporting.tables import escape
+
     here = {STAGE: os.environ.get("DVC_STAGE"), EXPERIMENT: os.environ.get("DVC_EXP_NAME"), COMMIT: commit()}
     here[DIRTY] = "" if code_is_committed() else "true"
     tags = {name: value for name, value in resolve_tags(here | origin).items() if value}
@@ -275,18 +283,20 @@ def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = No
     # A record holds what "auto" became.
     changed = {name: value for name, value in record.parameters.items() if committed.get(name, value) not in (value, "auto")}
     varied = {name: json.dumps(value, ensure_ascii=False).removesuffix(".0") for name, value in changed.items()}
-    words = [f"{SHORT.get(name, name.split('.')[-1])}={value.strip(chr(34))}" for name, value in varied.items()]
+    shown = {name: value.strip('"').rpartition("/")[2] for name, value in varied.items()}  # of a path, the file's name
+    words = [f"{SHORT.get(name, name.split('.')[-1])}={value}" for name, value in shown.items()]
     title = " ".join([record.model, *words])[:120]
     if seed is not None:
         title += f"/seed{seed}"
-        varied |= {"seeds": f"[{seed}]"} if seed not in committed.get("seeds", [seed]) else {}
+        varied |= {"seeds": f"[{seed}]"} if committed.get("seeds", [seed]) != [seed] else {}
     settings = [shlex.quote(f"{name}={value}") for name, value in varied.items()]
-    command = " -S ".join(["dvc exp run" if settings else "dvc repro", *settings])
+    command = " -S ".join(["dvc exp run --temp" if settings else "dvc repro", *settings])
     checkout = f"git checkout {tags[COMMIT][:12]} && " if COMMIT in tags else ""
-    repeat = f"Again: `{checkout}{command} {tags.get(STAGE, '')}".rstrip() + "`"
+    repeat = f"{checkout}{command} {tags.get(STAGE, '')}".rstrip().replace("`", "?")
+    repeat = f"Again: `{repeat}`"
     repeat += " (The code had uncommitted changes.)" if DIRTY in tags else ""
     tags |= {"model": record.model, "dataset": record.dataset.name, "device": record.device, "setting": record.setting}
-    note = f"**{title}**, trained on {record.dataset.name}.\n\n{repeat}"
+    note = f"**{escape(title)}**, trained on {escape(record.dataset.name)}.\n\n{repeat}"
     return title, tags | {"repeat": repeat[:8000], NOTE: note[:8000]}
 
 

@@ -1,6 +1,7 @@
 """The MLflow store: opened by several processes at once, and with errors that show no password."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +70,8 @@ def _create_sqlite(uri: str) -> None:
 
 def _create_experiment(client: "MlflowClient", name: str, uri: str) -> "Experiment":
     # A server chooses its own artifact folder; without one, the default would lie in the current folder.
-    location = (main_checkout() / "mlartifacts" / name).as_uri() if uri.startswith("sqlite:") else None
+    folder = re.sub(r"[^\w-]", "_", name)
+    location = (main_checkout() / "mlartifacts" / folder).as_uri() if uri.startswith("sqlite:") else None
     kind = {"mlflow.experimentKind": "custom_model_development"}  # so that the UI opens the right pages
     try:
         return client.get_experiment(client.create_experiment(name, location, kind))

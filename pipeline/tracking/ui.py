@@ -10,8 +10,8 @@ import time
 import webbrowser
 
 from pipeline.core.cli import run
-from pipeline.core.errors import user_error
-from pipeline.core.tracking_uri import tracking_uri
+from pipeline.core.errors import read_port, user_error
+from pipeline.core.tracking_uri import masked, tracking_uri
 from pipeline.params import load_params
 from pipeline.tracking.mirror import PARENT
 from pipeline.tracking.store import open_store
@@ -42,18 +42,19 @@ def prepare_view(experiment: str) -> str:
 
 def main() -> None:
     """Serve until interrupted."""
-    port = int(os.environ.get("PORT") or 5000)
+    port = read_port(os.environ.get("PORT") or "5000")
     uri, page = tracking_uri(), prepare_view(load_params().tracking.experiment)
     if uri.startswith("http"):  # a server has its pages
-        print(f"{uri}{page}")
+        print(f"{masked(uri)}{page}")
         return
     with user_error(f"cannot listen on 127.0.0.1:{port}", OSError, then="make ui PORT=... names another port"):
         socket.create_server(("127.0.0.1", port)).close()
     address = f"http://127.0.0.1:{port}{page}"
     print(f"{address}\n\nThe table of results. Ctrl-C ends it.", flush=True)
     threading.Thread(target=_open, args=(port, address), daemon=True).start()
-    command = ["mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri]
-    subprocess.run([sys.executable, "-m", *command], check=False, stderr=subprocess.DEVNULL)  # noqa: S603
+    command = ["mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
+    stores = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_REGISTRY_STORE_URI": uri}  # an argument would show a password to all users
+    subprocess.run([sys.executable, "-m", *command], check=False, env=os.environ | stores, stderr=subprocess.DEVNULL)  # noqa: S603
 
 
 def _open(port: int, address: str) -> None:

@@ -28,6 +28,8 @@ def test_only_a_better_student_takes_the_champions_place(registry: Registry):
         assert re.match(relation, reason)
     assert registry.client.get_registered_model(NAME).aliases == {"champion": 3, "challenger": 4}
     assert register(registry.client, registry.folder / "better") == ("3", "champion", "registered before")
+    registry.client.delete_registered_model_alias(NAME, "champion")
+    assert register(registry.client, registry.folder / "better") == ("3", "no alias", "registered before")
 
 
 def test_an_alias_set_by_hand_decides_what_the_next_is_compared_with(registry: Registry):
@@ -114,7 +116,7 @@ def test_what_is_missing_is_one_clear_error(registry: Registry):
     with pytest.raises(UserError, match="no run of the student's training: run make sync"):
         register(registry.client, checkout)
     (checkout / "models" / "student" / "student.onnx").unlink()
-    with pytest.raises(UserError, match=r"student\.onnx: missing: run dvc repro"):
+    with pytest.raises(UserError, match=r"student\.onnx: missing: dvc repro report@distillation"):
         register(registry.client, checkout)
 
 

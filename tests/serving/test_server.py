@@ -1,5 +1,6 @@
 """Serving the champion, with the real MLflow."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -8,9 +9,12 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 import requests
+from starlette.applications import Starlette
 
 from pipeline.export.onnx_model import Student
+from pipeline.serving import server
 from tests.conftest import ROOT
 from tests.faults.checkout import free_port
 from tests.serving.conftest import Registry, running
@@ -68,3 +72,29 @@ def test_without_a_champion_the_server_says_what_to_do(registry: Registry):
     done = subprocess.run(COMMAND, **options, check=False)
     assert done.returncode == 1
     assert "make register" in done.stderr.splitlines()[-1]
+
+
+async def post_in_parts(app: Starlette, *messages: dict, then: float = 0) -> int:
+    """The status that a request gets whose body comes in these messages, and then nothing for so many seconds."""
+    waiting, sent = iter(messages), []
+
+    async def receive() -> dict:
+        if message := next(waiting, None):
+            return message
+        await asyncio.sleep(then)
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    await app({"type": "http", "method": "POST", "path": "/invocations", "headers": []}, receive, send)
+    return sent[0]["status"]
+
+
+def test_a_body_that_does_not_come_or_does_not_end_is_given_up(registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(server, "PATIENCE", 0.5)
+    app, part = server.application(Student(registry.onnx)), {"type": "http.request", "body": b" " * 2**20, "more_body": True}
+    assert asyncio.run(post_in_parts(app, part, then=60)) == 408
+    assert asyncio.run(post_in_parts(app, *[part] * 9, then=60)) == 413
+    assert asyncio.run(post_in_parts(app, part)) == 400, "the client has gone"
+    assert "Traceback" not in caplog.text

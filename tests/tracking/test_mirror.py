@@ -20,7 +20,7 @@ from pipeline.core.files import read_yaml
 from pipeline.core.tracking_uri import tracking_uri
 from pipeline.tracking import mirror as module
 from pipeline.tracking.mirror import Mirror
-from tests.tracking.samples import STUDENTS, curve, make_evaluation, make_record, runs
+from tests.tracking.samples import DATASET, STUDENTS, curve, make_evaluation, make_record, runs
 
 CURVES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "train_hard", "system/cpu_utilization_percentage")
 
@@ -135,11 +135,11 @@ def test_two_settings_at_once_are_named_and_repeated_by_their_own_parameters(sto
     again = "Again: `git checkout cccccccccccc && dvc {} distill_student`".format
     assert repeat == {
         "student": again("repro"),
-        "student/seed3": again("exp run -S 'seeds=[3]'"),
-        "student T=6": again("exp run -S kd.temperature=6"),
-        "student T=6/seed3": again("exp run -S kd.temperature=6 -S 'seeds=[3]'"),
-        "student T=8 alpha=0.25": again("exp run -S kd.temperature=8 -S kd.alpha=0.25"),
-        "student T=8 alpha=0.25/seed3": again("exp run -S kd.temperature=8 -S kd.alpha=0.25 -S 'seeds=[3]'"),
+        "student/seed3": again("exp run --temp -S 'seeds=[3]'"),
+        "student T=6": again("exp run --temp -S kd.temperature=6"),
+        "student T=6/seed3": again("exp run --temp -S kd.temperature=6 -S 'seeds=[3]'"),
+        "student T=8 alpha=0.25": again("exp run --temp -S kd.temperature=8 -S kd.alpha=0.25"),
+        "student T=8 alpha=0.25/seed3": again("exp run --temp -S kd.temperature=8 -S kd.alpha=0.25 -S 'seeds=[3]'"),
     }
 
 
@@ -320,8 +320,8 @@ def test_processes_that_mirror_the_same_trainings_into_a_store_that_does_not_exi
 
 @pytest.mark.usefixtures("silent")
 def test_test_results_go_to_each_checkpoints_run_and_their_means_to_the_parent(store: Path):
-    evaluation = make_evaluation(make_record(0), make_record(1))
-    for seed in (0, 1):
+    evaluation = make_evaluation(*(make_record(seed) for seed in range(3)))
+    for seed in range(3):
         Mirror("e").training(make_record(seed, model="student_alone"))
     for _ in range(2):
         Mirror("e").evaluation(evaluation)
@@ -336,13 +336,13 @@ def test_test_results_go_to_each_checkpoints_run_and_their_means_to_the_parent(s
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"classification_report.txt", "confusion_matrix.png"}
     assert (store / f"mlartifacts/e/{run.info.run_id}/artifacts/confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
     assert parent.data.metrics["test_accuracy_sd"] == evaluation.metrics["student_alone"]["accuracy_sd"]
-    assert re.fullmatch(r"\d\d\.\d\d\u200a±\u200a\d\.\d\d", parent.data.tags["accuracy"])
+    assert re.fullmatch(r"\d\d\.\d\d \(\d\d\.\d\d to \d\d\.\d\d\)", parent.data.tags["accuracy"])
     assert parent.info.end_time < 1_700_000_010_000  # as its trainings, not as the evaluation
     assert not {"verdict", "test_parameters"} & {*parent.data.tags, *parent.data.metrics}
-    assert first.data.tags["gain"].endswith("points over student_alone")
+    assert re.fullmatch(r"\+\S+ \(\S+ to \S+\) over student_alone", first.data.tags["gain"])
     assert first.data.tags["verdict"] in ("better", "not distinguishable")
     assert "**student_alone**" in first.data.tags["mlflow.note.content"]
-    assert "Again: " in first.data.tags["mlflow.note.content"]
+    assert "Seeds 0, 1, 2.\n\nAgain: " in first.data.tags["mlflow.note.content"]
     table = (store / f"mlartifacts/e/{first.info.run_id}/artifacts/results.md").read_text()
     assert "student_alone" in table
     assert not client.list_artifacts(parent.info.run_id)
@@ -377,3 +377,28 @@ def test_a_checkpoint_that_the_store_does_not_know_gets_its_run_from_the_evaluat
 def test_a_process_that_trains_does_not_load_mlflow_or_torch_for_the_mirror():
     code = "import sys, pipeline.tracking.mirror; assert not {'mlflow', 'torch', 'numpy', 'pydantic'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_training_that_is_repeated_with_other_values_leaves_one_point_a_step(store: Path):
+    """By another process, such as RETRAIN=1's, or on a machine that rounds otherwise."""
+    Mirror("e").training(make_record())
+    before = runs()["teacher/seed0"].data.metrics
+    again = make_record(seconds=99.0)
+    again.history[0] = again.history[0].model_copy(update={"train_loss": 123.0})
+    Mirror("e").training(again)
+    run = runs()["teacher/seed0"]
+    assert run.data.metrics == before
+    assert [step for step, _ in curve(run, "train_loss")] == [1, 2, 3]
+    assert len(curve(run, "training_seconds")) == 1
+
+
+def test_the_artifacts_of_any_experiment_lie_in_the_checkout(store: Path):
+    mirror = Mirror("../../elsewhere/..")
+    location = mirror.client.get_experiment(mirror.experiment_id).artifact_location
+    assert Path(location.removeprefix("file://")).resolve().parent == store / "mlartifacts"
+
+
+def test_what_a_data_set_is_called_is_no_markup_in_a_description(store: Path):
+    evil = DATASET.model_copy(update={"name": "![x](https:evil.example) <img src=x>.npz"})
+    Mirror("e").training(make_record(dataset=evil))
+    assert not set("<>[") & set(runs()["teacher/seed0"].data.tags["mlflow.note.content"].split("Again:")[0])

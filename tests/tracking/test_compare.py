@@ -1,0 +1,60 @@
+"""Experiments side by side. tests/test_docs.py compares two that were run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import UserError
+from pipeline.evaluation.comparisons import write_evaluation
+from pipeline.tracking import compare
+from tests.tracking.samples import make_evaluation, make_record
+
+HEADLINE = json.dumps({"teacher": {"accuracy": 0.9}, "gain": 0.01, "gain_low": -0.01, "gain_high": 0.03})
+
+
+@pytest.fixture
+def show(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
+    """Has git show these contents of metrics/distillation.json, by revision."""
+
+    def prepare(contents: dict[str, str]) -> None:
+        monkeypatch.setattr(compare, "experiments", lambda: {name: name for name in contents if name != "HEAD"})
+        monkeypatch.setattr(compare, "committed_parameters", lambda revision: {"kd.temperature": len(revision), "epochs": 5})
+        monkeypatch.setattr(
+            compare, "git", lambda _, place: contents[place.partition(":")[0]] if place.endswith("/distillation.json") else ""
+        )
+
+    return prepare
+
+
+def test_the_table_has_parameters_first_and_leaves_out_what_does_not_differ(show):
+    show({"HEAD": HEADLINE, "warmer": HEADLINE.replace("0.9", "0.905")})
+    heading, _, first, second = (line.split() for line in compare.table().splitlines())
+    assert heading == ["experiment", "kd.temperature", "teacher"]
+    assert (first, second) == (["HEAD", "4", "90.00"], ["warmer", "6", "90.50"])
+
+
+@pytest.mark.parametrize("damaged", ["[1]", '{"a":', '{"teacher": 1}', "\ufffd"])
+def test_a_damaged_experiment_spoils_no_other(show, damaged: str, capsys):
+    show({"HEAD": HEADLINE, "warmer": damaged})
+    assert "warmer" in compare.table()
+    assert capsys.readouterr().err.startswith("left out: warmer: metrics/distillation.json: ")
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    records = [make_record(seed) for seed in range(3)]
+    for name, temperature in (("a", None), ("b", 6.0)):
+        write_evaluation(make_evaluation(*records, temperature=temperature), tmp_path / name)
+    monkeypatch.setattr(compare, "_reader", lambda name: lambda path: (tmp_path / name / path).read_bytes())
+    distilled, alone = compare.verdicts("a", "b")
+    assert distilled.startswith("b against a, student_distilled: ")
+    assert "3 seeds, 200 images" in distilled
+    assert alone == "b against a, student_alone: the same checkpoints"
+    with pytest.raises(UserError, match="no track has results in both"):
+        compare.verdicts("a", "c")
+
+
+def test_an_unknown_name_is_said():
+    with pytest.raises(UserError, match="nosuch: no experiment and no git revision here"):
+        compare.verdicts("HEAD", "nosuch")
