@@ -30,7 +30,8 @@ def main() -> None:
         }
     write_json(Path("metrics/export.json"), results)
     for name, figures in results.items():
-        print(name, {key: round(value, 6) for key, value in figures.items()})
+        same = f", the class of PyTorch for {100 * figures['same_predictions']:.2f} %" if "same_predictions" in figures else ""
+        print(f"{name}: test accuracy {100 * figures['accuracy']:.2f} %{same}")
 
 
 if __name__ == "__main__":

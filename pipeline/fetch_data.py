@@ -21,9 +21,11 @@ def main(track: str) -> None:
         initial = {"simple_cnn": {}, "resnet18": imagenet_resnet18() if block.pretrained else {}}
     with atomic_folder(Path("data") / track) as folder:
         dataset = prepare(source, block.validation, folder)
+        (folder / "initial").mkdir()
         for model, tensors in initial.items():
             write_atomic(folder / "initial" / f"{model}.safetensors", save(tensors))
-    print(f"{track}: {dataset.name}, images {dataset.images}, shape {dataset.image_shape}")
+    images, shape = " / ".join(f"{number:,}" for number in dataset.images.values()), "x".join(map(str, dataset.image_shape))
+    print(f"{track}: {dataset.name}, {images} training / validation / test images of {shape}")
 
 
 def link_own_file(dataset: str, folder: Path) -> None:

@@ -26,7 +26,7 @@ def main(track: str) -> None:
             costs[model]["training_seconds"] = fmean(seconds)  # of one seed
     if track == "distillation":
         for path in sorted(Path("models/student").glob("*.onnx")):
-            costs[path.stem] = {"file_bytes": path.stat().st_size} | inference_cost(path)
+            costs[path.name] = {"file_bytes": path.stat().st_size} | inference_cost(path)
     code = {"commit": commit(), "code_is_committed": code_is_committed()}
     write_json(Path(f"metrics/{track}_costs.json"), {"models": costs, "machine": machine(), **code})
     for model, cost in costs.items():

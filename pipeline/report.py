@@ -1,9 +1,10 @@
 """Stage report: turn a track's results and costs into a table, figures and a report, as Markdown and as one HTML page."""
 
+import os
 from pathlib import Path
 
 from pipeline.core.cli import run
-from pipeline.core.files import atomic_folder, read_json, write_atomic
+from pipeline.core.files import atomic_folder, main_checkout, read_json, write_atomic
 from pipeline.evaluation.comparisons import read_evaluation
 from pipeline.params import TRACKS
 from pipeline.reporting.figures import draw_figures
@@ -31,7 +32,11 @@ def main(track: str) -> None:
     inlined = {name: data_uri(png) for name, png in figures.items()}
     write_atomic(page, render("html", *content, inlined))
     sentences = [sentence(name, comparison) for name, comparison in evaluation.comparisons.items()]
-    print("\n".join(["", table, plan.question, *sentences, "", f"The report: {page}"]))
+    failed = [name for name, entry in evaluation.detail["models"].items() if entry["at_chance"]]
+    warning = [f"Warning: no better than always naming the commonest class: {', '.join(failed)}"] if failed else []
+    temporary = f"dvc get . {page} --rev {os.environ.get('DVC_EXP_NAME')} -o report.html"
+    place = f"The report: {page if Path.cwd() == main_checkout() else temporary}"
+    print("\n".join(["", table, plan.question, *sentences, *warning, "", place]))
 
 
 if __name__ == "__main__":

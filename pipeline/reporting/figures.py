@@ -119,7 +119,7 @@ def plot_size(metrics: Mapping[str, Any], costs: Mapping[str, Any], exported: Ma
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     for marker, (model, cost) in zip(MARKERS, costs.items(), strict=False):
-        figures = metrics.get(model) or exported[model]
+        figures = metrics.get(model) or exported[model.removesuffix(".onnx")]
         accuracy, spread = 100 * figures["accuracy"], 100 * figures.get("accuracy_ci95", 0)
         label = model if model in metrics else f"{model} (the exported seed)"
         options = {"fmt": marker, "capsize": 4, "markersize": 7, "label": label}
