@@ -16,12 +16,11 @@ def main(track: str) -> None:
     block = getattr(load_params(), track)
     link_own_file(block.dataset, Path("data/own") / track)
     source = read_source(block.dataset, block.size)
-    initial = {}
-    if track == "baselines":  # a model without published weights gets an empty file: it starts from random ones
-        initial = {"simple_cnn": {}, "resnet18": imagenet_resnet18() if block.pretrained else {}}
+    initial = {model: {} for model in TRACKS[track].models}  # an empty file: the model starts from random weights
+    if track == "baselines" and block.pretrained:
+        initial["resnet18"] = imagenet_resnet18()
     with atomic_folder(Path("data") / track) as folder:
         dataset = prepare(source, block.validation, folder)
-        (folder / "initial").mkdir()
         for model, tensors in initial.items():
             write_atomic(folder / "initial" / f"{model}.safetensors", save(tensors))
     images, shape = " / ".join(f"{number:,}" for number in dataset.images.values()), "x".join(map(str, dataset.image_shape))
