@@ -28,7 +28,7 @@ def main(track: str) -> None:
     )
     write_evaluation(evaluation, Path())
     for model, figures in evaluation.metrics.items():
-        print(f"{model}: test accuracy {100 * figures['accuracy']:.2f} %, mean over {len(params.seeds)} seeds")
+        print(f"{model}: test accuracy {100 * figures['accuracy']:.2f} %, mean over {len(evaluation.probabilities[model])} seeds")
     mirror.evaluation(evaluation)
 
 

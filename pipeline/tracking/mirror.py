@@ -295,6 +295,7 @@ def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = No
     repeat = f"{checkout}{command} {tags.get(STAGE, '')}".rstrip().replace("`", "?")
     repeat = f"Again: `{repeat}`"
     repeat += " (The code had uncommitted changes.)" if DIRTY in tags else ""
+    tags |= {"varied": " ".join(words)[:5000]} if words else {}
     tags |= {"model": record.model, "dataset": record.dataset.name, "device": record.device, "setting": record.setting}
     note = f"**{escape(title)}**, trained on {escape(record.dataset.name)}.\n\n{repeat}"
     return title, tags | {"repeat": repeat[:8000], NOTE: note[:8000]}

@@ -17,7 +17,14 @@ from pipeline.tracking.mirror import PARENT
 from pipeline.tracking.store import open_store
 
 VIEW = "results"
-COLUMNS = {"gain": 310, "verdict": 140, "accuracy": 160, "auc": 180, "dataset": 120}  # tags of runs: widths in pixels
+COLUMNS = {
+    "varied": 240,
+    "gain": 310,
+    "verdict": 140,
+    "accuracy": 160,
+    "auc": 180,
+    "dataset": 120,
+}  # tags of runs: widths in pixels
 
 
 def prepare_view(experiment: str) -> str:

@@ -45,7 +45,11 @@ class Checkout:
         foreign = ("DVC_", "MLFLOW_", "DATA_MIRROR", "RETRAIN", "TRAININGS_", "TRACK_LATER")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)} | {"PATH": path}
-        self.options = {"cwd": folder, "env": self.environment, "text": True}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How a command is run here."""
+        return {"cwd": self.folder, "env": self.environment, "text": True}
 
     def run(self, *command: str, expect: int | None = 0, timeout: int = 300) -> subprocess.CompletedProcess:
         """Run a command to its end. Raises AssertionError if its exit status is not the expected one."""

@@ -111,7 +111,7 @@ def test_the_store_gets_the_workspace_and_every_experiment_once(tmp_path: Path, 
         evaluation = write_results(tmp_path / f"again{temperature}", temperature)
         assert run.data.metrics["test_accuracy"] == evaluation.metrics["student_distilled"]["accuracy"]
         assert run.data.tags["dvc.stage"] == "train_student_distilled"
-    assert other.data.tags["repeat"].endswith("dvc exp run -S kd.temperature=6 train_student_distilled`")
+    assert other.data.tags["repeat"].endswith("dvc exp run --temp -S kd.temperature=6 train_student_distilled`")
     child = runs()["student_distilled T=6/seed1"]
     assert child.data.tags["mlflow.parentRunId"] == other.info.run_id
     assert [step for step, _ in curve(child, "val_loss")] == [1, 2, 3]
