@@ -56,7 +56,7 @@ def test_another_temperature_trains_the_distilled_student_alone_and_its_run_says
     runs = {run.info.run_name: run for run in checkout.mlflow_runs()}
     assert "dvc.experiment" not in runs["student_distilled"].data.tags
     for name in (warmer, f"{warmer}/seed0"):
-        assert "dvc exp run -S kd.temperature=6" in runs[name].data.tags["mlflow.note.content"]
+        assert "dvc exp run --temp -S kd.temperature=6" in runs[name].data.tags["mlflow.note.content"]
         assert runs[name].data.tags["dvc.experiment"] == "warmer"
         assert runs[name].data.params["kd.temperature"] == "6.0"
     assert "points over student_alone" in runs[warmer].data.tags["gain"]
