@@ -281,7 +281,8 @@ def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = No
     tags = {name: value for name, value in resolve_tags(here | origin).items() if value}
     committed = committed_parameters(tags.get(COMMIT, ""))
     # A record holds what "auto" became.
-    changed = {name: value for name, value in record.parameters.items() if committed.get(name, value) not in (value, "auto")}
+    ordered = sorted(record.parameters.items(), key=lambda item: not item[0].startswith("kd."))  # distillation's own first
+    changed = {name: value for name, value in ordered if committed.get(name, value) not in (value, "auto")}
     varied = {name: json.dumps(value, ensure_ascii=False).removesuffix(".0") for name, value in changed.items()}
     shown = {name: value.strip('"').rpartition("/")[2] for name, value in varied.items()}  # of a path, the file's name
     words = [f"{SHORT.get(name, name.split('.')[-1])}={value}" for name, value in shown.items()]
