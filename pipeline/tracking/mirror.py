@@ -182,7 +182,7 @@ class Mirror:
         for name, *style in (("accuracy", 100, 2), ("auc", 1, 4)):
             tags[name], half = cell(metrics, name, *style), metrics.get(f"{name}_ci95", 0)
             if len(evaluation.probabilities[model]) >= FEWEST:
-                interval = {"low": metrics[name] - half, "high": metrics[name] + half}
+                interval = {"low": max(0.0, metrics[name] - half), "high": min(1.0, metrics[name] + half)}
                 tags[name] += f" ({cell(interval, 'low', *style)} to {cell(interval, 'high', *style)})"
         notes = [f"Seeds {', '.join(map(str, evaluation.detail['models'][model]['seeds']))}.", parent.data.tags.get("repeat", "")]
         # The track's question alone: what another model was compared with may be of another experiment next time.
