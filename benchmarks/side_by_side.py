@@ -21,13 +21,13 @@ from tabulate import tabulate
 from pipeline.core.provenance import commit, machine
 
 ROOT = Path(__file__).parents[1]
-WAYS = {  # checkouts at once, then of params.yaml: seeds, threads, jobs
-    "two checkouts, 2 seeds each, one after the other": (1, 2, 1, "auto"),
-    "two checkouts, 2 seeds each, at once": (2, 2, 1, "auto"),
-    "2 seeds, 2 jobs of 1 thread": (1, 2, 1, 2),
-    "2 seeds, 1 job of 2 threads": (1, 2, 2, 1),
-    "1 seed, 1 thread": (1, 1, 1, 1),
-    "1 seed, 2 threads": (1, 1, 2, 1),
+WAYS = {  # checkouts, those of a group at once; then of params.yaml: seeds, threads, jobs
+    "two checkouts, 2 seeds each, one after the other": (((0,), (1,)), 2, 1, "auto"),
+    "two checkouts, 2 seeds each, at once": (((0, 1),), 2, 1, "auto"),
+    "2 seeds, 2 jobs of 1 thread": (((0,),), 2, 1, 2),
+    "2 seeds, 1 job of 2 threads": (((0,),), 2, 2, 1),
+    "1 seed, 1 thread": (((0,),), 1, 1, 1),
+    "1 seed, 2 threads": (((0,),), 1, 2, 1),
 }
 
 
@@ -41,12 +41,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkouts = [clone(Path(folder, name)) for name in ("first", "second")]
         for _ in range(arguments.repeats):
-            for number, (way, (at_once, *settings)) in enumerate(WAYS.items()):
-                if at_once == 2 or number == 0:
-                    groups = [checkouts] if at_once == 2 else [[checkout] for checkout in checkouts]
-                else:
-                    groups = [checkouts[:1]]
-                seconds[way].append(sum(run(group, arguments.model, *settings) for group in groups))
+            for way, (groups, *settings) in WAYS.items():
+                taken = [run([checkouts[number] for number in group], arguments.model, *settings) for group in groups]
+                seconds[way].append(sum(taken))
     rows = [
         [way, f"{statistics.median(values):.1f}", f"{min(values):.1f} to {max(values):.1f}"] for way, values in seconds.items()
     ]

@@ -65,15 +65,15 @@ def plan(params: Params) -> list[Task]:
         tasks.append(Task(digest, title, work, arguments, needs, params.threads, params.device in ("auto", "cuda")))
         return digest
 
-    own = own_file(track.dataset)
-    source = (track.dataset, track.size, track.validation, _md5(own) if own and own.is_file() else None)
+    file = own_file(track.dataset)
+    source = (track.dataset, track.size, track.validation, _md5(file) if file and file.is_file() else None)
     data = add(prepare_data, ("data", "fetching"), *source, needs=())
     checkpoints = []
     for seed in params.seeds:
         teacher = add(train_network, CODE, train_teacher.recipe(params, seed, folder), needs=(data,))
-        alone = add(train_network, CODE, train_student_alone.recipe(params, seed, folder), needs=(data,))
+        lone = add(train_network, CODE, train_student_alone.recipe(params, seed, folder), needs=(data,))
         distilled = distill_student.recipe(params, seed, folder, folder)
-        checkpoints += [teacher, alone, add(train_network, CODE, distilled, needs=(data, teacher))]
+        checkpoints += [teacher, lone, add(train_network, CODE, distilled, needs=(data, teacher))]
     settings = (params.device, params.threads, tuple(params.seeds))
     add(evaluate, ("data", "evaluation", "networks"), *settings, needs=(data, *checkpoints))
     return tasks

@@ -93,11 +93,11 @@ def test_the_readmes_commands_do_what_it_says_from_top_to_bottom(tmp_path: Path)
     assert [row[0] for row in table] == ["experiment", "-" * len(table[1][0]), "HEAD", "t6", "reverse"]
     assert {"kd.temperature", "kd.divergence", "gain"} <= set(table[0])
     assert dict(zip(table[0], table[3], strict=False))["kd.temperature"] == "6"
-    teacher, distilled, alone = printed["make compare A=t6 B=reverse"].splitlines()
+    teacher, distilled, lone = printed["make compare A=t6 B=reverse"].splitlines()
     assert re.fullmatch(
         r"reverse against t6, student_distilled: [a-z ]+, [+-]\d+\.\d\d points "
         r"\(95 % interval \S+ to \S+, 2 seeds, 200 images\)",
         distilled,
     )
     assert teacher == "reverse against t6, teacher: the same checkpoints"
-    assert alone == "reverse against t6, student_alone: the same checkpoints"
+    assert lone == "reverse against t6, student_alone: the same checkpoints"

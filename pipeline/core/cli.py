@@ -37,6 +37,13 @@ def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
         sys.exit(130)
 
 
+def read_port(text: str) -> int:
+    """A port's number. Raises UserError for anything else."""
+    if text.isdecimal() and 0 < int(text[:9]) < 2**16:
+        return int(text)
+    raise UserError(f"PORT = {text!r}: a number from 1 to 65535 is wanted")
+
+
 def _end_with(parent: int) -> None:
     """End this process when the process that started it has ended, as by `kill -9`: nothing else would tell it."""
     while os.getppid() == parent:

@@ -22,13 +22,6 @@ def user_error(message: str, *errors: type[Exception], then: str = "") -> Iterat
         raise UserError(f"{message}: {error}" + (f": {then}" if then else "")) from error
 
 
-def read_port(text: str) -> int:
-    """A port's number. Raises UserError for anything else."""
-    if text.isdecimal() and 0 < int(text[:9]) < 2**16:
-        return int(text)
-    raise UserError(f"PORT = {text!r}: a number from 1 to 65535 is wanted")
-
-
 def one_line(message: object) -> str:
     """`message` as one printable line of at most `LONGEST` characters, whatever the input put into it."""
     text = "".join(char if char.isprintable() else "?" for char in " ".join(str(message).split()))

@@ -87,8 +87,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def md5(path: Path) -> str:
     """The file's MD5 in hex: the checksum that DVC, medmnist and torchvision publish and compare."""
+    return digest(path, "md5")
+
+
+def digest(path: Path, algorithm: str) -> str:
+    """The file's digest in hex, by hashlib's name of the algorithm."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
 class _Loader(yaml.SafeLoader):

@@ -16,6 +16,7 @@ from pipeline.core.files import parse_yaml
 
 PIPELINE = Path(__file__).parents[1]
 DECIDE_NOTHING = {"core", "tracking", "serving", "reporting", "params.py"}  # of a result's bytes
+EXPERIMENT = re.compile(r"(\w+) refs/exps/(\w\w)/(\w{38})/(.+)")  # of DVC: revision; baseline, in two parts; name
 
 
 def git(*arguments: str) -> str:
@@ -25,6 +26,12 @@ def git(*arguments: str) -> str:
         return done.stdout.decode(errors="replace")
     except OSError:
         return ""
+
+
+def experiments(*options: str) -> list[tuple[str, str, str]]:
+    """Every DVC experiment of the checkout: its revision, its baseline's, its name; `options` as for git for-each-ref."""
+    references = git("for-each-ref", "--format=%(objectname) %(refname)", *options, "refs/exps")
+    return [(revision, start + rest, name) for revision, start, rest, name in EXPERIMENT.findall(references)]
 
 
 def commit() -> str:
@@ -63,8 +70,8 @@ def machine() -> dict[str, str | int]:
     """Processor, cores, accelerator and versions."""
     facts = {"processor": platform.processor(), "cores": os.cpu_count() or 1}
     facts |= {"python": platform.python_version(), "torch": version("torch")}
-    told = {"processor": ("cpuinfo", r"model name\s*: (.*)"), "gpu": ("driver/nvidia/gpus/*/information", r"Model:\s*(.*)")}
-    for name, (file, pattern) in told.items():
+    sources = {"processor": ("cpuinfo", r"model name\s*: (.*)"), "gpu": ("driver/nvidia/gpus/*/information", r"Model:\s*(.*)")}
+    for name, (file, pattern) in sources.items():
         for path in sorted(Path("/proc").glob(file))[:1]:
             if match := re.search(pattern, path.read_text()):
                 facts[name] = match[1]

@@ -1,6 +1,5 @@
 """Download one file: verified, atomic, resumed where a broken connection stopped."""
 
-import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -10,6 +9,8 @@ from typing import NamedTuple
 import requests
 from filelock import FileLock
 from tqdm import tqdm
+
+from pipeline.core.files import digest
 
 WAITS = (0, 1, 2, 4, 8)  # seconds before each attempt
 SILENCE = 20  # seconds without an answer, or without another byte, after which an attempt is given up
@@ -24,8 +25,7 @@ class Checksum(NamedTuple):
 
     def mismatch(self, path: Path) -> str | None:
         """What is wrong with the file at `path`, for a message; None if its checksum is this."""
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, lambda: hashlib.new(self.algorithm, usedforsecurity=False)).hexdigest()
+        actual = digest(path, self.algorithm)
         return None if actual.startswith(self.digest) else f"wrong checksum: {self.algorithm} is {actual}, not {self.digest}"
 
 

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from pipeline.evaluation.comparisons import Evaluation
 from pipeline.evaluation.statistics import CONFIDENCE, FEWEST, POWER
-from pipeline.reporting.tables import escape, markdown_table, mean
+from pipeline.reporting.tables import escape, markdown_table, mean, points
 
 HARDEST = 3  # classes named as hardest
 FIGURES = {  # of Evaluation.metrics: heading, factor, digits
@@ -88,7 +88,7 @@ def _template(format: Format, name: str) -> jinja2.Template:
     options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     options["finalize"] = for_markdown if format == "markdown" else None
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
-    environment.filters |= {"points": _points, "one_line": lambda text: type(text)(" ".join(text.split()))}
+    environment.filters |= {"points": points, "one_line": lambda text: type(text)(" ".join(text.split()))}
     environment.globals |= {"format": f"{format}.jinja", "sure": SURE, "fewest": FEWEST, "power": f"{100 * POWER:.0f} %"}
     environment.globals["markdown_table"] = lambda headings, rows: Markup(markdown_table(headings, rows))  # noqa: S704 (escaped)
     return environment.get_template(f"{name}.jinja")
@@ -99,12 +99,12 @@ def _gains(comparisons: Json) -> Table:
     pairs = [(f"{kind}low", f"{kind}high") for kind in ("", "seeds_", "bootstrap_")]
     rows = []
     for name, comparison in comparisons.items():
-        intervals = [" to ".join(_points(comparison[key]) for key in pair if key in comparison) for pair in pairs]
+        intervals = [" to ".join(points(comparison[key]) for key in pair if key in comparison) for pair in pairs]
         detectable = f"{100 * comparison['detectable']:.2f}" if comparison.get("detectable", 2) <= 1 else "none"
         verdict = comparison["verdict"]
         if comparison["seeds"] < FEWEST:
             intervals, detectable, verdict = [""] * len(pairs), "", "a smoke test"
-        rows.append([name.replace("_vs_", " - "), _points(comparison["gain"]), *intervals, detectable, verdict])
+        rows.append([name.replace("_vs_", " - "), points(comparison["gain"]), *intervals, detectable, verdict])
     return [*headings, "detectable (points)", "verdict"], rows
 
 
@@ -123,7 +123,7 @@ def _classes(ours: Json, theirs: Json, model: str, other: str) -> Table:
     rows = []
     for name in ours:
         cells = [f"{100 * figures[name][key]:.2f}" for figures in (ours, theirs) for key in ("precision", "recall", "f1")]
-        rows.append([name, *cells, _points(ours[name]["f1"] - theirs[name]["f1"])])
+        rows.append([name, *cells, points(ours[name]["f1"] - theirs[name]["f1"])])
     return ["class", *headings, "F1 gained (points)"], rows
 
 
@@ -132,7 +132,3 @@ def _parameters(models: Json) -> Table:
     rows = [[key, *(entry["parameters"].get(key, "") for entry in models.values())] for key in keys]
     epochs = [", ".join(map(str, entry["best_epochs"])) for entry in models.values()]
     return ["parameter", *models], [*rows, ["best epochs", *epochs]]
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.2f}"

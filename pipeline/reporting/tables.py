@@ -36,6 +36,11 @@ def cell(figures: Mapping[str, float], key: str, factor: float, digits: int) -> 
     return f"{figures[key] * factor:,.{digits}f}" if key in figures else ""
 
 
+def points(share: float) -> str:
+    """A difference of shares as text, in percentage points."""
+    return f"{100 * share:+.2f}"
+
+
 def mean(figures: Mapping[str, float], key: str, factor: float, digits: int) -> str:
     """A figure as text, with the standard deviation over the seeds where there are several."""
     return " ± ".join(cell(figures, name, factor, digits) for name in (key, f"{key}_sd") if name in figures)

@@ -4,7 +4,6 @@
 twice. To serve another version, give it the alias `champion` in MLflow's UI.
 """
 
-import hashlib
 import tempfile
 import warnings
 from importlib.metadata import version as installed
@@ -23,13 +22,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError, user_error
-from pipeline.core.files import md5, read_json
+from pipeline.core.files import digest, md5, read_json
 from pipeline.core.tracking_uri import masked, tracking_uri
 from pipeline.data.dataset import Dataset
 from pipeline.data.npy import read_npz
 from pipeline.evaluation.statistics import compare
 from pipeline.export.onnx_model import Student
 from pipeline.networks.description import read_description
+from pipeline.reporting.tables import points
 
 NAME = "distilled-student"
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -83,7 +83,8 @@ def register(client: MlflowClient, checkout: Path) -> tuple[str, str, str]:
     if not runs:
         raise UserError("the MLflow store has no run of the student's training: run make sync first")
     champion = by_alias(client, CHAMPION)
-    both = f"tags.checkpoint_md5 = '{checksum}' and tags.{ONNX} = '{sha256(exported)}'"
+    onnx_digest = digest(exported, "sha256")
+    both = f"tags.checkpoint_md5 = '{checksum}' and tags.{ONNX} = '{onnx_digest}'"
     if same := client.search_model_versions(f"name = '{NAME}' and {both}"):
         aliases = client.get_model_version(NAME, same[0].version).aliases
         return str(same[0].version), ", ".join(aliases) or "no alias", "registered before"
@@ -93,7 +94,7 @@ def register(client: MlflowClient, checkout: Path) -> tuple[str, str, str]:
         alias, reason = judge(client, champion, dataset.fingerprint, predictions)
     tags = {
         "checkpoint_md5": checksum,
-        ONNX: sha256(exported),
+        ONNX: onnx_digest,
         "dataset": dataset.name,
         "fingerprint": dataset.fingerprint,
         "test_accuracy": f"{accuracy:.4f}",
@@ -122,7 +123,7 @@ def judge(client: MlflowClient, champion: ModelVersion, fingerprint: str, predic
         return CHALLENGER, f"no seed in common with {against}: they cannot be compared in pairs"
     comparison = compare(*(np.stack([correct[seed] for seed in seeds]) for correct in (ours, theirs)))
     relation = f"{comparison.verdict} {'from' if comparison.verdict == 'not distinguishable' else 'than'} {against}"
-    gain, low, high = (f"{100 * share:+.2f}" for share in (comparison.gain, comparison.low, comparison.high))
+    gain, low, high = map(points, (comparison.gain, comparison.low, comparison.high))
     extent = f"(95 % interval {low} to {high}), {comparison.seeds} seeds, {comparison.images} images"
     return CHAMPION if comparison.verdict == "better" else CHALLENGER, f"{relation}: {gain} points {extent}"
 
@@ -176,15 +177,9 @@ def open_champion(client: MlflowClient, folder: Path) -> tuple[str, Student]:
     address, advice = f"models:/{NAME}/{champion.version}/model.onnx", "register the student again, or serve another version"
     with user_error(f"{address}: no model that this project registered", Exception, then=advice):
         path = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(folder)))
-        if sha256(path) != champion.tags.get(ONNX):
+        if digest(path, "sha256") != champion.tags.get(ONNX):
             raise ValueError(f"its SHA-256 is not the one in the version's tag {ONNX}")
     return str(champion.version), Student(path)
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, hashlib.sha256).hexdigest()
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from pipeline.core.cli import run
-from pipeline.core.errors import read_port, user_error
+from pipeline.core.cli import read_port, run
+from pipeline.core.errors import user_error
 from pipeline.export.onnx_model import Student
 from pipeline.serving.registry import NAME, open_champion, open_store
 

@@ -7,7 +7,6 @@ A and B are names of experiments, revisions such as HEAD, or `workspace`. Their 
 """
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +16,12 @@ from tabulate import tabulate
 
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError, one_line
-from pipeline.core.provenance import committed_parameters, git
+from pipeline.core.provenance import committed_parameters, experiments, git
 from pipeline.evaluation.comparisons import Evaluation, read_evaluation
 from pipeline.evaluation.statistics import compare
 from pipeline.params import TRACKS
+from pipeline.reporting.tables import points
 
-EXPERIMENT = re.compile(r"(\w+) refs/exps/\w\w/\w{38}/(.+)")  # revision and name
 GAINS = ("gain", "gain_low", "gain_high")
 
 
@@ -33,16 +32,17 @@ def main(a: str, b: str) -> None:
     print("\n".join(verdicts(a, b)) if a else table())
 
 
-def experiments() -> dict[str, str]:
+def revisions() -> dict[str, str]:
     """The revision of every experiment of this checkout, by name, oldest first."""
-    references = git("for-each-ref", "--format=%(objectname) %(refname)", "--sort=creatordate", "refs/exps")
-    return {name: revision for revision, name in EXPERIMENT.findall(references)}
+    return {name: revision for revision, _, name in experiments("--sort=creatordate")}
 
 
 def table() -> str:
     """A row per experiment: the parameters that differ among them, then accuracies in percent and gains in points that do."""
-    revisions = {"HEAD": "HEAD"} | experiments()
-    rows = {name: committed_parameters(revision) | _headline(name, revision) for name, revision in revisions.items()}
+    rows = {
+        name: committed_parameters(revision) | _headline(name, revision)
+        for name, revision in ({"HEAD": "HEAD"} | revisions()).items()
+    }
     keys = dict.fromkeys(key for row in rows.values() for key in row)
     varied = [key for key in keys if len({str(row.get(key)) for row in rows.values()}) > 1]
     if not varied:
@@ -58,7 +58,7 @@ def _headline(name: str, revision: str) -> dict[str, str]:
         content = git("show", f"{revision}:./metrics/{track}.json")
         try:
             headline = json.loads(content or "{}")
-            gains = {key: f"{100 * headline.pop(key):+.2f}" for key in GAINS if key in headline}
+            gains = {key: points(headline.pop(key)) for key in GAINS if key in headline}
             accuracies = {model: f"{100 * of_model['accuracy']:.2f}" for model, of_model in headline.items()}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             print(f"left out: {name}: metrics/{track}.json: {one_line(error)}", file=sys.stderr)
@@ -86,11 +86,9 @@ def _reader(name: str) -> Callable[[str], bytes]:
     """How files of an experiment, a revision or the workspace are read, from git or DVC's cache. Raises UserError."""
     if name == "workspace":
         return lambda path: Path(path).read_bytes()
-    revision = (
-        experiments().get(name) or git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip()
-    )
+    revision = revisions().get(name) or git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip()
     if not revision:
-        raise UserError(f"{name}: no experiment and no git revision here. Experiments: {', '.join(experiments()) or 'none'}")
+        raise UserError(f"{name}: no experiment and no git revision here. Experiments: {', '.join(revisions()) or 'none'}")
     from dvc.api import DVCFileSystem
 
     return DVCFileSystem(rev=revision).cat_file
@@ -111,7 +109,7 @@ def _verdict(heading: str, model: str, ours: Evaluation, theirs: Evaluation) -> 
         for evaluation, detail in zip((ours, theirs), details, strict=True)
     ]
     comparison = compare(*correct)
-    gain, low, high = (f"{100 * share:+.2f}" for share in (comparison.gain, comparison.low, comparison.high))
+    gain, low, high = map(points, (comparison.gain, comparison.low, comparison.high))
     extent = f"95 % interval {low} to {high}, {comparison.seeds} seeds, {comparison.images:,} images"
     return f"{heading}: {comparison.verdict}, {gain} points ({extent})"
 

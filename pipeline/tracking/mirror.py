@@ -176,7 +176,7 @@ class Mirror:
         from pipeline.evaluation.statistics import FEWEST
         from pipeline.params import TRACKS
         from pipeline.reporting.report import sentence
-        from pipeline.reporting.tables import cell, results_table
+        from pipeline.reporting.tables import cell, points, results_table
 
         metrics, tags, table = evaluation.metrics[model], {}, ""
         for name, *style in (("accuracy", 100, 2), ("auc", 1, 4)):
@@ -188,7 +188,7 @@ class Mirror:
         # The track's question alone: what another model was compared with may be of another experiment next time.
         name, answer = next(iter(evaluation.comparisons.items()))
         if name.startswith(f"{model}_vs_"):
-            gain, low, high = (f"{100 * answer[key]:+.2f}" for key in ("gain", "low", "high"))
+            gain, low, high = (points(answer[key]) for key in ("gain", "low", "high"))
             sure = answer["seeds"] >= FEWEST
             gain += f"{f' ({low} to {high})' if sure else ''} over {name.partition('_vs_')[2]}"
             tags |= {"gain": gain, "verdict": answer["verdict"] if sure else "a smoke test"}
@@ -266,8 +266,8 @@ def _record(detail: Mapping[str, Any], model: str, row: int) -> "Record":
     if record and record.checkpoint_md5 == of_seed["checkpoint_md5"]:
         return record
     of_setting = {name: entry[name] for name in ("setting", "architecture", "arguments", "parameters")}
-    known = {"dataset": detail["dataset"], "epochs": len(of_seed["history"]), "device": "unknown"}
-    return Record(format=3, model=model, **known, **of_setting, **of_seed)
+    shared = {"dataset": detail["dataset"], "epochs": len(of_seed["history"]), "device": "unknown"}
+    return Record(format=3, model=model, **shared, **of_setting, **of_seed)
 
 
 def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = None) -> tuple[str, dict[str, str]]:

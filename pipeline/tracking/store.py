@@ -43,14 +43,14 @@ def open_store(experiment: str) -> tuple["MlflowClient", str]:
         with store_lock():
             _create_sqlite(uri)
             client = MlflowClient(uri)
-            found = client.get_experiment_by_name(experiment) or _create_experiment(client, experiment, uri)
+            existing = client.get_experiment_by_name(experiment) or _create_experiment(client, experiment, uri)
     except Exception as error:
         kind = NoAnswerError if is_no_answer(error) else UserError
         raise kind(masked(f"MLflow store {uri}: {error}. Set MLFLOW_TRACKING_URI to a store that answers")) from error
-    if found.lifecycle_stage == "deleted":
-        restore = f"restore it (mlflow experiments restore -x {found.experiment_id})"
+    if existing.lifecycle_stage == "deleted":
+        restore = f"restore it (mlflow experiments restore -x {existing.experiment_id})"
         raise UserError(f"MLflow experiment {experiment!r} is deleted: {restore} or change tracking.experiment")
-    return client, found.experiment_id
+    return client, existing.experiment_id
 
 
 def _create_sqlite(uri: str) -> None:

@@ -18,13 +18,12 @@ from fsspec.implementations.dirfs import DirFileSystem
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError, one_line
 from pipeline.core.files import parse_yaml
-from pipeline.core.provenance import git
+from pipeline.core.provenance import experiments
 from pipeline.evaluation.comparisons import read_evaluation
 from pipeline.params import TRACKS, load_params
 from pipeline.tracking.mirror import COMMIT, DIRTY, EXPERIMENT, STAGE, Mirror
 from pipeline.training.cache import Record, read_record, trainings_folder
 
-REFERENCE = re.compile(r"(\w+) refs/exps/(\w\w)/(\w{38})/(.+)")  # its revision; its baseline's, in two parts; its name
 CHECKPOINTS = re.compile(r"models/.*/seed\d+\.safetensors")
 
 
@@ -33,8 +32,8 @@ def main() -> None:
     mirror = Mirror(load_params().tracking.experiment)
     places = [(DirFileSystem(str(Path.cwd()), target_protocol="file"), {})]  # files, and the tags of their runs
     # dvc.api.exp_show would collect the metrics of every commit first: half a minute for a hundred.
-    for revision, *baseline, name in REFERENCE.findall(git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps")):
-        places.append((DVCFileSystem(rev=revision), {COMMIT: "".join(baseline), DIRTY: "", EXPERIMENT: name}))
+    for revision, baseline, name in experiments():
+        places.append((DVCFileSystem(rev=revision), {COMMIT: baseline, DIRTY: "", EXPERIMENT: name}))
     keys = [path.parent.name for path in trainings_folder().glob("*/record.json")]
     records = [record for key in keys if (record := read_record(trainings_folder(), key))]
     finished = {record.checkpoint_md5: record for record in records if record.finished}

@@ -9,8 +9,8 @@ import threading
 import time
 import webbrowser
 
-from pipeline.core.cli import run
-from pipeline.core.errors import read_port, user_error
+from pipeline.core.cli import read_port, run
+from pipeline.core.errors import user_error
 from pipeline.core.tracking_uri import masked, tracking_uri
 from pipeline.params import load_params
 from pipeline.tracking.mirror import PARENT
@@ -66,8 +66,11 @@ def main() -> None:
 
 def _open(port: int, address: str) -> None:
     """Show the page, once the server answers, where there is a browser to show it."""
-    while socket.socket().connect_ex(("127.0.0.1", port)):
+    answers = False
+    while not answers:
         time.sleep(0.5)
+        with socket.socket() as probe:
+            answers = probe.connect_ex(("127.0.0.1", port)) == 0
     webbrowser.open(address)
 
 

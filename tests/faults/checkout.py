@@ -91,8 +91,8 @@ class Checkout:
         """How many runs are missing, more than `names` says, or incomplete in the checkout's own store."""
         wanted, runs = Counter(names), [run for run in self.mlflow_runs() if "/seed" in run.info.run_name]
         sound = Counter(run.info.run_name for run in runs if complete(f"sqlite:///{self.folder}/mlflow.db", run, epochs))
-        found = Counter(run.info.run_name for run in runs if run.info.run_name in wanted)
-        return (wanted - sound).total() + (found - wanted).total()
+        named = Counter(run.info.run_name for run in runs if run.info.run_name in wanted)
+        return (wanted - sound).total() + (named - wanted).total()
 
 
 def copy_checkout(folder: Path, **parameters: Any) -> Checkout:

@@ -73,5 +73,5 @@ def _run_on_full_disk(checkout: Checkout, stage: str, left: int) -> subprocess.C
 
 def _results(checkout: Checkout) -> dict[str, str]:
     """The files that the stages wrote, partial ones too, with the MD5 of those that are the same in every run."""
-    found = {path: md5 for path, md5 in checksums(checkout.folder).items() if path.startswith(("data/", "models/", "metrics/"))}
-    return {path: "" if path.endswith(OBSERVED) else md5 for path, md5 in found.items()}
+    outputs = {path: md5 for path, md5 in checksums(checkout.folder).items() if path.startswith(("data/", "models/", "metrics/"))}
+    return {path: "" if path.endswith(OBSERVED) else md5 for path, md5 in outputs.items()}

@@ -48,10 +48,10 @@ def watch_params() -> None:
 
     def load() -> params.Params:
         remember(loaded := load_params(), "")
-        kept.append(loaded)  # another object would get its id
+        alive.append(loaded)  # another object would get its id
         return loaded
 
-    kept: list[params.Params] = []
+    alive: list[params.Params] = []
     params.Block.__getattribute__, params.load_params = watched, load
 
 

@@ -19,7 +19,7 @@ def show(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
     """Has git show these contents of metrics/distillation.json, by revision."""
 
     def prepare(contents: dict[str, str]) -> None:
-        monkeypatch.setattr(compare, "experiments", lambda: {name: name for name in contents if name != "HEAD"})
+        monkeypatch.setattr(compare, "revisions", lambda: {name: name for name in contents if name != "HEAD"})
         monkeypatch.setattr(compare, "committed_parameters", lambda revision: {"kd.temperature": len(revision), "epochs": 5})
         monkeypatch.setattr(
             compare, "git", lambda _, place: contents[place.partition(":")[0]] if place.endswith("/distillation.json") else ""
@@ -47,10 +47,10 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     for name, temperature in (("a", None), ("b", 6.0)):
         write_evaluation(make_evaluation(*records, temperature=temperature), tmp_path / name)
     monkeypatch.setattr(compare, "_reader", lambda name: lambda path: (tmp_path / name / path).read_bytes())
-    distilled, alone = compare.verdicts("a", "b")
+    distilled, lone = compare.verdicts("a", "b")
     assert distilled.startswith("b against a, student_distilled: ")
     assert "3 seeds, 200 images" in distilled
-    assert alone == "b against a, student_alone: the same checkpoints"
+    assert lone == "b against a, student_alone: the same checkpoints"
     with pytest.raises(UserError, match="no track has results in both"):
         compare.verdicts("a", "c")
 

@@ -164,8 +164,8 @@ def test_resuming_after_any_epoch_gives_the_same_bits(data: TrainingData, archit
     dataset = data.dataset.model_copy(update={"image_shape": (24, 24, 1)})
     data = data._replace(dataset=dataset, train=few_and_larger(data.train), val=few_and_larger(data.val))
     saved = []
-    whole = new_classifier(architecture, arguments, data.dataset, 5)
-    for progress in fit(whole, data.train, data.val, hard_labels(), settings, 5):
+    uninterrupted = new_classifier(architecture, arguments, data.dataset, 5)
+    for progress in fit(uninterrupted, data.train, data.val, hard_labels(), settings, 5):
         buffer = io.BytesIO()
         torch.save(progress.state, buffer)
         saved.append((list(progress.history), progress.best_epoch, buffer))
@@ -177,7 +177,7 @@ def test_resuming_after_any_epoch_gives_the_same_bits(data: TrainingData, archit
         assert len(epochs) == 3 - len(history)
         if epochs:
             assert (epochs[-1].history, epochs[-1].best_epoch) == (progress.history, progress.best_epoch)
-        assert equal(model, whole)
+        assert equal(model, uninterrupted)
 
 
 @pytest.mark.skipif(choose_precision("auto", torch.device("cpu")) != "bf16", reason="this processor has no native bf16")

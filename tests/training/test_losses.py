@@ -48,8 +48,8 @@ def test_the_loss_weighs_labels_by_alpha_and_the_teacher_by_the_rest(batch, dive
 def test_an_image_without_a_label_has_the_teachers_term_alone(batch):
     logits, labels, teacher = batch
     hidden = torch.where(torch.arange(8) < 3, labels, UNKNOWN)
-    known = F.cross_entropy(logits[:3], labels[:3], reduction="sum") / 8
-    expected = 0.7 * known + 0.3 * 25 * forward_kl(logits, teacher, 5.0)
+    labelled = F.cross_entropy(logits[:3], labels[:3], reduction="sum") / 8
+    expected = 0.7 * labelled + 0.3 * 25 * forward_kl(logits, teacher, 5.0)
     torch.testing.assert_close(total(distillation(5.0, 0.7, "forward")(logits, hidden, teacher)), expected)
     none = total(distillation(5.0, 0.7, "forward")(logits, torch.full_like(labels, UNKNOWN), teacher))
     torch.testing.assert_close(none, 0.3 * 25 * forward_kl(logits, teacher, 5.0))
