@@ -35,7 +35,7 @@ help:
 	@echo "  make bench                    time the trainings against an ordinary loop (BENCH='--share 0.1' for a quick look)"
 	@echo "  make faults                   kill, cut off, fill and feed badly the real pipeline, and count what survives (half an hour)"
 	@echo "  make screenshots              README's picture, of what mlflow.db holds (needs Chromium)"
-	@echo "  make lock                     renew requirements.lock, what every install uses"
+	@echo "  make lock                     renew the locks, what every install takes"
 	@echo "  make clean                    remove .venv, downloads, the caches of trainings and studies; results and tracking stay"
 
 install: .venv/installed
@@ -104,25 +104,34 @@ compare: .venv/installed
 clean:
 	rm -rf .venv data/downloads .trainings .studies
 
+# requirements-dev.lock holds every package; the other locks are the parts of it that their requirements need.
+LOCK := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+        --custom-compile-command "make lock" --quiet
 lock: .venv/installed-for-tests
-	uv pip compile requirements-dev.txt --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
-	  --custom-compile-command "make lock" --quiet --output-file requirements.lock
+	$(LOCK) requirements-dev.txt --output-file requirements-dev.lock
+	for part in "" -ray -team; do $(LOCK) requirements$$part.txt --constraint requirements-dev.lock --output-file requirements$$part.lock; done
 
-# Every install takes the versions of requirements.lock, and nothing whose hash it does not name. TORCH_INDEX: PyTorch from there.
+# Every install takes the versions of a lock, and nothing whose hash it does not name. With TORCH_INDEX, PyTorch's build is another,
+# of which the lock names neither the hash nor the packages beneath: the versions alone hold.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .venv/installed: requirements.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is too old: Python 3.11 or newer is needed (make PYTHON=python3.12 ...)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) $$(grep -E '^torch(vision)?==' requirements.txt))
-	$(PIP) -r requirements.txt -c requirements.lock
+ifdef TORCH_INDEX
+	sed 's/ *\\$$//; /--hash=/d' requirements.lock > .venv/versions.txt
+	$(PIP) --index-url $(TORCH_INDEX) $$(grep -E '^torch(vision)?==' requirements.txt)
+	$(PIP) -r requirements.txt -c .venv/versions.txt
+else
+	$(PIP) -r requirements.lock
+endif
 	@touch $@
 
-.venv/installed-for-studies: requirements-ray.txt .venv/installed
-	$(PIP) -r requirements-ray.txt -c requirements.lock
+.venv/installed-for-studies: requirements-ray.lock .venv/installed
+	$(PIP) -r requirements-ray.lock
 	@touch $@
 
-.venv/installed-for-tests: requirements-dev.txt requirements-ray.txt requirements-team.txt .venv/installed
-	$(PIP) -r requirements-dev.txt -c requirements.lock
+.venv/installed-for-tests: requirements-dev.lock .venv/installed
+	$(PIP) -r requirements-dev.lock
 	@touch $@

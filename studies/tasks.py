@@ -169,7 +169,7 @@ def on_ray(tasks: Sequence[Task], workers: int | None, per_gpu: int) -> Iterator
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address or "local", **options)
     except ImportError as error:
-        raise UserError("Ray is not installed: pip install -r requirements-ray.txt, or run <name> --one-by-one") from error
+        raise UserError("Ray is not installed: pip install -r requirements-ray.lock, or run <name> --one-by-one") from error
     except Exception as error:  # of a dozen types
         advice = "name a running cluster as host:port, or unset it to run on this machine"
         raise UserError(f"RAY_ADDRESS={address}: {one_line(error)}: {advice}") from error
