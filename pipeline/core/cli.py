@@ -8,15 +8,16 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 
-from pipeline.core.errors import UserError, is_disk_full, no_space, one_line
+from pipeline.core.errors import UserError, file_problem, one_line
 from pipeline.core.provenance import code_digest
 
 
 def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
     """Run `main` as a process, with one command-line argument for each name in `choices`: one of its values or, for None, any.
 
-    A `UserError` or a full disk becomes one line on stderr and exit status 1, Ctrl-C status 130. Anything else is a defect of
-    ours and keeps its traceback. Under DVC, which would record changed code as the code that ran, changed code is an error.
+    A `UserError`, or what `file_problem` knows, becomes one line on stderr and exit status 1, Ctrl-C status 130. Anything else
+    is a defect of ours and keeps its traceback. Under DVC, which would record changed code as the code that ran, changed code is
+    an error.
     """
     parser = ArgumentParser(description=sys.modules["__main__"].__doc__, formatter_class=RawDescriptionHelpFormatter)
     for name, values in choices.items():
@@ -29,9 +30,10 @@ def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
         if under_dvc and code_digest() != code:
             raise UserError("pipeline/ was edited while the stage ran: run it again (finished trainings are kept)")
     except (UserError, OSError) as error:
-        if not (isinstance(error, UserError) or is_disk_full(error)):
+        message = error if isinstance(error, UserError) else file_problem(error)
+        if message is None:
             raise
-        sys.exit(f"error: {one_line(no_space(error) if is_disk_full(error) else error)}")
+        sys.exit(f"error: {one_line(message)}")
     except KeyboardInterrupt:
         print("interrupted: the same command resumes", file=sys.stderr)
         sys.exit(130)

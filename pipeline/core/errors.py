@@ -5,6 +5,9 @@ import errno
 from collections.abc import Iterator
 
 LONGEST = 1000  # characters of a message
+# What a file system refuses because of how it is set up: rights, names, a file in a folder's place, a folder in a file's.
+OF_THE_USER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
+OF_THE_USER |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
 
 
 class UserError(Exception):
@@ -33,6 +36,8 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def no_space(error: OSError) -> str:
-    """The message for a full disk."""
-    return f"no space left on the disk while writing {error.filename or 'a file'}: free some and run again"
+def file_problem(error: OSError) -> str | None:
+    """The message for a full disk and for a file or folder that the user must put right; None for any other error."""
+    if is_disk_full(error):
+        return f"no space left on the disk while writing {error.filename or 'a file'}: free some and run again"
+    return f"{error.filename}: {error.strerror}" if error.filename and error.errno in OF_THE_USER else None

@@ -27,7 +27,8 @@ def main_checkout() -> Path:
 
 def from_main_checkout(path: str | Path) -> Path:
     """`path` as an absolute path; a relative one counts from the main checkout, `~` is the home folder."""
-    return Path(os.path.normpath(main_checkout() / Path(path).expanduser()))
+    with user_error(str(path), RuntimeError):  # `~nobody`
+        return Path(os.path.normpath(main_checkout() / Path(path).expanduser()))
 
 
 @contextlib.contextmanager

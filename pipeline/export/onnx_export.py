@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline.core.errors import user_error
 from pipeline.core.files import write_atomic
-from pipeline.export.onnx_model import batches
+from pipeline.export.onnx_model import batches, check_operators
 from pipeline.networks.architectures import Classifier
 
 
@@ -75,4 +75,5 @@ def _save(model: onnx.ModelProto, classes: list[str], path: Path) -> None:
         del part.metadata_props[:]
     onnx.helper.set_model_props(model, {"classes": json.dumps(classes)})
     onnx.checker.check_model(model)
+    check_operators(model)
     write_atomic(path, model.SerializeToString(deterministic=True))

@@ -24,6 +24,7 @@ MNIST_MD5 = {  # of the unpacked IDX files
 }
 MNIST_TRAITS = {"classes": [*"0123456789"], "mean": 0.1307, "std": 0.3081}  # mean and deviation of its training pixels / 255
 MNIST_5K_MD5 = "b8ff62e444fa8656fdaf5b38040275c7"
+MOST_CLASSES, LONGEST_CLASS = 1000, 100  # what evaluation, figures and MLflow were tried with; characters of a name
 ONE_LABEL_TASKS = ("multi-class", "binary-class", "ordinal-regression")
 
 
@@ -154,7 +155,11 @@ def _read(path: Path, name: str, classes: list[str] | None = None) -> Source:
         several = names.dtype.kind == "U" and names.ndim == 1 and 2 <= len(names) <= len(train_labels)
         distinct = several and len(set(names.tolist())) == len(names)
         _require(distinct, f"{path}: at least two classes are wanted, and class_names, if given, as distinct strings")
+        _require(len(names) <= MOST_CLASSES, f"{path}: {len(names):,} classes; at most {MOST_CLASSES:,} can be compared here")
         classes = names.tolist()
+        if unfit := [name for name in classes if not (name.strip() and name.isprintable() and len(name) <= LONGEST_CLASS)]:
+            form = f"1 to {LONGEST_CLASS} printable characters"
+            raise UserError(f"{path}: class_names: {form} each are wanted, not {unfit[0][: LONGEST_CLASS + 1]!r}")
     for split, (_, labels) in splits.items():
         extent = f"{labels.min()}..{labels.max()}, allowed 0..{len(classes) - 1}"
         _require(0 <= labels.min() <= labels.max() < len(classes), f"{path}: {split}_labels out of range: {extent}")

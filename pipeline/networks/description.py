@@ -12,6 +12,9 @@ from pipeline.data.dataset import Dataset
 TRAIN_FIRST = "run the stage that trains this model first, or dvc repro, which runs what is missing"
 
 
+Digest = Annotated[str, Field(pattern="^[0-9A-Za-z_-]{1,64}$")]  # safe in a path and in a search of MLflow's
+
+
 class Epoch(BaseModel):
     """One pass over the training images. Losses are means per image, in nats; accuracies are shares of the images, 0-1."""
 
@@ -30,15 +33,15 @@ class Description(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[3]  # of the file
-    digest: str  # of everything that decided the training: its name in .trainings/ and in MLflow
-    setting: str  # the same without the seed: what the seeds of one model have in common
+    digest: Digest  # of everything that decided the training: its name in .trainings/ and in MLflow
+    setting: Digest  # the same without the seed: what the seeds of one model have in common
     model: str  # the role: simple_cnn, resnet18, teacher, student_distilled, student_alone
     architecture: str  # a name in architectures.ARCHITECTURES
     arguments: dict[str, Any]  # of that architecture
     dataset: Dataset  # classes, input scaling and fingerprint among it
     seed: int
     parameters: dict[str, Any]  # of the training and of its teacher's, by their key in params.yaml
-    teacher_md5: str | None = None  # of the checkpoint that it learned from
+    teacher_md5: Digest | None = None  # of the checkpoint that it learned from
     device: str  # the type: cpu, cuda, mps
     history: list[Epoch] = []
     best_epoch: Annotated[int, Field(ge=0)] = 0  # 1-based; the weights are those after this epoch

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError, one_line, user_error
-from pipeline.export.onnx_model import Student
+from pipeline.export.onnx_model import open_foreign
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 FORMULA = tuple("=+-@\t\r")  # what a spreadsheet takes for the beginning of a formula
@@ -24,7 +24,7 @@ FORMULA = tuple("=+-@\t\r")  # what a spreadsheet takes for the beginning of a f
 
 def main(folder: str) -> None:
     """Print the table for the images in `folder`."""
-    student = Student(Path("models/student/student.onnx"))
+    student = open_foreign(Path("models/student/student.onnx"))
     with user_error(f"{folder}: cannot be listed", OSError):
         files = sorted(Path(folder).iterdir())
     paths = [path for path in files if path.suffix.lower() in SUFFIXES]

@@ -27,7 +27,7 @@ from pipeline.core.tracking_uri import masked, tracking_uri
 from pipeline.data.dataset import Dataset
 from pipeline.data.npy import read_npz
 from pipeline.evaluation.statistics import compare
-from pipeline.export.onnx_model import Student
+from pipeline.export.onnx_model import Student, open_foreign
 from pipeline.networks.description import read_description
 from pipeline.reporting.tables import points
 
@@ -179,7 +179,7 @@ def open_champion(client: MlflowClient, folder: Path) -> tuple[str, Student]:
         path = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(folder)))
         if digest(path, "sha256") != champion.tags.get(ONNX):
             raise ValueError(f"its SHA-256 is not the one in the version's tag {ONNX}")
-    return str(champion.version), Student(path)
+    return str(champion.version), open_foreign(path)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ MIRRORED, EVALUATED = "mirrored", "evaluated"  # tags: digest of the record, of 
 PARENT_ID, NOTE, STAGE, EXPERIMENT = "mlflow.parentRunId", "mlflow.note.content", "dvc.stage", "dvc.experiment"
 LAST_OF_EPOCH = "val_loss"  # logged last: an epoch that has it is complete
 COMMIT, DIRTY = "mlflow.source.git.commit", "mlflow.source.git.dirty"
+FORBIDDEN = re.compile(r"[^\w\-. :/]")  # in the name of a metric
+MOST_F1 = 100  # classes up to which each has a metric of its own
 SHORT = {"kd.temperature": "T"}  # in a run's name, where others have the last part of their key
 
 
@@ -164,7 +166,11 @@ class Mirror:
         classes, matrix = record.dataset.classes, confusion(labels, probabilities)
         low, high = share_interval(int(matrix.trace()), len(labels))
         by_name = by_class(labels, probabilities, classes)
-        f1 = {f"f1.{name.replace('/', '_')}": of_class["f1"] for name, of_class in by_name.items()}
+        shown = by_name if len(by_name) <= MOST_F1 else {}  # the report below has every class, by its full name
+        f1: dict[str, float] = {}
+        for number, (name, of_class) in enumerate(shown.items()):
+            key = f"f1.{FORBIDDEN.sub('_', name)}".replace("/", "_")
+            f1[key if key not in f1 else f"{key} ({number})"] = of_class["f1"]
         figure = plot_confusion(matrix, classes, f"{record.model}, seed {record.seed}")
         self._write(self.client.log_figure, run.info.run_id, figure, "confusion_matrix.png")
         self._write(self.client.log_text, run.info.run_id, report(labels, probabilities, classes), "classification_report.txt")
@@ -211,7 +217,7 @@ class Mirror:
         """Log points (name, value, time in ms, step), parameters and tags: no tag that says all is there if something is not."""
         from mlflow.entities import Metric, Param, RunTag
 
-        named = [(re.sub(r"[^\w\-. :/]", "_", name)[:250], *point) for name, *point in points]  # as MLflow allows
+        named = [(FORBIDDEN.sub("_", name)[:250], *point) for name, *point in points]  # as MLflow allows
         changed = [Metric(*point) for point in named if point[-1] or run.data.metrics.get(point[0]) != point[1]]
         values = [Param(name, str(value)[:6000]) for name, value in params]
         labels = [RunTag(*tag) for tag in tags if not (self.refused and tag[0] in (MIRRORED, EVALUATED))]

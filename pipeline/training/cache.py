@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import main_checkout, md5, write_atomic
-from pipeline.networks.description import Description, read_description
+from pipeline.networks.description import Description, Digest, read_description
 
 MOST_GB = 5.0  # that .trainings/ may hold; TRAININGS_MAX_GB says otherwise
 
@@ -36,7 +36,7 @@ class Record(Description):
     loads: list[dict[str, float]] = Field(
         default_factory=list
     )  # of the machine, after each epoch, by MLflow's names for system metrics
-    checkpoint_md5: str | None = None  # of a finished training
+    checkpoint_md5: Digest | None = None  # of a finished training
     failed: str | None = None  # why it ended without a checkpoint
 
     @property

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline.core.errors import UserError, is_disk_full, no_space
+from pipeline.core.errors import UserError, file_problem
 from pipeline.core.files import atomic_folder
 from pipeline.networks.description import checkpoint_path
 from pipeline.training.cache import Record, prune
@@ -90,9 +90,9 @@ def _work(pipe: Connection, recipe: Recipe, root: Path, places: int | None, gpu:
     except UserError as error:
         pipe.send(str(error))
     except OSError as error:
-        if not is_disk_full(error):
+        if not (message := file_problem(error)):
             raise
-        pipe.send(no_space(error))
+        pipe.send(message)
 
 
 def _end_with_parent() -> None:
@@ -112,7 +112,7 @@ def _records(
             child = next(child for child in running if child.pipe is pipe)
             try:
                 message = pipe.recv()
-            except EOFError:
+            except (EOFError, OSError):  # the second in the middle of a message
                 running.remove(child)
                 running += [start(*queue.pop(0))] if queue else []
                 _end(child)

@@ -66,7 +66,7 @@ class FakeStudent:
 
 
 def test_every_image_has_a_row_and_every_other_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(predict, "Student", FakeStudent)
+    monkeypatch.setattr(predict, "open_foreign", FakeStudent)
     for name in (b"b.PNG", b"a.jpg", b"=1+1.png", b"\xff.png"):
         with Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).open("wb") as file:
             Image.fromarray(GREY).save(file, "JPEG" if name.endswith(b"jpg") else "PNG")
@@ -81,7 +81,7 @@ def test_every_image_has_a_row_and_every_other_file_is_named(tmp_path: Path, mon
 
 def test_probabilities_that_are_no_numbers_are_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(FakeStudent, "probabilities", lambda self, images: np.full((len(images), 2), np.nan))
-    monkeypatch.setattr(predict, "Student", FakeStudent)
+    monkeypatch.setattr(predict, "open_foreign", FakeStudent)
     Image.fromarray(GREY).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="no numbers"):
         predict.main(str(tmp_path))
