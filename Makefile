@@ -68,7 +68,7 @@ bench: .venv/installed
 	python -m benchmarks.bench $(BENCH)
 
 faults: .venv/installed-for-tests
-	python -m tests.faults $(FAULTS)
+	FAULTS=all pytest -n 2 --dist worksteal -m faults tests/faults
 
 study: .venv/installed-for-studies
 	python -m studies.study run $(STUDY) $(if $(JOBS),--workers $(JOBS))

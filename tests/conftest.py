@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from pipeline.data.dataset import Dataset
 from pipeline.data.prepared import Split, TrainingData
-from tests.faults.checkout import ROOT, Checkout, copy_checkout
+from tests.checkout import ROOT, Checkout, copy_checkout
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 torch.set_num_threads(1)  # as a training, whatever the machine has

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from tests.checkout import Checkout
 from tests.conftest import small_checkout, stages_run, write_npz
-from tests.faults.checkout import Checkout
 
 pytestmark = pytest.mark.slow
 EVALUATION = "evaluate@distillation"

@@ -21,8 +21,8 @@ from PIL import Image
 
 from pipeline.export.onnx_model import Student
 from pipeline.params import TRACKS, load_params
+from tests.checkout import Checkout
 from tests.conftest import ROOT, small_checkout, stages_run, write_npz
-from tests.faults.checkout import Checkout
 
 STAGES = [
     "fetch_data@baselines",

@@ -1,4 +1,4 @@
-"""Serve the champion of the registry: `make serve` (PORT=5001, HOST=127.0.0.1).
+"""Serve the champion of the registry: `make serve` (PORT=5001, SERVE_HOST=127.0.0.1).
 
 POST {"inputs": images} as JSON to /invocations, as to MLflow's own model server: whole numbers from 0 to 255 of shape
 (N, H, W, C). The answer is {"predictions": [{"class": name, "probabilities": {name: share}}]}, one per image; GET /ping says that
@@ -8,15 +8,18 @@ the server lives. Only the ONNX file that was registered is opened: no code from
 import asyncio
 import json
 import os
+import re
 import socket
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -29,10 +32,15 @@ from pipeline.serving.registry import NAME, open_champion, open_store
 LIMIT = 4 * 2**20  # bytes of a request's body
 PATIENCE = 30  # seconds for it to come
 MOST = 64  # connections at a time: others get a 503
+FORM = re.compile(rb'\s*{\s*"(inputs|instances)"\s*:[-+\d.eE,\[\]\s]*}\s*')  # the second is what TensorFlow's servers read
 
 
-def application(student: Student) -> Starlette:
-    """The server's ASGI application: 413 for too large a body, 408 for a slow one, 400 for other JSON than above."""
+def application(student: Student, hosts: Sequence[str] = ("*",)) -> Starlette:
+    """The server's ASGI application: 413 for too large a body, 408 for a slow one, 400 for other JSON than above.
+
+    Requests for another host than those in `hosts` get a 400 too: a web page elsewhere could otherwise reach a local server by a
+    name of its own (DNS rebinding).
+    """
 
     async def invocations(request: Request) -> Response:
         body, size = bytearray(), 0
@@ -51,7 +59,8 @@ def application(student: Student) -> Starlette:
         return await run_in_threadpool(_answer, student, bytes(body))
 
     ping = Route("/ping", lambda request: Response())
-    return Starlette(routes=[Route("/invocations", invocations, methods=["POST"]), ping])
+    guard = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+    return Starlette(routes=[Route("/invocations", invocations, methods=["POST"]), ping], middleware=[guard])
 
 
 def _answer(student: Student, body: bytes) -> Response:
@@ -68,10 +77,9 @@ def _answer(student: Student, body: bytes) -> Response:
 
 def read_images(body: bytes, shape: tuple[int, ...]) -> np.ndarray:
     """The images in a request's body, uint8 (N, *shape). Raises ValueError, or what JSON and NumPy raise, for anything else."""
-    content: dict[str, Any] = json.loads(body)
-    ((name, numbers),) = content.items()
-    if name not in ("inputs", "instances"):  # the second is what TensorFlow's servers read
-        raise ValueError(f"its key is {name!r}")
+    if not FORM.fullmatch(body):  # NumPy would take true and "12" for numbers
+        raise ValueError("one key, inputs, and numbers in brackets are wanted")
+    (numbers,) = json.loads(body).values()
     images = np.array(numbers, dtype=np.float64)
     if images.shape[1:] != shape or not len(images):
         raise ValueError(f"these have shape {images.shape}")
@@ -85,11 +93,12 @@ def main() -> None:
     """Serve until interrupted."""
     with tempfile.TemporaryDirectory() as folder:
         version, student = open_champion(open_store(), Path(folder))
-    host, port = os.environ.get("HOST") or "127.0.0.1", read_port(os.environ.get("PORT") or "5001")
+    host, port = os.environ.get("SERVE_HOST") or "127.0.0.1", read_port(os.environ.get("PORT") or "5001")
+    hosts = ("127.0.0.1", "localhost") if host in ("127.0.0.1", "localhost") else ("*",)
     with user_error(f"cannot listen on {host}:{port}", OSError, then="PORT=... (make serve SERVE_PORT=...) names another port"):
         listening = socket.create_server((host, port))
     print(f"{NAME} version {version} on http://{host}:{port}/invocations", flush=True)
-    uvicorn.Server(uvicorn.Config(application(student), log_level="warning", limit_concurrency=MOST)).run([listening])
+    uvicorn.Server(uvicorn.Config(application(student, hosts), log_level="warning", limit_concurrency=MOST)).run([listening])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Large arrays stay on the disk. What is damaged or malicious: tests/faults/test_malformed_input.py."""
+"""Large arrays stay on the disk. What is damaged or malicious: tests/faults/test_inputs.py."""
 
 import errno
 import shutil
@@ -9,7 +9,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from pipeline.data.npy import SMALL, read_npz
+from pipeline.core.errors import UserError
+from pipeline.data.npy import SMALL, read_npy, read_npz
 
 
 def test_an_archive_is_unpacked_onto_the_disk_and_leaves_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -30,3 +31,23 @@ def test_a_full_disk_is_not_taken_for_a_bad_file(npz: Path, monkeypatch: pytest.
     monkeypatch.setattr(shutil, "copyfileobj", Mock(side_effect=OSError(errno.ENOSPC, "no space")))
     with pytest.raises(OSError, match="no space"):
         read_npz(npz, ["train_images"])
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path):
+    np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros(2 * SMALL, np.uint8))
+    with pytest.raises(UserError, match=r"bomb\.npz.*134,\d\d\d,\d\d\d bytes, over 100 times"):
+        read_npz(tmp_path / "bomb.npz", ["images"])
+
+
+BLANK = np.zeros((60_000, 28, 28), np.uint8)  # compresses as well as a bomb
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("values", [np.arange(24).reshape(2, 3, 4), np.zeros((0, 8)), np.array(["a", "bc"]), np.array(3), BLANK])
+def test_arrays_come_back_as_they_were(tmp_path: Path, values: np.ndarray, order: str):
+    values = np.asarray(values, order=order)
+    np.save(tmp_path / "a.npy", values)
+    np.savez_compressed(tmp_path / "a.npz", a=values, other=values)
+    for actual in (read_npy(tmp_path / "a.npy"), read_npz(tmp_path / "a.npz", ["a", "b"])["a"]):
+        np.testing.assert_array_equal(actual, values)
+        assert actual.dtype == values.dtype

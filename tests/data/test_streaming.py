@@ -18,8 +18,8 @@ from pipeline.fetching.sources import read_source
 from pipeline.networks.checkpoints import new_classifier
 from pipeline.training.loop import Settings, fit
 from pipeline.training.losses import hard_labels
+from tests.checkout import Checkout
 from tests.conftest import is_mapped, small_checkout, write_npz
-from tests.faults.checkout import Checkout
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")

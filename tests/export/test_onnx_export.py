@@ -8,10 +8,11 @@ import onnx
 import onnxruntime
 import pytest
 
+from pipeline.core.errors import UserError
 from pipeline.data.prepared import TrainingData
 from pipeline.export.inference_cost import inference_cost
 from pipeline.export.onnx_export import export_onnx, quantize
-from pipeline.export.onnx_model import Student
+from pipeline.export.onnx_model import Student, open_foreign
 from pipeline.networks.checkpoints import new_classifier
 from pipeline.networks.inference import predict
 
@@ -87,3 +88,16 @@ def test_an_exported_student_is_measured_without_pytorch(exported):
     assert 0 < cost["latency_ms"] <= cost["latency_p95_ms"]
     assert cost["images_per_second"] > 200 / cost["latency_ms"], "of images, not of batches"
     assert cost.get("peak_memory_mib", 100) < 150, "PyTorch alone takes more"
+
+
+def test_a_file_that_might_compute_forever_is_not_opened(exported, tmp_path: Path):
+    assert open_foreign(exported[0]).classes == Student(exported[0]).classes
+    model, body = onnx.load(exported[0]), onnx.GraphProto(name="forever")
+    loop = onnx.helper.make_node("Loop", ["", ""], ["x"], body=body)
+    for node, named in ((loop, "Loop"), (onnx.helper.make_node("Relu", ["x"], ["y"], domain="elsewhere"), r"elsewhere\.Relu")):
+        other = onnx.ModelProto()
+        other.CopyFrom(model)
+        other.graph.node.append(node)
+        (tmp_path / "other.onnx").write_bytes(other.SerializeToString())
+        with pytest.raises(UserError, match=rf"other\.onnx.*computes with {named}"):
+            open_foreign(tmp_path / "other.onnx")

@@ -18,7 +18,7 @@ from pipeline.export.onnx_export import export_onnx
 from pipeline.networks.architectures import Classifier
 from pipeline.networks.checkpoints import new_classifier, save_checkpoint
 from pipeline.serving.registry import register
-from tests.faults.checkout import wait_for
+from tests.checkout import wait_for
 from tests.networks.conftest import ARGUMENTS, describe
 
 

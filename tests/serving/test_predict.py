@@ -85,3 +85,12 @@ def test_probabilities_that_are_no_numbers_are_no_answer(tmp_path: Path, monkeyp
     Image.fromarray(GREY).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="no numbers"):
         predict.main(str(tmp_path))
+
+
+def test_an_image_that_is_a_folder_or_a_pipe_is_refused(tmp_path: Path):
+    (tmp_path / "a.png").mkdir()
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to(tmp_path / "nowhere")
+    for name in ("a", "b", "c"):
+        with pytest.raises(UserError, match=rf"{name}\.png.*not a file"):
+            read_image(tmp_path / f"{name}.png", (28, 28, 1))

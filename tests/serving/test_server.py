@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,8 +16,8 @@ from starlette.applications import Starlette
 
 from pipeline.export.onnx_model import Student
 from pipeline.serving import server
+from tests.checkout import free_port
 from tests.conftest import ROOT
-from tests.faults.checkout import free_port
 from tests.serving.conftest import Registry, running
 
 COMMAND = [sys.executable, "-m", "pipeline.serving.server"]
@@ -51,6 +52,9 @@ def test_the_server_gives_the_models_answers_refuses_bad_bodies_and_lives_on(reg
         "text": b'{"inputs": "a cat"}',
         "no inputs": b"{}",
         "null": b'{"inputs": null}',
+        "booleans": body_of(images > 300),
+        "digits in quotes": body_of(images.astype(str)),
+        "two keys": body_of(images[:1])[:-1] + b', "inputs": [1]}',
     }
     port = free_port()
     with running(port, *COMMAND, cwd=registry.folder, env=os.environ | {"PORT": str(port), "PYTHONPATH": str(ROOT)}):
@@ -62,6 +66,8 @@ def test_the_server_gives_the_models_answers_refuses_bad_bodies_and_lives_on(reg
         statuses = {name: post(port, body).status_code for name, body in bad.items()}
         assert {name: status for name, status in statuses.items() if not 400 <= status < 500} == {}
         assert statuses["huge"] == 413
+        elsewhere = requests.get(f"http://127.0.0.1:{port}/ping", headers={"Host": "evil.example"}, timeout=60)
+        assert elsewhere.status_code == 400
         with ThreadPoolExecutor(8) as clients:
             answers = clients.map(lambda _: post(port, body_of(images[:1])).status_code, range(200))
             assert Counter(answers) == {200: 200}
@@ -98,3 +104,19 @@ def test_a_body_that_does_not_come_or_does_not_end_is_given_up(registry: Registr
     assert asyncio.run(post_in_parts(app, *[part] * 9, then=60)) == 413
     assert asyncio.run(post_in_parts(app, part)) == 400, "the client has gone"
     assert "Traceback" not in caplog.text
+
+
+def test_a_body_in_a_million_parts_is_read_in_time(registry: Registry):
+    """It is 2,000,000 spaces, no JSON, and refused as such: read whole, in seconds."""
+    app, parts, sent = server.application(Student(registry.onnx)), iter(range(2_000_000, 0, -1)), []
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b" ", "more_body": next(parts) > 1}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    start = time.process_time()
+    asyncio.run(app({"type": "http", "method": "POST", "path": "/invocations", "headers": []}, receive, send))
+    assert (sent[0]["status"], next(parts, None)) == (400, None)
+    assert time.process_time() - start < 20

@@ -13,8 +13,8 @@ import boto3
 import pytest
 from mlflow import MlflowClient
 
+from tests.checkout import Checkout, free_port
 from tests.conftest import ROOT, small_checkout
-from tests.faults.checkout import Checkout, free_port
 from tests.serving.conftest import running
 
 pytestmark = pytest.mark.slow

@@ -30,8 +30,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 from pipeline.core.tracking_uri import tracking_uri
 from pipeline.params import load_params
 from pipeline.tracking.mirror import Mirror
+from tests.checkout import free_port, wait_for
 from tests.conftest import ROOT
-from tests.faults.checkout import free_port, wait_for
 from tests.tracking.samples import make_evaluation, make_record
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from mlflow import MlflowClient
@@ -20,21 +20,10 @@ from mlflow.entities import Run
 
 from pipeline.core.files import md5
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 # Both tracks on the images inside an installed package.
 SMALL = {"baselines__dataset": "mnist5k", "baselines__pretrained": False, "distillation__dataset": "mnist5k"}
 CURVES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
-
-
-class Outcome(NamedTuple):
-    """What came of a kind of fault: one row of the table."""
-
-    fault: str
-    injected: int
-    survived: int  # nothing was lost and nothing wrong
-    lost: int  # something was missing afterwards
-    wrong: int  # something was other than without the fault
-    details: str = ""
 
 
 class Checkout:

@@ -1,0 +1,170 @@
+"""Killed processes. Afterwards none is left, the checkpoints have the bytes of an undisturbed training, no finished epoch was
+trained twice, and the store has for each training one run, finished, with every epoch once.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.training.cache import Record, read_record
+from tests.checkout import SMALL, Checkout, checksums, copy_checkout
+from tests.faults.conftest import FULL
+
+pytestmark = pytest.mark.faults
+WRITING = ("train_student_alone", "train_baselines simple_cnn", "distill_student") if FULL else ("train_student_alone",)
+STEP = 1 if FULL else 7  # of the places where a stage may be killed, all or every seventh
+QUEUE = (1, 2, 3, 4)  # the seeds of four experiments, so that every training is known by its run's name
+EPOCHS = 6
+
+
+def _stage_of(dvc: psutil.Process) -> psutil.Process:
+    return next(child for child in dvc.children(recursive=True) if any(word.startswith("pipeline.") for word in child.cmdline()))
+
+
+KILLS = {
+    "the group": lambda dvc: os.killpg(dvc.pid, signal.SIGKILL),
+    "a child": lambda dvc: next(child for server in _stage_of(dvc).children() for child in server.children()).kill(),
+    "the stage": lambda dvc: _stage_of(dvc).kill(),
+    "dvc, by TERM": lambda dvc: dvc.terminate(),
+    "dvc, by KILL": lambda dvc: dvc.kill(),
+}
+
+
+@pytest.mark.parametrize("stage", WRITING)
+def test_a_stage_may_be_killed_wherever_it_replaces_a_file_or_commits(tmp_path: Path, outcome, stage: str):
+    checkout = copy_checkout(tmp_path / "checkout", **SMALL, baselines__epochs=1, distillation__epochs=1, seeds=[0])
+    name, _, model = stage.partition(" ")
+    checkout.dvc("repro", stage.replace(" ", "@"))
+    model = model or {"distill_student": "student_distilled"}.get(name, "student_alone")
+    models = checkout.folder / "models" / ("baselines" if "baselines" in name else "distillation") / model
+    expected, row, counter = checksums(models), outcome(f"SIGKILL where it writes: {stage}"), tmp_path / "places"
+    hook = {"PYTHONPATH": f"{Path(__file__).parent / 'killer'}:{checkout.folder}", "KILL_COUNTER": str(counter)}
+    place, status = 1, -1
+    while status:  # until there is no such place
+        shutil.rmtree(checkout.folder / ".trainings")
+        checkout.set(tracking__experiment=f"place {place}")
+        counter.unlink(missing_ok=True)
+        killed = Checkout(checkout.folder)
+        killed.environment |= hook | {"KILL_AT": str(place)}
+        process = killed.start(*checkout.stage(stage))
+        output, _ = process.communicate(timeout=300)
+        if status := process.returncode:
+            _, left = psutil.wait_procs([other for other in psutil.process_iter() if _group_of(other) == process.pid], 60)
+            again = checkout.run(*checkout.stage(stage), expect=None)
+            row.injected += 1
+            if left or again.returncode or checksums(models) != expected:
+                print(f"place {place}: {left}{output}{again.stdout}{again.stderr}")
+                row.wrong += 1
+        place += STEP
+    rounds = row.injected + 2  # the first, and the last, undisturbed
+    row.lost = checkout.unsound_runs([f"{model}/seed0"] * rounds, 1)
+    assert row.injected > 20 / STEP, "kills"
+
+
+def _group_of(process: psutil.Process) -> int:
+    try:
+        return os.getpgid(process.pid)
+    except ProcessLookupError:
+        return 0
+
+
+@pytest.mark.parametrize("who", KILLS)
+def test_dvc_resumes_whoever_is_killed(tmp_path: Path, outcome, who: str):
+    checkout = copy_checkout(tmp_path, **SMALL, distillation__epochs=EPOCHS, seeds=[0, 1])
+    models, row = checkout.folder / "models/distillation/student_alone", outcome(f"SIGKILL under dvc repro: {who}")
+    checkout.dvc("repro", "train_student_alone")
+    expected, before = checksums(models), {}
+    shutil.rmtree(checkout.folder / ".trainings")
+    checkout.set(tracking__experiment="killed")
+    process = checkout.start("dvc", "repro", "--force", "--single-item", "train_student_alone")
+    while max([0, *before.values()]) < 2:
+        assert process.poll() is None, process.communicate()
+        before = _epochs(checkout)
+        time.sleep(0.02)
+    dvc = psutil.Process(process.pid)
+    family = [dvc, *dvc.children(recursive=True)]
+    KILLS[who](dvc)
+    row.injected, row.wrong = 1, len(psutil.wait_procs(family, timeout=60)[1])
+    before = _epochs(checkout)
+    again = checkout.start("dvc", "repro", "--force", "--single-item", "train_student_alone")
+    repeated = False
+    while again.poll() is None:
+        repeated |= any(_epochs(checkout).get(key, 0) < number for key, number in before.items())
+        time.sleep(0.02)
+    row.wrong = min(1, row.wrong + bool(again.returncode) + (checksums(models) != expected))
+    row.lost = int(repeated or checkout.unsound_runs([f"student_alone/seed{seed}" for seed in (0, 1)] * 2, EPOCHS) > 0)
+
+
+def _records(checkout: Checkout) -> list[Record]:
+    paths = (checkout.folder / ".trainings").glob("*/record.json")
+    return [record for path in paths if (record := read_record(path.parents[1], path.parent.name))]
+
+
+def _epochs(checkout: Checkout) -> dict[str, int]:
+    return {record.digest: len(record.history) for record in _records(checkout)}
+
+
+@pytest.mark.skipif(not FULL, reason="two minutes: make faults")
+def test_an_experiment_that_is_killed_in_the_queue_resumes_when_it_is_queued_again(tmp_path: Path, outcome):
+    """DVC deletes the temporary copy of an experiment that failed. The tracking store is not there yet when they start."""
+    checkout, row = copy_checkout(tmp_path, **SMALL, distillation__epochs=EPOCHS), outcome("queue -j 4, one killed")
+    _queue(checkout, *QUEUE)
+    killed = _kill_a_teacher(checkout)
+    first = _until_idle(checkout)
+    checkout.dvc("queue", "remove", f"seed{killed.seed}")
+    _queue(checkout, killed.seed)
+    again = _until_idle(checkout)[f"seed{killed.seed}"]
+    others = [first.get(f"seed{seed}") for seed in QUEUE if seed != killed.seed]
+    row.injected, row.details = 1, f"the killed one resumed after epoch {len(killed.history)}"
+    row.lost = int([*others, again] != ["Success"] * 4 or _teachers(checkout)[killed.seed].started != killed.started)
+    models = ("teacher", "student_distilled", "student_alone")
+    unsound = checkout.unsound_runs([f"{model}/seed{seed}" for model in models for seed in QUEUE], EPOCHS)
+    row.wrong = int(not row.lost and unsound > 0)
+    print(first, again, unsound)
+
+
+def _queue(checkout: Checkout, *seeds: int) -> None:
+    for seed in seeds:
+        checkout.dvc("exp", "run", "--queue", "--name", f"seed{seed}", "-S", f"seeds=[{seed}]", "evaluate@distillation")
+    # The workers outlive the command, and a pipe of ours to write to would not outlive it with them.
+    command = ["dvc", "queue", "start", "-j", str(len(seeds))]
+    subprocess.run(command, **checkout.options, stdout=subprocess.DEVNULL, check=True)
+
+
+def _teachers(checkout: Checkout) -> dict[int, Record]:
+    return {record.seed: record for record in _records(checkout) if record.model == "teacher"}
+
+
+def _kill_a_teacher(checkout: Checkout) -> Record:
+    """Kill the first teacher's stage of which two epochs are finished; the record of its training."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        for process in psutil.process_iter(["cmdline", "cwd", "environ"]):
+            command, folder = process.info["cmdline"] or [], process.info["cwd"] or ""
+            if "pipeline.train_teacher" in command and str(checkout.folder) in folder:
+                seed = int(process.info["environ"]["DVC_EXP_NAME"].removeprefix("seed"))
+                record = _teachers(checkout).get(seed)
+                if record and 2 <= len(record.history) < record.epochs:
+                    process.kill()
+                    process.wait()
+                    return _teachers(checkout)[seed]
+        time.sleep(0.05)
+    raise TimeoutError("no training to kill")
+
+
+def _until_idle(checkout: Checkout) -> dict[str, str]:
+    """Wait until the queue has nothing to do; the state of each experiment by name."""
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
+        lines = [line.split() for line in checkout.dvc("queue", "status").splitlines()]
+        states = {line[1]: line[-1] for line in lines if len(line) > 2 and line[1].startswith("seed")}
+        if states and not set(states.values()) & {"Queued", "Running"}:
+            return states
+        time.sleep(1)
+    raise TimeoutError(states)
