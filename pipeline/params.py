@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.core.errors import UserError
-from pipeline.core.files import read_yaml
+from pipeline.core.files import from_main_checkout, main_checkout, read_yaml
 
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -113,15 +113,27 @@ class Params(Block):
         return {"settings": settings, "device": self.device, "threads": self.threads}
 
     def flat(self, *keys: str) -> dict[str, Any]:
+        """As `values`, for records that others see: a data set's file outside the checkout is named without its folder."""
+        return {key: without_place(value) if key.endswith(".dataset") else value for key, value in self.values(*keys).items()}
+
+    def values(self, *keys: str) -> dict[str, Any]:
         """The values under `keys`, dotted names of parameters or whole blocks, each by its full dotted name."""
         values = {}
         for key in keys:
             value = functools.reduce(getattr, key.split("."), self)
             if isinstance(value, Block):
-                values |= self.flat(*(f"{key}.{name}" for name in type(value).model_fields))
+                values |= self.values(*(f"{key}.{name}" for name in type(value).model_fields))
             else:
                 values[key] = value
         return values
+
+
+def without_place(dataset: str) -> str:
+    """A data set's name; of a path that is absolute or in a home folder, the part in the checkout or the file's name."""
+    if not dataset.startswith(("/", "~")):
+        return dataset
+    path = from_main_checkout(dataset)
+    return str(path.relative_to(main_checkout())) if path.is_relative_to(main_checkout()) else path.name
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:

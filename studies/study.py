@@ -108,7 +108,7 @@ def load_study(name: str, threads: int | None = None) -> list[Point]:
         raise UserError(f"{path}: {key} = {shown(problem['input'])}: {problem['msg']}") from error
     keys, points = [*study.fixed, *(key for grid in study.grids for key in grid.fixed | grid.vary)], []
     for grid, point in combinations:
-        settings = point.flat(*keys)
+        settings = point.values(*keys)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         points.append(Point(f"{name}-{digest[:8]}", grid, settings, point))
     return points
@@ -193,7 +193,7 @@ def plot(frame: pd.DataFrame, points: list[Point]) -> Figure:
     for axes, (grid, group) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids, strict=True):
         labels = {}
         for point in (point for point in group if point.name in frame.index):
-            others = point.params.flat(*(key for key in grid.vary if key != grid.x))
+            others = point.params.values(*(key for key in grid.vary if key != grid.x))
             labels[point.name] = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in others.items())
         lines = frame.loc[list(labels)].groupby(pd.Series(labels, dtype=str), sort=False)
         for number, (label, line) in enumerate(lines):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.params import load_params
+from pipeline.params import load_params, without_place
 
 PARAMS = (Path(__file__).parents[1] / "params.yaml").read_text()
 
@@ -71,3 +71,13 @@ def test_flat_names_every_value_of_a_block():
         "baselines.resnet18.stem": "imagenet",
         "device": "auto",
     }
+
+
+def test_a_record_does_not_say_where_a_file_of_the_users_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    places = {"mnist": "mnist", "data/a.npz": "data/a.npz", f"{tmp_path}/data/a.npz": "data/a.npz"}
+    places |= {"/home/someone/a.npz": "a.npz", "~/sets/a.npz": "a.npz"}
+    assert {place: without_place(place) for place in places} == places
+    params = load_changed(tmp_path, "dataset: pathmnist", "dataset: /home/someone/a.npz")
+    assert params.flat("baselines")["baselines.dataset"] == "a.npz"
+    assert params.values("baselines")["baselines.dataset"] == "/home/someone/a.npz"

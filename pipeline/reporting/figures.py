@@ -63,14 +63,17 @@ def plot_confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Fi
     size = 2.5 + 0.55 * len(classes) if few else 12
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    names = [_literal(name) for name in classes]
+    names, colours = [_literal(name) for name in classes], {"cmap": "Blues", "vmin": 0, "vmax": 1}
     shares = pd.DataFrame(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), names, names)
-    options = {"annot": counts, "fmt": "d", "annot_kws": {"size": 8}} if few else {}
-    step = -(-len(classes) // MOST_NAMES)
-    options |= {"xticklabels": step, "yticklabels": step, "cbar_kws": {"label": "share of the true class", "shrink": 0.8}}
-    sns.heatmap(shares, cmap="Blues", vmin=0, vmax=1, square=True, ax=axes, **options)
-    axes.tick_params(labelsize=10 if few else 6)
-    axes.tick_params("y", labelrotation=0)
+    bar = {"label": "share of the true class", "shrink": 0.8}
+    if few:
+        sns.heatmap(shares, annot=counts, fmt="d", annot_kws={"size": 8}, square=True, cbar_kws=bar, ax=axes, **colours)
+        axes.tick_params("y", labelrotation=0)
+    else:  # an image: a heat map takes over a gigabyte
+        figure.colorbar(axes.imshow(shares, **colours), ax=axes, **bar)
+        places = range(0, len(names), -(-len(names) // MOST_NAMES))
+        axes.set_xticks(places, [names[place] for place in places], rotation=90, fontsize=6)
+        axes.set_yticks(places, [names[place] for place in places], fontsize=6)
     axes.set(title=_literal(title), xlabel="predicted", ylabel="true")
     return figure
 
