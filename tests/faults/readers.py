@@ -29,8 +29,6 @@ import studies.study
 from pipeline.core.errors import UserError, one_line
 from pipeline.core.files import read_json
 from pipeline.data.dataset import SPLITS, Dataset, load_dataset
-from pipeline.data.prepared import load_split
-from pipeline.evaluation.comparisons import FILES, read_evaluation
 from pipeline.export.onnx_export import export_onnx
 from pipeline.export.onnx_model import open_foreign
 from pipeline.fetching.sources import read_source
@@ -223,20 +221,6 @@ def own_images(folder: Path) -> Reader:
     return Reader(folder / "own.npz", valid, lambda path: read_source(str(path)), [flipped, missing, *declared, *wrong])
 
 
-def prepared(part: str, folder: Path) -> Reader:
-    (folder / "train").mkdir()
-    for name, array in PARTS.items():
-        np.save(folder / "train" / name, array)
-    path = folder / "train" / f"{part}.npy"
-    return Reader(path, path.read_bytes(), lambda _: load_split(folder, "train", torch.device("cpu")), NPY)
-
-
-def _read_evaluation(path: Path) -> object:
-    detail = {"track": "own", "dataset": DATASET.model_dump(), "models": {"student_distilled": {"seeds": [0, 1]}}}
-    content = json.dumps(detail | {"metrics": {}, "comparisons": {}}).encode()
-    return read_evaluation("own", lambda name: content if name == FILES[0].format("own") else path.read_bytes())
-
-
 def checkpoint(folder: Path) -> Reader:
     def read(path: Path) -> object:
         classifier, loaded = load_checkpoint(path, torch.device("cpu"))
@@ -312,12 +296,9 @@ def _of(name: str, valid: bytes, read: Callable[[Path], object], malformed: Sequ
 
 MAKERS = (own_images, checkpoint, saved_training, study, exported_student, request)
 READERS: dict[str, Callable[[Path], Reader]] = {maker.__name__: maker for maker in MAKERS} | {  # given an empty folder
-    "prepared_images": functools.partial(prepared, "images"),
-    "prepared_labels": functools.partial(prepared, "labels"),
     "prepared_description": _of("dataset.json", DATASET.model_dump_json().encode(), lambda path: load_dataset(path.parent)),
     "initial_weights": _of("resnet18.safetensors", WEIGHTS, load_initial_weights, [UNKNOWN_TYPE]),
     "predictions": _of("predictions.npz", npz(PREDICTIONS), read_predictions, WRONG_PREDICTIONS),
-    "evaluation": _of("predictions.npz", npz(PREDICTIONS), _read_evaluation, WRONG_PREDICTIONS),
     "stage_json": _of("a.json", b'{"a": {"b": 0.9}, "seeds": [0, 1]}', read_json, [b"[1, 2]", b"[" * 100_000, b"\xff", b""]),
     "parameters": _of("params.yaml", (ROOT / "params.yaml").read_bytes(), load_params, YAML),
     "image": _of("a.png", png(28, 28, IDAT, IEND), functools.partial(read_image, shape=(28, 28, 1)), PNG),
