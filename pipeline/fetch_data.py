@@ -29,6 +29,7 @@ def main(track: str) -> None:
 
 def link_own_file(dataset: str, folder: Path) -> None:
     """Link the user's own file into `folder`, on which this stage depends, so that DVC notices when it changes."""
+    folder.mkdir(parents=True, exist_ok=True)
     for link in folder.iterdir():
         if link.is_symlink():
             link.unlink()

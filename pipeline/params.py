@@ -129,8 +129,8 @@ class Params(Block):
 
 
 def without_place(dataset: str) -> str:
-    """A data set's name; of a path that is absolute or in a home folder, the part in the checkout or the file's name."""
-    if not dataset.startswith(("/", "~")):
+    """A data set's name; of a path, the part in the checkout or, if it leads elsewhere, the file's name."""
+    if "/" not in dataset:
         return dataset
     path = from_main_checkout(dataset)
     return str(path.relative_to(main_checkout())) if path.is_relative_to(main_checkout()) else path.name

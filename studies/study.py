@@ -106,11 +106,14 @@ def load_study(name: str, threads: int | None = None) -> list[Point]:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         raise UserError(f"{path}: {key} = {shown(problem['input'])}: {problem['msg']}") from error
+    for grid in study.grids:
+        if not all(isinstance(value, int | float) and value > 0 for value in grid.vary[grid.x]):
+            raise UserError(f"{path}: {grid.title}: x = {grid.x!r} has values that are no positive numbers: they make no axis")
     keys, points = [*study.fixed, *(key for grid in study.grids for key in grid.fixed | grid.vary)], []
     for grid, point in combinations:
         settings = point.values(*keys)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        points.append(Point(f"{name}-{digest[:8]}", grid, settings, point))
+        points.append(Point(f"{name}-{digest[:8]}", grid, point.flat(*keys), point))
     return points
 
 
@@ -193,16 +196,17 @@ def plot(frame: pd.DataFrame, points: list[Point]) -> Figure:
     for axes, (grid, group) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids, strict=True):
         labels = {}
         for point in (point for point in group if point.name in frame.index):
-            others = point.params.values(*(key for key in grid.vary if key != grid.x))
+            others = point.params.flat(*(key for key in grid.vary if key != grid.x))
             labels[point.name] = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in others.items())
         lines = frame.loc[list(labels)].groupby(pd.Series(labels, dtype=str), sort=False)
         for number, (label, line) in enumerate(lines):
             x = line[grid.x] * 1.05 ** (number - (len(lines) - 1) / 2)  # side by side
             gain, low, high = (100 * line[key].astype(float) for key in ("gain", "low", "high"))
             style = {"marker": "osD^vPX*"[number % 8], "linestyle": ("-", "--", ":", "-.")[number % 4], "linewidth": 1}
-            axes.errorbar(x, gain, [gain - low, high - gain], capsize=3, markersize=5, label=label, **style)
+            axes.errorbar(x, gain, [gain - low, high - gain], capsize=3, markersize=5, label=label.replace("$", r"\$"), **style)
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set(title=grid.title, xscale="log", xlabel=grid.x, ylabel="gain of distillation (percentage points)")
+        title = grid.title.replace("$", r"\$")  # no mathematics
+        axes.set(title=title, xscale="log", xlabel=grid.x, ylabel="gain of distillation (percentage points)")
         axes.set_xticks(grid.vary[grid.x], grid.vary[grid.x])
         axes.minorticks_off()
         if any(labels.values()):

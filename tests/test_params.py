@@ -76,7 +76,7 @@ def test_flat_names_every_value_of_a_block():
 def test_a_record_does_not_say_where_a_file_of_the_users_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     places = {"mnist": "mnist", "data/a.npz": "data/a.npz", f"{tmp_path}/data/a.npz": "data/a.npz"}
-    places |= {"/home/someone/a.npz": "a.npz", "~/sets/a.npz": "a.npz"}
+    places |= {"/home/someone/a.npz": "a.npz", "~/sets/a.npz": "a.npz", "../b/a.npz": "a.npz", "x/../../b/a.npz": "a.npz"}
     assert {place: without_place(place) for place in places} == places
     params = load_changed(tmp_path, "dataset: pathmnist", "dataset: /home/someone/a.npz")
     assert params.flat("baselines")["baselines.dataset"] == "a.npz"

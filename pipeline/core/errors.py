@@ -40,4 +40,5 @@ def file_problem(error: OSError) -> str | None:
     """The message for a full disk and for a file or folder that the user must put right; None for any other error."""
     if is_disk_full(error):
         return f"no space left on the disk while writing {error.filename or 'a file'}: free some and run again"
-    return f"{error.filename}: {error.strerror}" if error.filename and error.errno in OF_THE_USER else None
+    name = error.filename2 or error.filename  # of two, where it was to go
+    return f"{name}: {error.strerror}" if name and error.errno in OF_THE_USER else None

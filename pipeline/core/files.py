@@ -103,6 +103,13 @@ class _Loader(yaml.SafeLoader):
     def fetch_alias(self) -> None:
         raise yaml.YAMLError(f"aliases are not read: {self.get_mark()}")
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Of a key that stands twice, YAML would silently take the last."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1][:1]:
+            raise yaml.YAMLError(f"{twice[0]!r} stands twice")
+        return super().construct_mapping(node, deep)
+
 
 _EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))

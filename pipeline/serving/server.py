@@ -23,6 +23,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipeline.core.cli import read_port, run
 from pipeline.core.errors import user_error
@@ -30,7 +31,7 @@ from pipeline.export.onnx_model import Student
 from pipeline.serving.registry import NAME, open_champion, open_store
 
 LIMIT = 4 * 2**20  # bytes of a request's body
-PATIENCE = 30  # seconds for it to come
+PATIENCE = 30  # seconds for it to come, and for a connection to begin a request
 MOST = 64  # connections at a time: others get a 503
 FORM = re.compile(rb'\s*{\s*"(inputs|instances)"\s*:[-+\d.eE,\[\]\s]*}\s*')  # the second is what TensorFlow's servers read
 
@@ -89,6 +90,20 @@ def read_images(body: bytes, shape: tuple[int, ...]) -> np.ndarray:
     return images.astype(np.uint8)
 
 
+class _Protocol(H11Protocol):
+    """HTTP/1.1 that closes a connection on which nothing is going on: uvicorn waits for the head of a request forever."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(PATIENCE, self._look)
+
+    def _look(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        else:
+            self.loop.call_later(PATIENCE, self._look)
+
+
 def main() -> None:
     """Serve until interrupted."""
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +113,8 @@ def main() -> None:
     with user_error(f"cannot listen on {host}:{port}", OSError, then="PORT=... (make serve SERVE_PORT=...) names another port"):
         listening = socket.create_server((host, port))
     print(f"{NAME} version {version} on http://{host}:{port}/invocations", flush=True)
-    uvicorn.Server(uvicorn.Config(application(student, hosts), log_level="warning", limit_concurrency=MOST)).run([listening])
+    options = {"http": _Protocol, "log_level": "warning", "limit_concurrency": MOST}
+    uvicorn.Server(uvicorn.Config(application(student, hosts), **options)).run([listening])
 
 
 if __name__ == "__main__":

@@ -168,9 +168,11 @@ class Mirror:
         by_name = by_class(labels, probabilities, classes)
         shown = by_name if len(by_name) <= MOST_F1 else {}  # the report below has every class, by its full name
         f1: dict[str, float] = {}
-        for number, (name, of_class) in enumerate(shown.items()):
+        for name, of_class in shown.items():
             key = f"f1.{FORBIDDEN.sub('_', name)}".replace("/", "_")
-            f1[key if key not in f1 else f"{key} ({number})"] = of_class["f1"]
+            while key in f1:
+                key += "_"
+            f1[key] = of_class["f1"]
         figure = plot_confusion(matrix, classes, f"{record.model}, seed {record.seed}")
         self._write(self.client.log_figure, run.info.run_id, figure, "confusion_matrix.png")
         self._write(self.client.log_text, run.info.run_id, report(labels, probabilities, classes), "classification_report.txt")

@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.data.prepared import TrainingData
+from pipeline.export import onnx_model
 from pipeline.export.inference_cost import inference_cost
 from pipeline.export.onnx_export import export_onnx, quantize
 from pipeline.export.onnx_model import Student, open_foreign
@@ -101,3 +103,24 @@ def test_a_file_that_might_compute_forever_is_not_opened(exported, tmp_path: Pat
         (tmp_path / "other.onnx").write_bytes(other.SerializeToString())
         with pytest.raises(UserError, match=rf"other\.onnx.*computes with {named}"):
             open_foreign(tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize(("products", "message"), [(1, "takes over 3 s"), (0, "one stands twice")])
+def test_a_file_that_takes_too_much_or_names_a_class_twice_is_not_opened(
+    exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, products: int, message: str
+):
+    model, path = onnx.load(exported[0]), tmp_path / "other.onnx"
+    if products:  # of what is the same for every image: the trial computes them when it opens the file
+        side = 5000
+        for name, shape in (("row", (1, side)), ("column", (side, 1))):
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
+        names = [f"power{number}" for number in range(30)]
+        model.graph.node.append(onnx.helper.make_node("Add", ["row", "column"], names[:1]))
+        model.graph.node.extend(onnx.helper.make_node("MatMul", [a, a], [b]) for a, b in itertools.pairwise(names))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(names[-1], onnx.TensorProto.FLOAT, (side, side)))
+    else:
+        onnx.helper.set_model_props(model, {"classes": json.dumps(["a"] * 10)})
+    path.write_bytes(model.SerializeToString())
+    monkeypatch.setattr(onnx_model, "TRIAL_SECONDS", 3)
+    with pytest.raises(UserError, match=message):
+        open_foreign(path)

@@ -64,7 +64,7 @@ def test_a_stage_may_be_killed_wherever_it_replaces_a_file_or_commits(tmp_path: 
         place += STEP
     rounds = row.injected + 2  # the first, and the last, undisturbed
     row.lost = checkout.unsound_runs([f"{model}/seed0"] * rounds, 1)
-    assert row.injected > 20 / STEP, "kills"
+    assert row.injected > 15 / STEP, "there are that many places"
 
 
 def _group_of(process: psutil.Process) -> int:

@@ -85,6 +85,7 @@ def test_the_figure_has_a_panel_per_grid_and_a_line_per_setting(points: list[Poi
         ("grids: [{title: t, x: kd.alpha, vary: {kd.alpha: [2.0]}}]", "kd.alpha = 2.0"),
         ("grids: [{title: t, x: kd.alfa, vary: {kd.alfa: [0.5]}}]", "kd.alfa"),
         ("grids: [{title: t, x: seeds.x, vary: {seeds.x: [0.5]}}]", "seeds = {'x': 0.5}"),
+        ("grids: [{title: t, x: kd.divergence, vary: {kd.divergence: [forward, reverse]}}]", "they make no axis"),
         ("grids: [{title: t, x: seeds., vary: {seeds.: [[0]]}}]", "seeds = {'': "),
         ("grids: [{title: t, x: kd.alpha, vary: {kd.alpha: []}}]", "grids.0.vary.kd.alpha"),
         (f"grids: [{{title: t, x: a, vary: {{a: {[1] * 101}, b: {[1] * 100}}}}}]", "10,100 points"),

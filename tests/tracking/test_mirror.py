@@ -129,7 +129,7 @@ def test_two_settings_at_once_are_named_and_repeated_by_their_own_parameters(sto
     mirror = Mirror("e")
     for temperature, alpha in ((6, 0.7), (8.0, 0.25), (5, 0.7)):
         parameters = {"kd.temperature": temperature, "kd.alpha": alpha, "distillation.lr": 0.001, "not.there": 1}
-        name = f"{temperature}-{alpha}"
+        name = f"{temperature}-{alpha}".replace(".", "_")
         mirror.training(make_record(3, model="student", parameters=parameters, digest=name, setting=name))
     repeat = {name: run.data.tags["repeat"] for name, run in runs().items()}
     again = "Again: `git checkout cccccccccccc && dvc {} distill_student`".format

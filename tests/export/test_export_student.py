@@ -1,0 +1,28 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import export_student
+from pipeline.data.prepared import TrainingData
+from pipeline.networks.checkpoints import new_classifier, save_checkpoint
+from tests.checkout import ROOT
+from tests.networks.conftest import ARGUMENTS, describe
+
+
+@pytest.mark.parametrize("wanted", [0.5, 1.01])
+def test_int8_stays_if_it_names_the_same_classes_often_enough(
+    tmp_path: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, wanted: float
+):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export_student, "load_training_data", lambda *_: data)
+    monkeypatch.setattr(export_student, "AGREEMENT", wanted)
+    classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 0)
+    save_checkpoint(Path("models/distillation/student_distilled/seed0.safetensors"), classifier, describe(data.dataset))
+    export_student.main()
+    choice = json.loads(Path("models/student/choice.json").read_text())
+    assert 0.5 < choice["int8_agreement"] <= 1
+    assert choice["int8_kept"] == Path("models/student/student_int8.onnx").exists() == (wanted < 1)
+    assert ("not kept" in capsys.readouterr().out) == (wanted > 1)
