@@ -90,10 +90,11 @@ def read_images(body: bytes, shape: tuple[int, ...]) -> np.ndarray:
     return images.astype(np.uint8)
 
 
-class _Protocol(H11Protocol):
+class Protocol(H11Protocol):
     """HTTP/1.1 that closes a connection on which nothing is going on: uvicorn waits for the head of a request forever."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
+        """As h11's, and look after the connection."""
         super().connection_made(transport)
         self.loop.call_later(PATIENCE, self._look)
 
@@ -113,7 +114,7 @@ def main() -> None:
     with user_error(f"cannot listen on {host}:{port}", OSError, then="PORT=... (make serve SERVE_PORT=...) names another port"):
         listening = socket.create_server((host, port))
     print(f"{NAME} version {version} on http://{host}:{port}/invocations", flush=True)
-    options = {"http": _Protocol, "log_level": "warning", "limit_concurrency": MOST}
+    options = {"http": Protocol, "log_level": "warning", "limit_concurrency": MOST}
     uvicorn.Server(uvicorn.Config(application(student, hosts), **options)).run([listening])
 
 

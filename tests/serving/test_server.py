@@ -3,8 +3,10 @@
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import requests
+import uvicorn
 from starlette.applications import Starlette
 
 from pipeline.export.onnx_model import Student
@@ -104,6 +107,23 @@ def test_a_body_that_does_not_come_or_does_not_end_is_given_up(registry: Registr
     assert asyncio.run(post_in_parts(app, *[part] * 9, then=60)) == 413
     assert asyncio.run(post_in_parts(app, part)) == 400, "the client has gone"
     assert "Traceback" not in caplog.text
+
+
+def test_a_connection_on_which_nothing_is_going_on_is_closed(registry: Registry, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server, "PATIENCE", 0.5)
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(server.application(Student(registry.onnx)), http=server.Protocol, log_level="warning")
+    running_server = uvicorn.Server(config)
+    thread = threading.Thread(target=running_server.run, args=([listening],))
+    thread.start()
+    try:
+        for begun in (b"", b"GET /ping HTTP/1.1\r\nHos"):
+            with socket.create_connection(listening.getsockname(), timeout=30) as connection:
+                connection.sendall(begun)
+                assert connection.recv(1000) == b"", "closed"
+    finally:
+        running_server.should_exit = True
+        thread.join()
 
 
 def test_a_body_in_a_million_parts_is_read_in_time(registry: Registry):
