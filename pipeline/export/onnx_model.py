@@ -68,11 +68,11 @@ def open_foreign(path: Path) -> Student:
         check_operators(onnx.load(path, load_external_data=False))
     command = [sys.executable, "-m", "pipeline.export.onnx_model", str(path.resolve())]
     options = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True, "timeout": 3 * TRIAL_SECONDS}
-    said = [f"{path}: to open it and compute {MOST} images takes over {TRIAL_SECONDS} s or {TRIAL_BYTES / 2**30:.0f} GiB"]
-    with user_error(said[0], subprocess.TimeoutExpired):
+    limit = f"{path}: to open it and compute {MOST} images takes over {TRIAL_SECONDS} s or {TRIAL_BYTES / 2**30:.0f} GiB"
+    with user_error(limit, subprocess.TimeoutExpired):
         tried = subprocess.run(command, **options, check=False)  # noqa: S603 (ourselves)
     if tried.returncode:
-        raise UserError((tried.stderr.splitlines() or said)[-1])
+        raise UserError((tried.stderr.splitlines() or [limit])[-1])
     return Student(path)
 
 

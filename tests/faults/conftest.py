@@ -48,9 +48,9 @@ def outcome(record_property: Callable[[str, object], None]) -> Iterator[Callable
         return outcomes[-1]
 
     yield begin
-    for one in outcomes:
-        record_property("outcome", one.row())
-    assert [one for one in outcomes if one.lost or one.wrong] == []
+    for result in outcomes:
+        record_property("outcome", result.row())
+    assert [result for result in outcomes if result.lost or result.wrong] == []
 
 
 def table(rows: list[tuple]) -> str:
@@ -63,10 +63,8 @@ def by_kind(rows: list[tuple]) -> list[tuple]:
     kinds: dict[str, list[tuple]] = {}
     for row in rows:
         kinds.setdefault(row[0].partition(":")[0], []).append(row)
-    numbers = {
-        kind: [sum(column) for column in zip(*(row[1:5] for row in of_kind), strict=True)] for kind, of_kind in kinds.items()
-    }
-    return [(kind, *numbers[kind], rows[0][5] if len(rows) == 1 else "") for kind, rows in kinds.items()]
+    sums = {kind: map(sum, zip(*(row[1:5] for row in of_kind), strict=True)) for kind, of_kind in kinds.items()}
+    return [(kind, *sums[kind], of_kind[0][5] if len(of_kind) == 1 else "") for kind, of_kind in kinds.items()]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -105,10 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.mark.skipif(not FULL, reason="minutes: make faults")
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", FAULTS if FULL else FAULTS[:3])
 def test_an_outage_does_not_disturb_a_training_and_sync_completes_its_run(tmp_path: Path, outcome, kind: str):
-    count, moments, row = 4, random.Random(kind), outcome(f"tracking server: {kind}")
+    count, moments, row = 4 if FULL else 1, random.Random(kind), outcome(f"tracking server: {kind}")
     checkout = copy_checkout(tmp_path, **SMALL, distillation__epochs=EPOCHS, seeds=list(range(count)))
     models = checkout.folder / "models/distillation/student_alone"
     checkout.run(*checkout.stage("fetch_data distillation"))

@@ -67,7 +67,7 @@ def make_evaluation(
     models, probabilities, correct, metrics = {}, {}, {}, {}
     for model, share in shares.items():
         varied = {"kd.temperature": temperature} if temperature and model == "student_distilled" else {}
-        suffix = f" T{temperature}" if varied else ""
+        suffix = f"-T{temperature:g}" if varied else ""
         entries = [record.model_copy(update={"model": model, "digest": f"{model}-{record.seed}{suffix}"}) for record in records]
         correct[model] = np.stack([random.random(images) < share for _ in entries])
         second = np.where(correct[model], labels, 1 - labels) * 0.8 + 0.1

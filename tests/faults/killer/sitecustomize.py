@@ -4,6 +4,7 @@ KILL_COUNTER names a file that gets a byte for each such place, in whichever pro
 process is killed (an even number: with its whole group).
 """
 
+import functools
 import os
 import signal
 import sqlite3
@@ -14,7 +15,7 @@ def place() -> None:
         file.write(b".")
         number = file.tell()
     if number == int(os.environ["KILL_AT"]):
-        (os.kill if number % 2 else os.killpg)(os.getpid() if number % 2 else os.getpgrp(), signal.SIGKILL)
+        os.kill(os.getpid() if number % 2 else 0, signal.SIGKILL)  # 0: every process of the group
 
 
 class Connection(sqlite3.Connection):
@@ -31,7 +32,4 @@ def replace(*arguments, **options) -> None:
 
 if "KILL_COUNTER" in os.environ:
     original, os.replace = os.replace, replace
-    connect = sqlite3.dbapi2.connect
-    sqlite3.connect = sqlite3.dbapi2.connect = lambda *arguments, **options: connect(
-        *arguments, **options | {"factory": Connection}
-    )
+    sqlite3.connect = sqlite3.dbapi2.connect = functools.partial(sqlite3.connect, factory=Connection)
