@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PORT ?= 5000
 NAME ?= demo
+TRACK ?= distillation
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -78,10 +79,10 @@ study-table: .venv/installed
 	python -m studies.study collect $(STUDY)
 
 register: .venv/installed
-	python -m pipeline.serving.registry
+	python -m pipeline.serving.registry $(TRACK)
 
 serve: .venv/installed
-	PORT=$(or $(SERVE_PORT),5001) python -m pipeline.serving.server
+	PORT=$(or $(SERVE_PORT),5001) python -m pipeline.serving.server $(TRACK)
 
 sync: .venv/installed
 	python -m pipeline.tracking.sync

@@ -1,4 +1,4 @@
-"""Stage evaluate_export: compare the exported student with the PyTorch model on the whole test split."""
+"""Stage evaluate_export: compare a track's exported student with the PyTorch model on the whole test split."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from pipeline.data.prepared import load_split
 from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.inference import predict
-from pipeline.params import load_params
+from pipeline.params import TRACKS, load_params
 
 
-def main() -> None:
-    student, threads, cpu = Path("models/student"), load_params().threads, torch.device("cpu")
+def main(track: str) -> None:
+    student, threads, cpu = Path("models/exported") / track, load_params().threads, torch.device("cpu")
     torch.set_num_threads(threads)
-    images, labels = load_split(Path("data/distillation"), "test", cpu)
+    images, labels = load_split(Path("data") / track, "test", cpu)
     classifier, _ = load_checkpoint(student / "student.safetensors", cpu)
     expected = predict(classifier, images).softmax(dim=1).numpy()
     results = {"pytorch": {"accuracy": float((expected.argmax(axis=1) == labels.numpy()).mean())}}
@@ -28,11 +28,11 @@ def main() -> None:
             "largest_difference": float(np.abs(exported - expected).max()),  # of a probability
             "same_predictions": float((exported.argmax(axis=1) == expected.argmax(axis=1)).mean()),  # share of the images
         }
-    write_json(Path("metrics/export.json"), results)
+    write_json(Path(f"metrics/{track}_export.json"), results)
     for name, figures in results.items():
         same = f", the class of PyTorch for {100 * figures['same_predictions']:.2f} %" if "same_predictions" in figures else ""
         print(f"{name}: test accuracy {100 * figures['accuracy']:.2f} %{same}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, track=tuple(TRACKS))

@@ -1,4 +1,4 @@
-"""Stage export_student: write the best distilled student as ONNX files into models/student/.
+"""Stage export_student: write a track's best distilled student as ONNX files into models/exported/<track>/.
 
 The best of the seeds is decided on the validation images. The int8 version stays if it names the same class as the float32 one
 often enough, on the training and validation images together: a bound on its accuracy would loosen where there are few images.
@@ -16,17 +16,18 @@ from pipeline.export.onnx_export import export_onnx, quantize
 from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.description import checkpoints_in, read_description
-from pipeline.params import load_params
+from pipeline.params import TRACKS, load_params
 
 AGREEMENT = 0.995  # share of the images that float32 and int8 must name the same class of
 
 
-def main() -> None:
+def main(track: str) -> None:
     threads, cpu = load_params().threads, torch.device("cpu")
     torch.set_num_threads(threads)
-    dataset, train, val = load_training_data(Path("data/distillation"), cpu)
-    best = max(checkpoints_in(Path("models/distillation/student_distilled")), key=lambda path: read_description(path).best())
-    with atomic_folder(Path("models/student")) as folder:
+    dataset, train, val = load_training_data(Path("data") / track, cpu)
+    checkpoints = checkpoints_in(Path("models") / track / TRACKS[track].distilled)
+    best = max(checkpoints, key=lambda path: read_description(path).best())
+    with atomic_folder(Path("models/exported") / track) as folder:
         float32, int8 = folder / "student.onnx", folder / "student_int8.onnx"
         write_atomic(folder / "student.safetensors", best.read_bytes())
         export_onnx(load_checkpoint(best, cpu)[0], dataset.image_shape, dataset.classes, float32)
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, track=tuple(TRACKS))

@@ -1,30 +1,47 @@
-"""Stage fetch_data, alone to use the network: put a track's images, and the weights to start from, into data/<track>/."""
+"""Stage fetch_data, alone to use the network: put a track's images, and the weights to start from, into data/<track>/.
 
+A network that cannot take such images is refused here, before anything is trained.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
 
 from pipeline.core.cli import run
 from pipeline.core.files import atomic_folder, write_atomic
+from pipeline.data.dataset import Dataset
 from pipeline.fetching.preparation import prepare
-from pipeline.fetching.pretrained import imagenet_resnet18
-from pipeline.fetching.sources import own_file, read_source
+from pipeline.fetching.pretrained import imagenet_weights
+from pipeline.fetching.sources import Source, own_file, read_source
+from pipeline.networks.architectures import check_architecture
 from pipeline.params import TRACKS, load_params
 
 
 def main(track: str) -> None:
-    block = getattr(load_params(), track)
+    params, plan, folder = load_params(), TRACKS[track], Path("data") / track
+    block = getattr(params, track)
     link_own_file(block.dataset, Path("data/own") / track)
-    source = read_source(block.dataset, block.size)
-    initial = {model: {} for model in TRACKS[track].models}  # an empty file: the model starts from random weights
-    if track == "baselines" and block.pretrained:
-        initial["resnet18"] = imagenet_resnet18()
-    with atomic_folder(Path("data") / track) as folder:
-        dataset = prepare(source, block.validation, folder)
-        for model, tensors in initial.items():
-            write_atomic(folder / "initial" / f"{model}.safetensors", save(tensors))
-    images, shape = " / ".join(f"{number:,}" for number in dataset.images.values()), "x".join(map(str, dataset.image_shape))
-    print(f"{track}: {dataset.name}, {images} training / validation / test images of {shape}")
+    source, pretrained = read_source(block.dataset, block.size), params.pretrained(track)
+    for model in (plan.teacher, plan.alone):
+        check_architecture(*params.network(track, model), source.splits["train"][0].shape[1:], len(source.classes))
+    dataset = write(source, block.validation, pretrained, folder)
+    images = " / ".join(f"{number:,}" for number in dataset.images.values())
+    shape = "x".join(map(str, dataset.image_shape))
+    print(f"{track}: {dataset.name}, {images} {' / '.join(dataset.images)} images of {shape}")
+
+
+def write(source: Source, validation: float, pretrained: Mapping[str, str | None], folder: Path) -> Dataset:
+    """Put what trainings read into `folder`: the prepared set, and a file of weights to start from by the names in `pretrained`.
+
+    Those are torchvision's of an architecture, none for None.
+    """
+    initial = {name: imagenet_weights(architecture) if architecture else {} for name, architecture in pretrained.items()}
+    with atomic_folder(folder) as partial:
+        dataset = prepare(source, validation, partial)
+        for name, tensors in initial.items():
+            write_atomic(partial / "initial" / f"{name}.safetensors", save(tensors))
+    return dataset
 
 
 def link_own_file(dataset: str, folder: Path) -> None:

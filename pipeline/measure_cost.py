@@ -17,16 +17,19 @@ from pipeline.training.cache import read_record, trainings_folder
 
 
 def main(track: str) -> None:
-    costs = {}
-    for model in TRACKS[track].models:
-        paths = checkpoints_in(Path("models") / track / model)
-        costs[model] = network_cost(paths[0]) | inference_cost(paths[0])
-        records = [read_record(trainings_folder(), read_description(path).digest) for path in paths]
+    costs, plan = {}, TRACKS[track]
+    paths = {model: checkpoints_in(Path("models") / track / model) for model in plan.models}
+    for model, of_seeds in paths.items():
+        costs[model] = network_cost(of_seeds[0]) | inference_cost(of_seeds[0])
+        records = [read_record(trainings_folder(), read_description(path).digest) for path in of_seeds]
         if seconds := [record.seconds for record in records if record and record.seconds is not None]:
             costs[model]["training_seconds"] = fmean(seconds)  # of one seed
-    if track == "distillation":
-        for path in sorted(Path("models/student").glob("*.onnx")):
-            costs[path.name] = {"file_bytes": path.stat().st_size} | inference_cost(path)
+    distilled, teacher = costs[plan.distilled], costs[plan.teacher]
+    if "training_seconds" in distilled.keys() & teacher.keys():
+        teachers = len(read_description(paths[plan.distilled][0]).teachers_md5)
+        distilled["with_teacher_seconds"] = distilled["training_seconds"] + teachers * teacher["training_seconds"]
+    for path in sorted((Path("models/exported") / track).glob("*.onnx")):
+        costs[path.name] = {"file_bytes": path.stat().st_size} | inference_cost(path)
     code = {"commit": commit(), "code_is_committed": code_is_committed()}
     write_json(Path(f"metrics/{track}_costs.json"), {"models": costs, "machine": machine(), **code})
     for model, cost in costs.items():

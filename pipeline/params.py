@@ -5,13 +5,18 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import from_main_checkout, main_checkout, read_yaml
+from pipeline.networks.names import architecture_arguments
 
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Epochs = Annotated[int, Field(ge=1, le=100_000)]
+Smoothing = Annotated[float, Field(ge=0, lt=1)]
+SETTINGS = ("epochs", "batch_size", "lr", "schedule", "weight_decay", "selection")  # of a track, as in training.loop.Settings
+OF_RESNET18 = ("baselines.pretrained", "baselines.resnet18.stem")
 
 
 def _distinct(seeds: list[int]) -> list[int]:
@@ -27,33 +32,38 @@ class Block(BaseModel):
 
 
 class Track(NamedTuple):
-    """One question, and the models that answer it."""
+    """One question, and the models that answer it: a big network, a small one that learns from it, the same small one alone."""
 
-    question: str  # the report's heading
-    models: tuple[str, ...]  # as in models/<track>/<model>
-    comparisons: tuple[tuple[str, str], ...]  # (model, other), trained with the same seeds; the question's own comes first
-    teachers: dict[str, str]  # by student, the model that its fidelity is measured against
+    teacher: str  # each as in models/<track>/<model>
+    distilled: str
+    alone: str
     report: str  # its file in metrics/, without the suffix
     original_dataset: str  # what the original course project ran it on
 
+    @property
+    def question(self) -> str:
+        """The report's heading."""
+        return f"Is {self.distilled} better than {self.alone}?"
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.teacher, self.distilled, self.alone
+
+    @property
+    def comparisons(self) -> tuple[tuple[str, str], ...]:
+        """(model, other), trained with the same seeds; the question's own comes first."""
+        return (self.distilled, self.alone), (self.teacher, self.distilled), (self.teacher, self.alone)
+
+    @property
+    def teachers(self) -> dict[str, str]:
+        """By student, the model that its fidelity is measured against."""
+        return dict.fromkeys((self.distilled, self.alone), self.teacher)
+
 
 TRACKS = {
-    "baselines": Track(
-        question="Is ResNet18 worth more than SimpleCNN?",
-        models=("simple_cnn", "resnet18"),
-        comparisons=(("resnet18", "simple_cnn"),),
-        teachers={},
-        report="baselines_report",
-        original_dataset="pathmnist",
-    ),
-    "distillation": Track(
-        question="Is the distilled student better than the same student trained alone?",
-        models=("teacher", "student_distilled", "student_alone"),
-        comparisons=(("student_distilled", "student_alone"), ("teacher", "student_distilled"), ("teacher", "student_alone")),
-        teachers={"student_distilled": "teacher", "student_alone": "teacher"},
-        report="report",
-        original_dataset="mnist",
-    ),
+    "baselines": Track("resnet18", "simple_cnn_distilled", "simple_cnn", "baselines_report", "pathmnist"),
+    "distillation": Track("teacher", "student_distilled", "student_alone", "report", "mnist"),
 }
 
 
@@ -62,12 +72,29 @@ class ResNet18(Block):
 
 
 class Training(Block):
+    """A track: its data, and how its networks are trained."""
+
     dataset: Text
     size: Literal[28, 64, 128, 224]
-    validation: Annotated[float, Field(gt=0, lt=0.5)]
-    epochs: Annotated[int, Field(ge=1, le=100_000)]
+    validation: Annotated[float, Field(ge=0, lt=0.5)]
+    label_fraction: Annotated[float, Field(gt=0, le=1)]
+    epochs: Epochs
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)]
     lr: Annotated[float, Field(gt=0, le=10)]
+    schedule: Literal["constant", "cosine", "one_cycle", "steps"]
+    weight_decay: Annotated[float, Field(ge=0, le=10)]
+    label_smoothing: Smoothing
+    class_weights: Literal["none", "balanced"]
+    augmentation: Literal["none", "shifts", "flips_and_shifts"]
+    selection: Literal["accuracy", "auc", "loss", "last"]
+    teacher_epochs: Epochs | None
+    teacher_label_smoothing: Smoothing | None
+
+    @model_validator(mode="after")
+    def _can_select(self) -> "Training":
+        if self.validation == 0 and self.selection != "last":
+            raise ValueError(f"without validation images, selection: last is wanted, not {self.selection}")
+        return self
 
 
 class Baselines(Training):
@@ -76,12 +103,21 @@ class Baselines(Training):
 
 
 class Distillation(Training):
-    label_fraction: Annotated[float, Field(gt=0, le=1)]
+    pass
 
 
-class CompactCNN(Block):
+class Network(Block):
+    """A network of the distillation track, by its name; of the options, those count that it takes."""
+
+    architecture: Text
     width: Annotated[int, Field(ge=1, le=4096)]
     hidden: Annotated[int, Field(ge=1, le=65_536)]
+    stem: Literal["imagenet", "cifar"]
+    pretrained: bool
+
+
+class Teacher(Network):
+    ensemble: bool
 
 
 class KD(Block):
@@ -102,15 +138,62 @@ class Params(Block):
     jobs: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
     baselines: Baselines
     distillation: Distillation
-    teacher: CompactCNN
-    student: CompactCNN
+    teacher: Teacher
+    student: Network
     kd: KD
     tracking: Tracking
 
-    def training(self, track: Training) -> dict[str, Any]:
-        """How a track's networks are trained: arguments of training.recipe.Recipe."""
-        settings = {name: getattr(track, name) for name in ("epochs", "batch_size", "lr")} | {"precision": self.precision}
-        return {"settings": settings, "device": self.device, "threads": self.threads}
+    def network(self, track: str, model: str) -> tuple[str, dict[str, Any]]:
+        """The architecture of a track's model and its arguments, as in networks.architectures.build. Raises UserError."""
+        big = model == TRACKS[track].teacher
+        if track == "baselines":
+            return ("resnet18", self.baselines.resnet18.model_dump()) if big else ("simple_cnn", {})
+        block = self.teacher if big else self.student
+        return block.architecture, architecture_arguments(block.architecture, block.model_dump())
+
+    def pretrained(self, track: str) -> dict[str, str | None]:
+        """Of which architecture torchvision's weights are that a track's teacher and student start from; None: of none."""
+        if track == "baselines":
+            return {"teacher": "resnet18" if self.baselines.pretrained else None, "student": None}
+        blocks = {"teacher": self.teacher, "student": self.student}
+        return {name: block.architecture if block.pretrained else None for name, block in blocks.items()}
+
+    def training(self, track: str, model: str) -> dict[str, Any]:
+        """How a track's model is trained: arguments of training.recipe.Recipe, all but seed, data and teacher's checkpoints."""
+        block, plan = getattr(self, track), TRACKS[track]
+        big, distilled = model == plan.teacher, model == plan.distilled
+        architecture, arguments = self.network(track, model)
+        settings = {name: getattr(block, name) for name in SETTINGS} | {"precision": self.precision}
+        smoothing = block.label_smoothing
+        if big:
+            settings["epochs"] = block.teacher_epochs or block.epochs
+            smoothing = smoothing if block.teacher_label_smoothing is None else block.teacher_label_smoothing
+        keys = [track]
+        if track == "distillation":
+            keys.append("teacher" if big else "student")
+        if distilled:
+            keys += ["teacher.ensemble", "kd"]
+        parameters = self.flat(*keys)
+        if big:
+            parameters.pop("teacher.ensemble", None)
+        else:
+            for name in (f"{track}.teacher_epochs", f"{track}.teacher_label_smoothing", *OF_RESNET18):
+                parameters.pop(name, None)
+        return {
+            "model": model,
+            "architecture": architecture,
+            "arguments": arguments,
+            "settings": settings,
+            "label_smoothing": smoothing,
+            "class_weights": block.class_weights,
+            "augmentation": block.augmentation,
+            "label_fraction": block.label_fraction,
+            "kd": self.kd.model_dump() if distilled else None,
+            "initial": "teacher" if big else "student",
+            "device": self.device,
+            "threads": self.threads,
+            "parameters": parameters,
+        }
 
     def flat(self, *keys: str) -> dict[str, Any]:
         """As `values`, for records that others see: a data set's file outside the checkout is named without its folder."""

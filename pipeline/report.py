@@ -17,7 +17,7 @@ METRICS = Path("metrics")
 def main(track: str) -> None:
     evaluation = read_evaluation(track, lambda path: Path(path).read_bytes())
     costs = read_json(METRICS / f"{track}_costs.json")
-    exported = read_json(METRICS / "export.json") if track == "distillation" else {}
+    exported = read_json(METRICS / f"{track}_export.json")
     figures = draw_figures(evaluation, costs, exported)
     with atomic_folder(METRICS / "figures" / track) as folder:
         for name, png in figures.items():

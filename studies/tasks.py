@@ -12,7 +12,7 @@ import os
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import replace
 from importlib.metadata import version
@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
-from pipeline import distill_student, train_student_alone, train_teacher
+from pipeline import fetch_data
 from pipeline.core.errors import UserError, one_line
-from pipeline.core.files import atomic_folder, md5, write_json
+from pipeline.core.files import md5, write_json
 from pipeline.core.provenance import code_digest
 from pipeline.data.dataset import load_dataset
 from pipeline.evaluation.comparisons import evaluate_track
-from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import own_file, read_source
 from pipeline.networks.description import checkpoint_path
 from pipeline.params import Params
@@ -66,33 +65,36 @@ def plan(params: Params) -> list[Task]:
         return digest
 
     file = own_file(track.dataset)
-    source = (track.dataset, track.size, track.validation, _md5(file) if file and file.is_file() else None)
-    data = add(prepare_data, ("data", "fetching"), *source, needs=())
+    source = (track.dataset, track.size, track.validation, params.pretrained("distillation"))
+    data = add(prepare_data, ("data", "fetching"), *source, _md5(file) if file and file.is_file() else None, needs=())
+    big, small, distilled = (params.training("distillation", model) for model in MODELS)
+    teachers = {seed: add(train_network, CODE, Recipe(**big, seed=seed, data=folder), needs=(data,)) for seed in params.seeds}
     checkpoints = []
-    for seed in params.seeds:
-        teacher = add(train_network, CODE, train_teacher.recipe(params, seed, folder), needs=(data,))
-        lone = add(train_network, CODE, train_student_alone.recipe(params, seed, folder), needs=(data,))
-        distilled = distill_student.recipe(params, seed, folder, folder)
-        checkpoints += [teacher, lone, add(train_network, CODE, distilled, needs=(data, teacher))]
+    for seed, teacher in teachers.items():
+        of_student = tuple(teachers.values()) if params.teacher.ensemble else (teacher,)
+        lone = add(train_network, CODE, Recipe(**small, seed=seed, data=folder), needs=(data,))
+        learner = add(train_network, CODE, Recipe(**distilled, seed=seed, data=folder), needs=(data, *of_student))
+        checkpoints += [teacher, lone, learner]
     settings = (params.device, params.threads, tuple(params.seeds))
     add(evaluate, ("data", "evaluation", "networks"), *settings, needs=(data, *checkpoints))
     return tasks
 
 
-def prepare_data(digest: str, dataset: str, size: int, validation: float, _own_md5: str | None) -> Path:
+def prepare_data(
+    digest: str, dataset: str, size: int, validation: float, pretrained: Mapping[str, str | None], _own_md5: str | None
+) -> Path:
     """The folder with the prepared set, as the stage fetch_data makes it."""
     folder = ROOT / ".studies" / "data" / digest
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
-            with atomic_folder(folder) as partial:
-                prepare(read_source(dataset, size), validation, partial)
+            fetch_data.write(read_source(dataset, size), validation, pretrained, folder)
     return folder
 
 
-def train_network(_digest: str, recipe: Recipe, data: Path, teacher: Path | None = None) -> Path:
+def train_network(_digest: str, recipe: Recipe, data: Path, *teachers: Path) -> Path:
     """The checkpoint in `.trainings/`, as a stage trains it."""
-    return train(replace(recipe, data=data, teacher=teacher), trainings_folder(), lambda record: None)
+    return train(replace(recipe, data=data, teachers=teachers), trainings_folder(), lambda record: None)
 
 
 def evaluate(digest: str, device: str, threads: int, seeds: Sequence[int], data: Path, *checkpoints: Path) -> None:

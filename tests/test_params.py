@@ -21,8 +21,8 @@ def test_defaults_are_those_of_the_original_course_project_and_five_seeds():
     assert params.kd.model_dump() == {"temperature": 5, "alpha": 0.7, "divergence": "forward"}
     assert (params.baselines.epochs, params.baselines.batch_size, params.baselines.lr) == (5, 64, 0.001)
     assert (params.distillation.epochs, params.distillation.batch_size, params.distillation.lr) == (5, 128, 0.001)
-    assert params.teacher.model_dump() == {"width": 32, "hidden": 128}
-    assert params.student.model_dump() == {"width": 16, "hidden": 64}
+    assert params.network("distillation", "teacher") == ("compact_cnn", {"width": 32, "hidden": 128})
+    assert params.network("distillation", "student_alone") == ("compact_cnn", {"width": 16, "hidden": 64})
 
 
 @pytest.mark.parametrize(

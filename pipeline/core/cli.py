@@ -1,5 +1,6 @@
 """How a command starts and ends: its arguments, its exit status, and what it says when it fails."""
 
+import inspect
 import os
 import signal
 import sys
@@ -15,13 +16,16 @@ from pipeline.core.provenance import code_digest
 def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
     """Run `main` as a process, with one command-line argument for each name in `choices`: one of its values or, for None, any.
 
+    An argument may be left out if `main` has a default for it.
     A `UserError`, or what `file_problem` knows, becomes one line on stderr and exit status 1, Ctrl-C status 130. Anything else
     is a defect of ours and keeps its traceback. Under DVC, which would record changed code as the code that ran, changed code is
     an error.
     """
     parser = ArgumentParser(description=sys.modules["__main__"].__doc__, formatter_class=RawDescriptionHelpFormatter)
     for name, values in choices.items():
-        parser.add_argument(name, choices=values)
+        default = inspect.signature(main).parameters[name].default
+        optional = {} if default is inspect.Parameter.empty else {"nargs": "?", "default": default}
+        parser.add_argument(name, choices=values, **optional)
     arguments, under_dvc, code = vars(parser.parse_args()), "DVC_STAGE" in os.environ, code_digest()
     if under_dvc:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.prepared import TrainingData
+from pipeline.data.prepared import Split
 
 UNKNOWN = -1  # the label of an image whose label may not be used
 
@@ -16,25 +16,40 @@ UNKNOWN = -1  # the label of an image whose label may not be used
 def known_labels(labels: Tensor, share: float, seed: int) -> Tensor:
     """The numbers of the images whose labels may be used: `share` (0-1) of each class, at least one image, drawn by `seed`.
 
-    int64, ascending. A smaller share is a part of a larger one.
+    int64, ascending. A smaller share is a part of a larger one. An image that never had a label is none of them.
     """
     random, values = np.random.default_rng(seed), labels.cpu().numpy()
-    of_classes = [random.permutation(np.flatnonzero(values == label)) for label in np.unique(values)]
+    of_classes = [random.permutation(np.flatnonzero(values == label)) for label in np.unique(values[values != UNKNOWN])]
     drawn = [of_class[: max(1, round(share * len(of_class)))] for of_class in of_classes]
     return torch.from_numpy(np.sort(np.concatenate(drawn))).to(labels.device)
 
 
 def only_known(labels: Tensor, share: float, seed: int) -> Tensor | None:
     """Which images to train on so as to see the labelled ones alone, repeated to as many as there are; None for all of them."""
-    if share == 1:
+    if share == 1 and not (labels == UNKNOWN).any():
         return None
     labelled = known_labels(labels, share, seed)
     return labelled[torch.arange(len(labels), device=labelled.device) % len(labelled)]
 
 
-def hide_unknown(data: TrainingData, share: float, seed: int) -> TrainingData:
-    """`data` with all training images, the labels of all but the known ones replaced by UNKNOWN."""
-    labelled = known_labels(data.train.labels, share, seed)
-    labels = torch.full_like(data.train.labels, UNKNOWN)
-    labels[labelled] = data.train.labels[labelled]
-    return data._replace(train=data.train._replace(labels=labels))
+def hide_unknown(train: Split, share: float, seed: int) -> Split:
+    """`train` with all its images, the labels of all but the known ones replaced by UNKNOWN."""
+    labelled = known_labels(train.labels, share, seed)
+    labels = torch.full_like(train.labels, UNKNOWN)
+    labels[labelled] = train.labels[labelled]
+    return train._replace(labels=labels)
+
+
+def part(split: Split, share: float, seed: int) -> Split:
+    """The images of `split` whose labels are known, and these; `split` itself for a share of 1."""
+    rows = known_labels(split.labels, share, seed)
+    return split if share == 1 else Split(split.images[rows.to(split.images.device)], split.labels[rows])
+
+
+def balanced(labels: Tensor, classes: int) -> Tensor:
+    """A weight per class, float32 (K,), inversely proportional to its images among the known labels; their mean over them is 1.
+
+    As scikit-learn's "balanced": N / (K * N_k).
+    """
+    counts = labels[labels != UNKNOWN].bincount(minlength=classes)
+    return counts.sum() / (classes * counts.clamp(min=1).float())

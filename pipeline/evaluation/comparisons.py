@@ -13,7 +13,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import md5, write_atomic, write_json
 from pipeline.data.dataset import Dataset
 from pipeline.data.npy import read_npz
-from pipeline.networks.description import checkpoints_in
+from pipeline.networks.description import Description, checkpoints_in
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +85,6 @@ def evaluate_track(
 def _predict(folder: Path, dataset: Dataset, test: "Split") -> tuple[dict[str, Any], int, np.ndarray]:
     """One model's `Evaluation.detail` (without `figures`), number of parameters, and probabilities, float64 (S, N, K)."""
     from pipeline.evaluation.metrics import by_class, over_seeds
-    from pipeline.evaluation.statistics import above_chance
     from pipeline.networks.checkpoints import load_checkpoint
     from pipeline.networks.inference import predict
 
@@ -96,8 +95,7 @@ def _predict(folder: Path, dataset: Dataset, test: "Split") -> tuple[dict[str, A
             raise UserError(f"{path}: trained on other data ({description.dataset.name}) than is in data/: run dvc repro")
         descriptions.append(description)
         probabilities.append(predict(classifier, test.images).cpu().double().softmax(dim=1).numpy())
-    first, images, labels = descriptions[0], dataset.images["val"], test.labels.cpu().numpy()
-    correct = {description.seed: round(description.best()[0] * images) for description in descriptions}
+    first, labels = descriptions[0], test.labels.cpu().numpy()
     classes = [by_class(labels, of_seed, dataset.classes) for of_seed in probabilities]
     detail = {
         **{key: getattr(first, key) for key in ("architecture", "arguments", "parameters", "setting")},
@@ -105,11 +103,19 @@ def _predict(folder: Path, dataset: Dataset, test: "Split") -> tuple[dict[str, A
         "digests": [description.digest for description in descriptions],
         "checkpoints": [md5(path) for path in paths],
         "best_epochs": [description.best_epoch for description in descriptions],
-        "at_chance": [seed for seed, count in correct.items() if not above_chance(count, images, first.chance)],
+        "at_chance": [description.seed for description in descriptions if _at_chance(description)],
         "by_class": {name: over_seeds([figures[name] for figures in classes]) for name in dataset.classes},
         "histories": [[epoch.model_dump() for epoch in description.history] for description in descriptions],
     }
     return detail, sum(weight.numel() for weight in classifier.parameters()), np.stack(probabilities)
+
+
+def _at_chance(description: Description) -> bool:
+    """Whether a training's best accuracy on validation images, where it has some, may be that of guessing."""
+    from pipeline.evaluation.statistics import above_chance
+
+    images = description.val_images
+    return images > 0 and not above_chance(round(description.best()[0] * images), images, description.chance)
 
 
 def loss_curves(evaluation: Evaluation) -> "pd.DataFrame":
@@ -122,6 +128,7 @@ def loss_curves(evaluation: Evaluation) -> "pd.DataFrame":
         for history in entry["histories"]
         for number, epoch in enumerate(history, 1)
         for split in ("train", "val")
+        if epoch[f"{split}_loss"] is not None
     ]
     losses = pd.DataFrame(rows).groupby(["model", "epoch", "split"], sort=False)["loss"]
     return losses.agg(loss="mean", low="min", high="max").reset_index()

@@ -11,7 +11,6 @@ from pipeline.data.dataset import Dataset
 
 TRAIN_FIRST = "run the stage that trains this model first, or dvc repro, which runs what is missing"
 
-
 Digest = Annotated[str, Field(pattern="^[0-9A-Za-z_-]{1,64}$")]  # safe in a path and in a search of MLflow's
 
 
@@ -22,9 +21,10 @@ class Epoch(BaseModel):
 
     train_loss: float  # the loss that was minimised, while the weights were changing
     train_accuracy: float  # likewise, of the labelled images
-    val_loss: float  # cross-entropy after the epoch, whatever was minimised
-    val_accuracy: float
+    val_loss: float | None  # cross-entropy after the epoch, whatever was minimised; None without validation images
+    val_accuracy: float | None
     terms: dict[str, float] = {}  # of the training loss, where it is a sum of several
+    val_auc: float | None = None  # where it selects the epoch
 
 
 class Description(BaseModel):
@@ -32,25 +32,29 @@ class Description(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[3]  # of the file
+    format: Literal[4]  # of the file
     digest: Digest  # of everything that decided the training: its name in .trainings/ and in MLflow
     setting: Digest  # the same without the seed: what the seeds of one model have in common
-    model: str  # the role: simple_cnn, resnet18, teacher, student_distilled, student_alone
+    model: str  # the role, as in models/<track>/<model>
     architecture: str  # a name in architectures.ARCHITECTURES
     arguments: dict[str, Any]  # of that architecture
     dataset: Dataset  # classes, input scaling and fingerprint among it
     seed: int
     parameters: dict[str, Any]  # of the training and of its teacher's, by their key in params.yaml
-    teacher_md5: Digest | None = None  # of the checkpoint that it learned from
+    teachers_md5: list[Digest] = []  # of the checkpoints that it learned from
     device: str  # the type: cpu, cuda, mps
     history: list[Epoch] = []
     best_epoch: Annotated[int, Field(ge=0)] = 0  # 1-based; the weights are those after this epoch
+    val_images: Annotated[int, Field(ge=0)] = 0  # that the epochs were measured on
     chance: Annotated[float, Field(ge=0, le=1)] = 0.0  # validation accuracy of always naming the commonest class
 
     def best(self) -> tuple[float, float]:
-        """How good the weights are on the validation images, to compare with others': accuracy, then minus the loss."""
+        """How good the weights are on the validation images, to compare with others': accuracy, then minus the loss.
+
+        Without validation images all are equally good.
+        """
         epoch = self.history[self.best_epoch - 1]
-        return epoch.val_accuracy, -epoch.val_loss
+        return epoch.val_accuracy or 0.0, -(epoch.val_loss or 0.0)
 
 
 def read_description(path: Path) -> Description:

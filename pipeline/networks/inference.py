@@ -1,6 +1,7 @@
 """Run a model forward, and on which device."""
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +44,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
-def predict(model: nn.Module, images: Tensor, precision: str = "fp32") -> Tensor:
-    """Logits, float32 of shape (N, K), on the model's device, for images (N, H, W, C) in any memory. Sets eval mode."""
+def predict(
+    model: nn.Module, images: Tensor, precision: str = "fp32", transform: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Logits, float32 of shape (N, K), on the model's device, for images (N, H, W, C) in any memory. Sets eval mode.
+
+    `transform` is applied to each batch of images, on that device.
+    """
     model.eval()
     device = next(model.parameters()).device
-    batches = images.split(max(16, PREDICT_PIXELS // (images.shape[1] * images.shape[2])))
+    batches = (batch.to(device) for batch in images.split(max(16, PREDICT_PIXELS // (images.shape[1] * images.shape[2]))))
     with torch.no_grad(), autocast(device, precision):
-        return torch.cat([model(batch.to(device)).float() for batch in batches])
+        return torch.cat([model(transform(batch) if transform else batch).float() for batch in batches])

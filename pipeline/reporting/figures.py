@@ -21,7 +21,7 @@ LONGEST_NAME = 32  # characters
 def draw_figures(evaluation: Evaluation, costs: Mapping[str, Any], exported: Mapping[str, Any]) -> dict[str, bytes]:
     """Every figure of a track's report, as PNG by file name.
 
-    `costs` and `exported` are the contents of metrics/<track>_costs.json and metrics/export.json.
+    `costs` and `exported` are the contents of metrics/<track>_costs.json and metrics/<track>_export.json.
     """
     pooled = {model: evaluation.pooled(model) for model in evaluation.metrics}
     classes = evaluation.detail["dataset"]["classes"]
@@ -49,6 +49,8 @@ def plot_loss_curves(losses: pd.DataFrame) -> Figure:
     for axes, model in zip(panels, models, strict=True):
         for split, style in (("train", "-"), ("val", "--")):
             curve = losses[(losses["model"] == model) & (losses["split"] == split)]
+            if curve.empty:
+                continue  # no validation images
             axes.plot(curve["epoch"], curve["loss"], style, marker="o", markersize=3, label=f"{split}_loss")
             axes.fill_between(curve["epoch"], curve["low"], curve["high"], alpha=0.2)
         axes.set(title=model, xlabel="epoch", ylabel="loss (nats per image)")

@@ -31,6 +31,7 @@ COSTS = {  # of metrics/<track>_costs.json
     "multiply_adds": ("multiply-adds", 1, 0),
     "file_bytes": ("file (kB)", 1e-3, 0),
     "training_seconds": ("training of a seed (s)", 1, 1),
+    "with_teacher_seconds": ("with its teacher's (s)", 1, 1),
     "latency_ms": ("latency, 1 image (ms)", 1, 2),
     "latency_p95_ms": ("95th percentile (ms)", 1, 2),
     "images_per_second": ("images/s, batches of 256", 1, 0),
@@ -45,8 +46,8 @@ Table = tuple[Sequence[str], Sequence[Sequence[object]]]  # headings and rows
 def render(format: Format, title: str, evaluation: Evaluation, costs: Json, exported: Json, figures: Mapping[str, str]) -> str:
     """The report. With data URIs for figures, its HTML is one page that needs no other file.
 
-    `costs` and `exported` are the contents of metrics/<track>_costs.json and metrics/export.json, `figures` the addresses of what
-    `figures.draw_figures` draws, by file name.
+    `costs` and `exported` are the contents of metrics/<track>_costs.json and metrics/<track>_export.json, `figures` the addresses
+    of what `figures.draw_figures` draws, by file name.
     """
     models, comparisons = evaluation.detail["models"], evaluation.comparisons
     model, other = next(iter(comparisons)).split("_vs_")
@@ -56,6 +57,11 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     content["hardest"] = sorted(by_class, key=lambda name: by_class[name]["f1"])[:HARDEST]
     present = set().union(*evaluation.metrics.values())
     measured = {key: column for key, column in FIGURES.items() if key in present}
+    parameters = {key.rpartition(".")[2]: value for key, value in models[model]["parameters"].items()}
+    unlabelled = "unlabelled" in evaluation.detail["dataset"]["images"]
+    content["same_batches"] = parameters.get("label_fraction", 1) == 1 and not unlabelled
+    content["selection"] = parameters.get("selection", "accuracy")
+    content["ensemble"] = parameters.get("ensemble", False)
     content["tables"] = {
         "gains": _gains(comparisons),
         "models": _by_model(evaluation.metrics, measured),
@@ -111,10 +117,7 @@ def _gains(comparisons: Json) -> Table:
 def _by_model(models: Json, columns: Mapping[str, tuple[str, float, int]]) -> Table:
     rows = []
     for model, figures in models.items():
-        cells = []
-        for key, (_, *style) in columns.items():
-            cells.append(mean(figures, key, *style))
-        rows.append([model, *cells])
+        rows.append([model, *(mean(figures, key, *style) for key, (_, *style) in columns.items())])
     return ["model", *(heading for heading, _, _ in columns.values())], rows
 
 

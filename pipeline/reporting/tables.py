@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from tabulate import tabulate
 
@@ -10,12 +11,15 @@ from pipeline.evaluation.comparisons import Evaluation
 # What the original course project reported, of one seed each; accuracy and F1 are shares of 1.
 # Baselines: PathMNIST, 7,180 test images. Distillation: MNIST, 10,000 test images.
 ORIGINAL = {
-    "simple_cnn": {"accuracy": 0.7723, "f1_weighted": 0.7736, "final_train_loss": 0.2575},
-    "resnet18": {"accuracy": 0.8191, "f1_weighted": 0.8270, "final_train_loss": 0.1582},
-    "teacher": {"accuracy": 0.9881, "final_train_loss": 0.0123},
-    "student_distilled": {"accuracy": 0.9872, "final_train_loss": 0.1191},
-    "student_alone": {"accuracy": 0.9864, "final_train_loss": 0.0193},
+    "simple_cnn": {"accuracy": 0.7723, "f1_weighted": 0.7736},
+    "resnet18": {"accuracy": 0.8191, "f1_weighted": 0.8270},
+    "teacher": {"accuracy": 0.9881},
+    "student_distilled": {"accuracy": 0.9872},
+    "student_alone": {"accuracy": 0.9864},
 }
+# Its recipe, as far as it can be compared: it also kept the last epoch, and no images for validation.
+RECIPE = {"epochs": 5, "lr": 0.001, "schedule": "constant", "weight_decay": 0, "label_smoothing": 0, "class_weights": "none"}
+RECIPE |= {"augmentation": "none", "label_fraction": 1}
 MARKUP = r"[\\`*\[\]<>|~#&$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\."  # an underscore inside a word marks nothing
 
 
@@ -47,7 +51,7 @@ def mean(figures: Mapping[str, float], key: str, factor: float, digits: int) -> 
 
 
 def results_table(evaluation: Evaluation, original_dataset: str) -> str:
-    """A Markdown table with a row per model: means over the seeds and, on the data that it used, the original project's figures.
+    """A Markdown table with a row per model: means over the seeds and, on its data by its recipe, the original project's figures.
 
     `original_dataset` names the data that the original course project used.
     """
@@ -57,15 +61,15 @@ def results_table(evaluation: Evaluation, original_dataset: str) -> str:
         "accuracy": ("accuracy (%)", 100, 2),
         "auc": ("AUC", 1, 4),
         "f1_weighted": ("weighted F1 (%)", 100, 2),
-        "final_train_loss": ("final training loss", 1, 4),
     }
     columns = {
         heading: [mean(of, key, *style) for of in evaluation.metrics.values()] for key, (heading, *style) in styles.items()
     }
-    if dataset["name"] == original_dataset:
+    original = dataset["name"] == original_dataset and all(map(_by_original_recipe, evaluation.detail["models"].values()))
+    if original:
         for key, (heading, *style) in styles.items():
-            if any(key in ORIGINAL[model] for model in evaluation.metrics):
-                columns[f"original {heading}"] = [cell(ORIGINAL[model], key, *style) for model in evaluation.metrics]
+            values = [cell(ORIGINAL.get(model, {}), key, *style) for model in evaluation.metrics]
+            columns |= {f"original {heading}": values} if any(values) else {}
     (model, *_) = evaluation.probabilities
     seeds = len(evaluation.probabilities[model])
     images = " / ".join(f"{dataset['images'][split]:,}" for split in ("train", "val", "test"))
@@ -73,8 +77,11 @@ def results_table(evaluation: Evaluation, original_dataset: str) -> str:
     heading += f"{seeds} seed{'s' if seeds > 1 else ''}"
     table = markdown_table(["model", *columns], zip(evaluation.metrics, *columns.values(), strict=True))
     notes = ["± is the standard deviation over the seeds."] if seeds > 1 else []
-    if "student_distilled" in evaluation.metrics:
-        notes.append("The distilled student's training loss has the teacher's term in it.")
-    if dataset["name"] == original_dataset:
-        notes.append("Original: the course project's, of one seed.")
+    if original:
+        notes.append("Original: the course project's, of one seed, the last epoch, without validation images.")
     return "\n\n".join(filter(None, [escape(heading), table, " ".join(notes)])) + "\n"
+
+
+def _by_original_recipe(entry: Mapping[str, Any]) -> bool:
+    parameters = {key.rpartition(".")[2]: value for key, value in entry["parameters"].items()}
+    return all(parameters.get(key, value) == value for key, value in RECIPE.items())

@@ -1,4 +1,4 @@
-"""Classify a folder of images with the exported student: `python -m pipeline.serving.predict FOLDER > scores.csv`.
+"""Classify a folder of images with an exported student: `python -m pipeline.serving.predict FOLDER [TRACK] > scores.csv`.
 
 Every PNG and JPEG in the folder becomes a row: file, class, and the probability of each class; other files are named and left
 out. Images must have the size that the student was trained on: others are refused, since how to scale them is not the student's
@@ -17,14 +17,15 @@ from PIL import Image, ImageOps
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError, one_line, user_error
 from pipeline.export.onnx_model import open_foreign
+from pipeline.params import TRACKS
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 FORMULA = tuple("=+-@\t\r")  # what a spreadsheet takes for the beginning of a formula
 
 
-def main(folder: str) -> None:
-    """Print the table for the images in `folder`."""
-    student = open_foreign(Path("models/student/student.onnx"))
+def main(folder: str, track: str = "distillation") -> None:
+    """Print the table for the images in `folder`, by a track's student."""
+    student = open_foreign(Path("models/exported") / track / "student.onnx")
     with user_error(f"{folder}: cannot be listed", OSError):
         files = sorted(Path(folder).iterdir())
     paths = [path for path in files if path.suffix.lower() in SUFFIXES]
@@ -67,4 +68,4 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    run(main, folder=None)
+    run(main, folder=None, track=tuple(TRACKS))

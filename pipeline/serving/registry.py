@@ -29,18 +29,19 @@ from pipeline.data.npy import read_npz
 from pipeline.evaluation.statistics import compare
 from pipeline.export.onnx_model import Student, open_foreign
 from pipeline.networks.description import read_description
+from pipeline.params import TRACKS
 from pipeline.reporting.tables import points
 
-NAME = "distilled-student"
+NAMES = {"baselines": "distilled-simple-cnn", "distillation": "distilled-student"}  # of the registered models, by track
 CHAMPION, CHALLENGER = "champion", "challenger"
 ONNX = "onnx_sha256"  # tag of a version: the digest of its file
 
 
-def main() -> None:
-    """Register models/student."""
+def main(track: str = "distillation") -> None:
+    """Register the student in models/exported/<track>."""
     warnings.filterwarnings("ignore", module="mlflow")  # advice on type hints
-    version, alias, reason = register(open_store(), Path())
-    print(f"{NAME} version {version}: {alias}, {reason}")
+    version, alias, reason = register(open_store(), track, Path())
+    print(f"{NAMES[track]} version {version}: {alias}, {reason}")
 
 
 def open_store() -> MlflowClient:
@@ -56,42 +57,43 @@ def open_store() -> MlflowClient:
     return client
 
 
-def by_alias(client: MlflowClient, alias: str) -> ModelVersion | None:
-    """The version that has an alias; None if none has."""
-    for model in client.search_registered_models(f"name = '{NAME}'"):
+def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """The version of a registered model that has an alias; None if none has."""
+    for model in client.search_registered_models(f"name = '{name}'"):
         if alias in model.aliases:
-            return client.get_model_version(NAME, model.aliases[alias])
+            return client.get_model_version(name, model.aliases[alias])
     return None
 
 
-def register(client: MlflowClient, checkout: Path) -> tuple[str, str, str]:
-    """Register the student in `checkout`, unless it is registered: the version, its alias and the reason for the alias.
+def register(client: MlflowClient, track: str, checkout: Path) -> tuple[str, str, str]:
+    """Register a track's student in `checkout`, unless it is registered: the version, its alias and the reason for the alias.
 
     The first version is the champion. A later one becomes champion only if it is better than the champion by the verdict of
     `statistics.compare` over all seeds and test images of both recipes; otherwise it is the challenger.
     """
-    checkpoint = checkout / "models/student/student.safetensors"
-    exported, predictions = checkpoint.with_suffix(".onnx"), checkout / "metrics/predictions/distillation.npz"
+    name, model = NAMES[track], TRACKS[track].distilled
+    checkpoint = checkout / "models/exported" / track / "student.safetensors"
+    exported, predictions = checkpoint.with_suffix(".onnx"), checkout / f"metrics/predictions/{track}.npz"
     for path in (checkpoint, exported, predictions):
         if not path.is_file():
-            raise UserError(f"{path}: missing: dvc repro report@distillation, or dvc exp apply an experiment that has run it")
+            raise UserError(f"{path}: missing: dvc repro report@{track}, or dvc exp apply an experiment that has run it")
     description, checksum = read_description(checkpoint), md5(checkpoint)
     dataset = description.dataset
-    accuracy = read_json(checkout / "metrics/export.json")["student"]["accuracy"]
+    accuracy = read_json(checkout / f"metrics/{track}_export.json")["student"]["accuracy"]
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, f"tags.training = '{description.digest}'", max_results=1)
     if not runs:
         raise UserError("the MLflow store has no run of the student's training: run make sync first")
-    champion = by_alias(client, CHAMPION)
+    champion = by_alias(client, name, CHAMPION)
     onnx_digest = digest(exported, "sha256")
     both = f"tags.checkpoint_md5 = '{checksum}' and tags.{ONNX} = '{onnx_digest}'"
-    if same := client.search_model_versions(f"name = '{NAME}' and {both}"):
-        aliases = client.get_model_version(NAME, same[0].version).aliases
+    if same := client.search_model_versions(f"name = '{name}' and {both}"):
+        aliases = client.get_model_version(name, same[0].version).aliases
         return str(same[0].version), ", ".join(aliases) or "no alias", "registered before"
     if champion is None:
         alias, reason = CHAMPION, "the first version"
     else:
-        alias, reason = judge(client, champion, dataset.fingerprint, predictions)
+        alias, reason = judge(client, champion, dataset.fingerprint, predictions, model)
     tags = {
         "checkpoint_md5": checksum,
         ONNX: onnx_digest,
@@ -102,20 +104,20 @@ def register(client: MlflowClient, checkout: Path) -> tuple[str, str, str]:
         "evidence": f"evidence/{checksum}/{predictions.name}",
     }
     client.log_artifact(runs[0].info.run_id, str(predictions), f"evidence/{checksum}")
-    version = _log(client, runs[0].info, exported, dataset, tags)
-    client.set_registered_model_alias(NAME, alias, version)
+    version = _log(client, name, runs[0].info, exported, dataset, tags)
+    client.set_registered_model_alias(name, alias, version)
     return version, alias, reason
 
 
-def judge(client: MlflowClient, champion: ModelVersion, fingerprint: str, predictions: Path) -> tuple[str, str]:
-    """The alias that a candidate gets, measured on the data of `fingerprint`, beside the present champion, and the reason."""
+def judge(client: MlflowClient, champion: ModelVersion, fingerprint: str, predictions: Path, model: str) -> tuple[str, str]:
+    """The alias that a candidate `model`, measured on the data of `fingerprint`, gets beside the present champion, and why."""
     against = f"version {champion.version}"
     if champion.tags.get("fingerprint") != fingerprint:
         return CHALLENGER, f"{against} was measured on other data: set the alias in MLflow's UI if this is to be served"
-    ours = read_predictions(predictions)
+    ours = read_predictions(predictions, model)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            theirs = read_predictions(Path(client.download_artifacts(champion.run_id, champion.tags["evidence"], folder)))
+            theirs = read_predictions(Path(client.download_artifacts(champion.run_id, champion.tags["evidence"], folder)), model)
     except (UserError, KeyError, MlflowException, OSError) as error:
         return CHALLENGER, f"the predictions of {against} cannot be read: {masked(error)}"
     seeds = sorted(ours.keys() & theirs.keys())
@@ -128,23 +130,24 @@ def judge(client: MlflowClient, champion: ModelVersion, fingerprint: str, predic
     return CHAMPION if comparison.verdict == "better" else CHALLENGER, f"{relation}: {gain} points {extent}"
 
 
-def read_predictions(path: Path) -> dict[int, np.ndarray]:
-    """Which test images the distilled students of a `distillation.npz` classify correctly: by seed, bool of shape (N,).
+def read_predictions(path: Path, model: str) -> dict[int, np.ndarray]:
+    """Which test images the distilled students of a metrics/predictions/<track>.npz classify correctly: by seed, bool (N,).
 
-    Stage evaluate writes `labels`, integers of shape (N,), `seeds`, integers of shape (S,), and `student_distilled`,
+    Stage evaluate writes `labels`, integers of shape (N,), `seeds`, integers of shape (S,), and under the model's name
     probabilities of shape (S, N, K). Raises UserError for anything else.
     """
-    arrays = read_npz(path, ("labels", "seeds", "student_distilled"))
+    arrays = read_npz(path, ("labels", "seeds", model))
     shapes = {name: (array.dtype.kind, *array.shape) for name, array in arrays.items()}
     match shapes:
-        case {"labels": ("i", n), "seeds": ("i", s), "student_distilled": ("f", rows, columns, k)}:
-            if (rows, columns) == (s, n) and k:
-                correct = arrays["student_distilled"].argmax(axis=2) == arrays["labels"]
+        case {"labels": ("i", n), "seeds": ("i", s), **others}:
+            kind, *shape = others.get(model, ("", 0))
+            if kind == "f" and shape[:2] == [s, n] and len(shape) == 3 and shape[2]:
+                correct = arrays[model].argmax(axis=2) == arrays["labels"]
                 return dict(zip(arrays["seeds"].tolist(), correct, strict=True))
     raise UserError(f"{path}: not the predictions of a distilled student: {shapes}: run dvc repro")
 
 
-def _log(client: MlflowClient, training: RunInfo, exported: Path, dataset: Dataset, tags: dict[str, str]) -> str:
+def _log(client: MlflowClient, name: str, training: RunInfo, exported: Path, dataset: Dataset, tags: dict[str, str]) -> str:
     """Log the model into the run of its training and register it; the number of the new version."""
     mlflow.set_tracking_uri(client.tracking_uri)
     mlflow.set_experiment(experiment_id=training.experiment_id)
@@ -155,7 +158,7 @@ def _log(client: MlflowClient, training: RunInfo, exported: Path, dataset: Datas
         name="student",
         flavor=mlflow.onnx,
         run_id=training.run_id,
-        registered_model_name=NAME,
+        registered_model_name=name,
         onnx_model=onnx.load(exported),
         save_as_external_data=False,
         signature=ModelSignature(Schema([images]), Schema([probabilities])),
@@ -165,16 +168,17 @@ def _log(client: MlflowClient, training: RunInfo, exported: Path, dataset: Datas
     return str(logged.registered_model_version)
 
 
-def open_champion(client: MlflowClient, folder: Path) -> tuple[str, Student]:
-    """The number of the champion's version, and its model, downloaded into `folder`.
+def open_champion(client: MlflowClient, track: str, folder: Path) -> tuple[str, Student]:
+    """The number of the version that is a track's champion, and its model, downloaded into `folder`.
 
     Raises UserError if there is no champion, and if the store holds anything but the file that was registered.
     """
-    champion = by_alias(client, CHAMPION)
+    name = NAMES[track]
+    champion = by_alias(client, name, CHAMPION)
     if champion is None:
-        raise UserError(f"no {CHAMPION} of {NAME} in the registry: dvc repro report@distillation, then make register")
+        raise UserError(f"no {CHAMPION} of {name} in the registry: dvc repro report@{track}, then make register TRACK={track}")
     mlflow.set_tracking_uri(client.tracking_uri)
-    address, advice = f"models:/{NAME}/{champion.version}/model.onnx", "register the student again, or serve another version"
+    address, advice = f"models:/{name}/{champion.version}/model.onnx", "register the student again, or serve another version"
     with user_error(f"{address}: no model that this project registered", Exception, then=advice):
         path = Path(mlflow.artifacts.download_artifacts(address, dst_path=str(folder)))
         if digest(path, "sha256") != champion.tags.get(ONNX):
@@ -183,4 +187,4 @@ def open_champion(client: MlflowClient, folder: Path) -> tuple[str, Student]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, track=tuple(TRACKS))

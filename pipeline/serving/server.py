@@ -28,7 +28,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from pipeline.core.cli import read_port, run
 from pipeline.core.errors import user_error
 from pipeline.export.onnx_model import Student
-from pipeline.serving.registry import NAME, open_champion, open_store
+from pipeline.params import TRACKS
+from pipeline.serving.registry import NAMES, open_champion, open_store
 
 LIMIT = 4 * 2**20  # bytes of a request's body
 PATIENCE = 30  # seconds for it to come, and for a connection to begin a request
@@ -105,18 +106,18 @@ class Protocol(H11Protocol):
             self.loop.call_later(PATIENCE, self._look)
 
 
-def main() -> None:
-    """Serve until interrupted."""
+def main(track: str = "distillation") -> None:
+    """Serve the champion of a track until interrupted."""
     with tempfile.TemporaryDirectory() as folder:
-        version, student = open_champion(open_store(), Path(folder))
+        version, student = open_champion(open_store(), track, Path(folder))
     host, port = os.environ.get("SERVE_HOST") or "127.0.0.1", read_port(os.environ.get("PORT") or "5001")
     hosts = ("127.0.0.1", "localhost") if host in ("127.0.0.1", "localhost") else ("*",)
     with user_error(f"cannot listen on {host}:{port}", OSError, then="PORT=... (make serve SERVE_PORT=...) names another port"):
         listening = socket.create_server((host, port))
-    print(f"{NAME} version {version} on http://{host}:{port}/invocations", flush=True)
+    print(f"{NAMES[track]} version {version} on http://{host}:{port}/invocations", flush=True)
     options = {"http": Protocol, "log_level": "warning", "limit_concurrency": MOST}
     uvicorn.Server(uvicorn.Config(application(student, hosts), **options)).run([listening])
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, track=tuple(TRACKS))

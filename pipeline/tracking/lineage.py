@@ -1,7 +1,7 @@
 """Which MLflow runs made and measured a checkpoint. Read only.
 
     python -m pipeline.tracking.lineage models/distillation/teacher/seed0.safetensors     a checkpoint
-    python -m pipeline.tracking.lineage models/student/student.onnx                       an exported student
+    python -m pipeline.tracking.lineage models/exported/distillation/student.onnx         an exported student
     python -m pipeline.tracking.lineage HEAD~3                                            the checkpoints of a git revision
     python -m pipeline.tracking.lineage warm-owl                                          those of a DVC experiment
 

@@ -33,7 +33,7 @@ TRAINING, PARENT = "training", "parent"  # tags that runs are found by: a traini
 CHECKPOINT = "checkpoint_md5"  # tag: the checksum that dvc.lock has too
 MIRRORED, EVALUATED = "mirrored", "evaluated"  # tags: digest of the record, of the test results that the run holds
 PARENT_ID, NOTE, STAGE, EXPERIMENT = "mlflow.parentRunId", "mlflow.note.content", "dvc.stage", "dvc.experiment"
-LAST_OF_EPOCH = "val_loss"  # logged last: an epoch that has it is complete
+LAST_OF_EPOCH = "train_loss"  # logged last: an epoch that has it is complete
 COMMIT, DIRTY = "mlflow.source.git.commit", "mlflow.source.git.dirty"
 FORBIDDEN = re.compile(r"[^\w\-. :/]")  # in the name of a metric
 MOST_F1 = 100  # classes up to which each has a metric of its own
@@ -123,7 +123,7 @@ class Mirror:
             values |= {f"train_{name}": value for name, value in values.pop("terms").items()}
             values |= record.loads[step - 1] if step <= len(record.loads) else {}
             values |= {LAST_OF_EPOCH: values.pop(LAST_OF_EPOCH)}
-            points += [(name, value, start + step, step) for name, value in values.items()]
+            points += [(name, value, start + step, step) for name, value in values.items() if value is not None]
         if record.finished:
             once = {"best_epoch": record.best_epoch, "training_seconds": record.seconds}
             points += [(name, value, start, 0) for name, value in once.items() if name not in metrics and value is not None]
@@ -275,7 +275,7 @@ def _record(detail: Mapping[str, Any], model: str, row: int) -> "Record":
         return record
     of_setting = {name: entry[name] for name in ("setting", "architecture", "arguments", "parameters")}
     shared = {"dataset": detail["dataset"], "epochs": len(of_seed["history"]), "device": "unknown"}
-    return Record(format=3, model=model, **shared, **of_setting, **of_seed)
+    return Record(format=4, model=model, **shared, **of_setting, **of_seed)
 
 
 def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = None) -> tuple[str, dict[str, str]]:

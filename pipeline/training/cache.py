@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import main_checkout, md5, write_atomic
@@ -39,6 +39,12 @@ class Record(Description):
     checkpoint_md5: Digest | None = None  # of a finished training
     failed: str | None = None  # why it ended without a checkpoint
 
+    @model_validator(mode="after")
+    def _is_whole(self) -> "Record":
+        if self.finished and not 1 <= self.best_epoch <= len(self.history):
+            raise ValueError(f"best_epoch {self.best_epoch} of {len(self.history)}")
+        return self
+
     @property
     def finished(self) -> bool:
         """Whether it has its checkpoint."""
@@ -57,11 +63,13 @@ def trainings_folder() -> Path:
 
 
 def read_record(root: Path, digest: str) -> Record | None:
-    """The record of a training; None if it is missing, damaged, or by code with other records."""
+    """The record of a training; None if it is missing, damaged, another training's, or by code with other records."""
+    path = root / digest / "record.json"
     try:
-        return Record.model_validate_json((root / digest / "record.json").read_bytes())
+        record = Record.model_validate_json(path.read_bytes()) if path.is_file() else None
     except (OSError, ValidationError):
         return None
+    return record if record and record.digest == digest else None
 
 
 class Entry:
@@ -76,8 +84,15 @@ class Entry:
     def is_finished(self) -> bool:
         """Whether checkpoint and record are there and belong together."""
         try:
-            return bool(self.record and self.record.finished and md5(self.checkpoint) == self.record.checkpoint_md5)
+            there = self.record and self.record.finished and self.checkpoint.is_file()
+            return bool(there and md5(self.checkpoint) == self.record.checkpoint_md5 and self._describes_this())
         except OSError:
+            return False
+
+    def _describes_this(self) -> bool:
+        try:
+            return read_description(self.checkpoint).digest == self.folder.name
+        except UserError:
             return False
 
     def save(self, record: Record, state: dict[str, Any]) -> None:
@@ -92,11 +107,15 @@ class Entry:
         """What was saved last; None if nothing was or it is damaged. No code in it is run."""
         import torch
 
-        saved = self.state.read_bytes() if self.state.exists() else b""
+        saved = self.state.read_bytes() if self.state.is_file() else b""
         if hashlib.sha256(saved[32:]).digest() != saved[:32]:
             return None
-        state = torch.load(io.BytesIO(saved[32:]), weights_only=True)
-        return Record.model_validate_json(state.pop("record")), state
+        try:
+            state = torch.load(io.BytesIO(saved[32:]), weights_only=True)
+            record = Record.model_validate_json(state.pop("record"))
+        except Exception:  # of a dozen types, on what somebody else has written there
+            return None
+        return (record, state) if record.digest == self.folder.name else None
 
     def write(self, record: Record) -> None:
         """Put `record` into the folder; with the checkpoint's MD5, what was needed to resume goes."""

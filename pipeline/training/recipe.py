@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +24,7 @@ from pipeline.training.cache import Entry, Record, open_entry, working_place
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from pipeline.data.prepared import TrainingData
     from pipeline.networks.architectures import Classifier
@@ -39,14 +41,17 @@ class Recipe:
     architecture: str  # this and its arguments as in architectures.build
     arguments: dict[str, Any]
     settings: dict[str, Any]  # as in loop.Settings; precision may be "auto"
-    seed: int  # of the first weights, the order of the images and the choice of labels
+    seed: int  # of the first weights, the order of the images, their views and the choice of labels
     data: Path  # the folder of the prepared set
     device: str = "auto"  # as in inference.choose_device
     threads: int = 1  # that PyTorch computes with
-    label_fraction: float = 1.0  # share of the training images whose labels are used, 0-1
+    label_fraction: float = 1.0  # share of the training and validation images whose labels are used, 0-1
+    label_smoothing: float = 0.0  # as in losses.hard_labels
+    class_weights: str = "none"  # or balanced, as in labels.balanced
+    augmentation: str = "none"  # a kind of views in augmentation.view_indices
     kd: dict[str, Any] | None = None  # for a student with a teacher: arguments of losses.distillation
-    teacher: Path | None = None  # its checkpoint
-    initial: Path | None = None  # weights to start from, as in architectures.load_initial
+    teachers: tuple[Path, ...] = ()  # checkpoints; of several, the mean of their probabilities
+    initial: str = ""  # of the prepared set's initial weights, those to start from, as in architectures.load_initial
     parameters: dict[str, Any] = field(default_factory=dict)  # of params.yaml, by dotted name: for the record
 
     @property
@@ -71,7 +76,8 @@ def train(recipe: Recipe, root: Path, report: Callable[[Record | None], None], p
     torch.set_num_threads(recipe.threads)
     device = choose_device(recipe.device, gpu)
     precision = choose_precision(recipe.settings["precision"], device)
-    if device.type == "cpu" and recipe.architecture == "resnet18" and min(load_dataset(recipe.data).image_shape[:2]) <= 16:
+    tiny = min(load_dataset(recipe.data).image_shape[:2]) <= 16
+    if device.type == "cpu" and tiny and recipe.architecture not in ("simple_cnn", "compact_cnn"):
         precision = "fp32"  # oneDNN leaves part of a bf16 gradient unwritten where a 3x3 kernel of stride 2 sees one pixel
     recipe = replace(recipe, device=device.type, settings=recipe.settings | {"precision": precision})
     record = _new_record(recipe)
@@ -86,16 +92,20 @@ def train(recipe: Recipe, root: Path, report: Callable[[Record | None], None], p
 def _new_record(recipe: Recipe) -> Record:
     """The record before the first epoch, with the digest of everything that decides the training."""
     dataset = load_dataset(recipe.data)
-    teacher = read_description(recipe.teacher) if recipe.teacher else None
-    teacher_md5 = md5(recipe.teacher) if recipe.teacher else None
-    parameters = (teacher.parameters if teacher else {}) | recipe.parameters | {"precision": recipe.settings["precision"]}
-    initial = md5(recipe.initial) if recipe.initial else None
+    teachers, teachers_md5 = [read_description(path) for path in recipe.teachers], [md5(path) for path in recipe.teachers]
+    parameters = (teachers[0].parameters if teachers else {}) | recipe.parameters | {"precision": recipe.settings["precision"]}
+    initial = md5(initial_path(recipe)) if recipe.initial else None
     decisive = asdict(recipe) | {"data": dataset.model_dump(mode="json"), "parameters": parameters, "initial": initial}
-    decisive |= {"code": code_digest(CODE), "torch": version("torch"), "teacher": teacher_md5}
-    of_setting = decisive | {"seed": None, "teacher": teacher.setting if teacher else None}
+    decisive |= {"code": code_digest(CODE), "torch": version("torch"), "teachers": teachers_md5}
+    of_setting = decisive | {"seed": None, "teachers": sorted({teacher.setting for teacher in teachers})}
     described = {name: getattr(recipe, name) for name in ("model", "architecture", "arguments", "device", "seed")}
-    described |= {"dataset": dataset, "parameters": parameters, "teacher_md5": teacher_md5}
-    return Record(format=3, digest=_digest(decisive), setting=_digest(of_setting), epochs=recipe.settings["epochs"], **described)
+    described |= {"dataset": dataset, "parameters": parameters, "teachers_md5": teachers_md5}
+    return Record(format=4, digest=_digest(decisive), setting=_digest(of_setting), epochs=recipe.settings["epochs"], **described)
+
+
+def initial_path(recipe: Recipe) -> Path:
+    """Where the weights lie that a training starts from, if its recipe names some."""
+    return recipe.data / "initial" / f"{recipe.initial}.safetensors"
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -106,6 +116,7 @@ def _carry_out(
     recipe: Recipe, device: "torch.device", entry: Entry, record: Record, report: Callable[[Record | None], None]
 ) -> None:
     """Train and leave checkpoint and record in `entry`."""
+    from pipeline.data.labels import part
     from pipeline.data.prepared import load_training_data
     from pipeline.networks.checkpoints import save_checkpoint
     from pipeline.training.loop import Epoch as LoopEpoch
@@ -121,7 +132,8 @@ def _carry_out(
     report(record)
     try:
         data = load_training_data(recipe.data, device)
-        classifier, epochs = _training(recipe, device, data, progress)
+        val = part(data.val, recipe.label_fraction, recipe.seed)  # no more labels to select an epoch by than to train on
+        classifier, epochs = _training(recipe, device, data._replace(val=val), progress)
         for progress in epochs:
             record.history.append(Epoch(**progress.history[-1]._asdict()))
             record.best_epoch = progress.best_epoch
@@ -134,7 +146,8 @@ def _carry_out(
         entry.write(record)
         report(record)
         raise UserError(record.failed) from error
-    record.chance = data.val.labels.bincount().max().item() / len(data.val.labels)
+    record.val_images = len(val.labels)
+    record.chance = val.labels.bincount().max().item() / len(val.labels) if len(val.labels) else 0.0
     description = Description.model_validate(record.model_dump(include=set(Description.model_fields)))
     save_checkpoint(entry.checkpoint, classifier, description)
     entry.write(record.model_copy(update={"checkpoint_md5": md5(entry.checkpoint)}))
@@ -144,30 +157,59 @@ def _training(
     recipe: Recipe, device: "torch.device", data: "TrainingData", resume: "Progress | None"
 ) -> tuple["Classifier", Iterator["Progress"]]:
     """The model of a recipe with its first weights, and the training that will change them, epoch by epoch."""
-    from pipeline.data.labels import hide_unknown, only_known
+    from pipeline.data.augmentation import check_augmentation, view, view_indices
+    from pipeline.data.labels import UNKNOWN, balanced, hide_unknown, only_known
     from pipeline.data.streaming import fits, streamed
     from pipeline.networks.architectures import load_initial
-    from pipeline.networks.checkpoints import load_checkpoint, load_initial_weights, new_classifier
-    from pipeline.networks.inference import predict
+    from pipeline.networks.checkpoints import load_initial_weights, new_classifier
     from pipeline.training.loop import Settings, fit, resident
     from pipeline.training.losses import distillation, hard_labels
 
+    check_augmentation(recipe.augmentation, data.dataset.name)
     classifier = new_classifier(recipe.architecture, recipe.arguments, data.dataset, recipe.seed)
-    load_initial(classifier.network, load_initial_weights(recipe.initial) if recipe.initial else {})
+    load_initial(classifier.network, load_initial_weights(initial_path(recipe)) if recipe.initial else {})
     classifier.to(device)
-    loss, targets, rows = hard_labels(), (), None
+    train, rows, targets, options = data.train, None, (), {}
+    indices = view_indices(recipe.augmentation, *train.images.shape[1:3])
+    if indices is not None:
+        indices = indices.to(device)
+        options = {"views": len(indices), "view": functools.partial(view, indices=indices)}
+    known = hide_unknown(train, recipe.label_fraction, recipe.seed)
+    weights = balanced(known.labels, len(data.dataset.classes)) if recipe.class_weights == "balanced" else None
     if recipe.kd is None:
-        rows = only_known(data.train.labels, recipe.label_fraction, recipe.seed)
-    else:  # the teacher does not change: its logits are computed once
-        loss = distillation(**recipe.kd)
-        teacher, _ = load_checkpoint(recipe.teacher, device)
-        targets = (predict(teacher, data.train.images, recipe.settings["precision"]),)
-        data = hide_unknown(data, recipe.label_fraction, recipe.seed)
-    images = data.train.images
+        rows = only_known(train.labels, recipe.label_fraction, recipe.seed)
+        loss = hard_labels(recipe.label_smoothing, weights)
+    else:
+        train, share = known, (known.labels != UNKNOWN).float().mean().item()
+        loss = distillation(hard_labels(recipe.label_smoothing, weights, share), **recipe.kd)
+        targets = (_teacher_logits(recipe, device, train.images, indices),)
+    images = train.images
     on_device = images.device == device and (device.type != "cpu" or fits(images.nbytes, device))
     batches = resident if on_device else functools.partial(streamed, device=device)
-    options = {"rows": rows, "batches": batches, "resume": resume}
-    return classifier, fit(classifier, data.train, data.val, loss, Settings(**recipe.settings), recipe.seed, *targets, **options)
+    options |= {"rows": rows, "batches": batches, "resume": resume}
+    return classifier, fit(classifier, train, data.val, loss, Settings(**recipe.settings), recipe.seed, *targets, **options)
+
+
+def _teacher_logits(recipe: Recipe, device: "torch.device", images: "Tensor", indices: "Tensor | None") -> "Tensor":
+    """The teacher's logits, float32 (N, K) or, where there are V views of an image, (N * V, K): it does not change.
+
+    Of several teachers, the logarithm of the mean of their probabilities.
+    """
+    import torch
+
+    from pipeline.data.augmentation import single_view
+    from pipeline.networks.checkpoints import load_checkpoint
+    from pipeline.networks.inference import predict
+
+    transforms = [None] if indices is None else [single_view(number, indices) for number in range(len(indices))]
+    of_teachers = []
+    for path in recipe.teachers:
+        teacher, _ = load_checkpoint(path, device)
+        views = [predict(teacher, images, recipe.settings["precision"], transform) for transform in transforms]
+        of_teachers.append(torch.stack(views, dim=1).flatten(0, 1))
+    if len(of_teachers) == 1:
+        return of_teachers[0]
+    return torch.stack([logits.log_softmax(1) for logits in of_teachers]).logsumexp(0) - math.log(len(of_teachers))
 
 
 def _machine_load() -> dict[str, float]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pipeline.core.errors import UserError, file_problem
 from pipeline.core.files import atomic_folder
-from pipeline.networks.description import checkpoint_path
+from pipeline.networks.description import Epoch, checkpoint_path
 from pipeline.training.cache import Record, prune
 from pipeline.training.recipe import Recipe, train
 
@@ -146,8 +146,7 @@ def _show(child: _Child, message: Record | Path | str | None) -> None:
         child.record, child.trains = message, child.trains or not message.finished
         child.bar.update(epochs - child.bar.n)
         if epochs:
-            last = message.history[-1]
-            child.bar.set_postfix_str(f"loss {last.train_loss:.4f}, validation accuracy {last.val_accuracy:.4f}")
+            child.bar.set_postfix_str(f"loss {message.history[-1].train_loss:.4f}{_validation(message.history[-1])}")
 
 
 def _end(child: _Child) -> None:
@@ -159,7 +158,12 @@ def _end(child: _Child) -> None:
         killed = f"was killed by {signal.Signals(-code).name}: the same command resumes it" if code < 0 else ""
         child.result = killed or "failed, see above"
     elif isinstance(child.result, Path):
-        accuracy = f"validation accuracy {record.history[record.best_epoch - 1].val_accuracy:.4f}"
-        how = f"{record.seconds:.1f} s on {record.device}, {record.parameters['precision']}"
+        best = record.history[record.best_epoch - 1]
+        how = f"{record.seconds or 0:.1f} s on {record.device}, {record.parameters.get('precision')}"
         how = how if child.trains else "taken from .trainings/"
-        print(f"{child.recipe.title}: {accuracy} after epoch {record.best_epoch} of {record.epochs}; {how}", flush=True)
+        figure = _validation(best).removeprefix(", ") or f"training loss {best.train_loss:.4f}"
+        print(f"{child.recipe.title}: {figure} after epoch {record.best_epoch} of {record.epochs}; {how}", flush=True)
+
+
+def _validation(epoch: Epoch) -> str:
+    return "" if epoch.val_accuracy is None else f", validation accuracy {epoch.val_accuracy:.4f}"

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 
-from pipeline.data.labels import UNKNOWN, hide_unknown, known_labels, only_known
-from pipeline.data.prepared import TrainingData
+from pipeline.data.labels import UNKNOWN, balanced, hide_unknown, known_labels, only_known, part
+from pipeline.data.prepared import Split, TrainingData
 
 
 @pytest.mark.parametrize("share", [1e-6, 0.25, 1.0])
@@ -28,7 +30,7 @@ def test_only_known_images_are_seen_as_often_as_there_were_images(data: Training
 
 
 def test_hidden_labels_leave_the_images_alone(data: TrainingData):
-    train = hide_unknown(data, 0.1, seed=0).train
+    train = hide_unknown(data.train, 0.1, seed=0)
     assert torch.equal(train.images, data.train.images)
     rows = known_labels(data.train.labels, 0.1, seed=0)
     assert torch.equal(train.labels[rows], data.train.labels[rows])
@@ -37,4 +39,27 @@ def test_hidden_labels_leave_the_images_alone(data: TrainingData):
 
 def test_with_all_labels_nothing_changes(data: TrainingData):
     assert only_known(data.train.labels, 1.0, 0) is None
-    assert all(map(torch.equal, data.train, hide_unknown(data, 1.0, 0).train))
+    assert all(map(torch.equal, data.train, hide_unknown(data.train, 1.0, 0)))
+
+
+def test_images_that_never_had_a_label_are_no_known_ones(data: TrainingData):
+    labels = torch.cat([data.train.labels, torch.full((50,), UNKNOWN)])
+    assert torch.equal(known_labels(labels, 0.5, 0), known_labels(data.train.labels, 0.5, 0))
+    rows = only_known(labels, 1.0, 0)
+    assert len(rows) == 450
+    assert rows.max() < 400
+
+
+def test_balanced_weights_are_scikit_learns(data: TrainingData):
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2] + [UNKNOWN] * 5)
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels[:10].numpy())
+    torch.testing.assert_close(balanced(labels, 3), torch.from_numpy(expected).float())
+
+
+def test_a_part_of_a_split_has_the_images_of_its_labels(data: TrainingData):
+    few = part(data.val, 0.2, seed=0)
+    rows = known_labels(data.val.labels, 0.2, seed=0)
+    assert torch.equal(few.images, data.val.images[rows])
+    assert torch.equal(few.labels, data.val.labels[rows])
+    assert part(data.val, 1.0, 0) is data.val
+    assert isinstance(few, Split)

@@ -68,7 +68,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path):
         arrays = {f"{split}_images": images[:number] for split, number in splits.items()}
         labels = {f"{split}_labels": np.arange(number) % 2 for split, number in splits.items()}
         write_npz(checkout.folder / "images.npz", **arrays, **labels)
-        checkout.set(seeds=[0], precision="fp32", distillation__epochs=1, student={"width": 1, "hidden": 4})
+        checkout.set(seeds=[0], precision="fp32", distillation__epochs=1, student__width=1, student__hidden=4)
         peaks.append([peak_anonymous(checkout, stage) for stage in ("fetch_data distillation", "train_student_alone")])
     further = (counts[1] - counts[0]) * 64 * 64 * 3 / 2**20
     for small, large in zip(*peaks, strict=True):

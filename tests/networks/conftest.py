@@ -12,4 +12,6 @@ def describe(dataset: Dataset, digest: str = "0" * 32) -> Description:
     names = {"digest": digest, "setting": "1" * 32, "model": "student_distilled", "seed": 3, "device": "cpu"}
     network = {"architecture": "compact_cnn", "arguments": ARGUMENTS, "dataset": dataset}
     parameters = {"kd.temperature": 5.0}
-    return Description(format=3, **names, **network, parameters=parameters, history=history, best_epoch=1, chance=0.1)
+    return Description(
+        format=4, **names, **network, parameters=parameters, history=history, best_epoch=1, val_images=100, chance=0.1
+    )

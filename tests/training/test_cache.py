@@ -1,6 +1,7 @@
+import hashlib
+import json
 import multiprocessing
 import os
-import pickle
 import time
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import torch
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
 from pipeline.data.prepared import TrainingData
+from pipeline.networks.checkpoints import new_classifier, save_checkpoint
 from pipeline.training.cache import Record, open_entry, prune, read_record, working_place
+from tests.networks.conftest import ARGUMENTS, describe
 
 
 @pytest.fixture
 def record(data: TrainingData) -> Record:
     names = {"digest": "abc", "setting": "def", "model": "teacher", "architecture": "compact_cnn", "device": "cpu"}
-    return Record(format=3, **names, arguments={}, dataset=data.dataset, seed=0, parameters={}, epochs=2)
+    return Record(format=4, **names, arguments={}, dataset=data.dataset, seed=0, parameters={}, epochs=2)
 
 
 def test_what_is_saved_is_found_again(tmp_path: Path, record: Record):
@@ -41,24 +44,48 @@ def test_a_damaged_state_is_no_state(tmp_path: Path, record: Record, damage):
         assert entry.load() is None
 
 
-def test_no_code_in_a_state_is_run(tmp_path: Path, record: Record):
+def test_no_code_in_a_state_is_run_and_what_is_no_state_is_none(tmp_path: Path, record: Record):
     with open_entry(tmp_path, "abc") as entry:
         entry.save(record, {"model": Path("x")})
-        with pytest.raises(pickle.UnpicklingError):
-            entry.load()
+        assert entry.load() is None
+        for garbage in (b"", b"garbage"):
+            entry.state.write_bytes(hashlib.sha256(garbage).digest() + garbage)
+            assert entry.load() is None
+        entry.save(record.model_copy(update={"digest": "of-another"}), {})
+        assert entry.load() is None
 
 
-def test_a_finished_training_needs_its_checkpoint_to_be_whole(tmp_path: Path, record: Record):
+def test_a_finished_training_needs_its_own_checkpoint_whole(tmp_path: Path, record: Record, data: TrainingData):
+    description = describe(data.dataset, "abc")
+    finished = Record(**description.model_dump(), epochs=1)
     with open_entry(tmp_path, "abc") as entry:
-        entry.save(record, {})
-        entry.checkpoint.write_bytes(b"weights")
-        entry.write(record.model_copy(update={"checkpoint_md5": md5(entry.checkpoint)}))
+        entry.save(finished, {})
+        save_checkpoint(entry.checkpoint, new_classifier("compact_cnn", ARGUMENTS, data.dataset, 0), description)
+        entry.write(finished.model_copy(update={"checkpoint_md5": md5(entry.checkpoint)}))
         assert not entry.state.exists()
     with open_entry(tmp_path, "abc") as entry:
         assert entry.is_finished()
-        entry.checkpoint.write_bytes(b"other")
+        whole = entry.checkpoint.read_bytes()
+        for other in (b"other", whole.replace(b"abc", b"abd")):
+            entry.checkpoint.write_bytes(other)
+            assert not entry.is_finished()
+            entry.record.checkpoint_md5 = md5(entry.checkpoint)
+            assert not entry.is_finished()
+        entry.checkpoint.unlink()
+        os.mkfifo(entry.checkpoint)  # that nobody writes to
         assert not entry.is_finished()
-    (tmp_path / "abc" / "record.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["{", '{"digest": "of-another"}', '{"history": [], "checkpoint_md5": "a"}', '{"best_epoch": 2}']
+)
+def test_a_record_that_is_damaged_or_of_another_training_is_none(tmp_path: Path, data: TrainingData, wrong: str):
+    whole = Record(**describe(data.dataset, "abc").model_dump(), epochs=1, checkpoint_md5="a").model_dump_json()
+    path = tmp_path / "abc" / "record.json"
+    path.parent.mkdir()
+    path.write_text(whole)
+    assert read_record(tmp_path, "abc")
+    path.write_text(json.dumps(json.loads(whole) | json.loads(wrong)) if wrong != "{" else wrong)
     assert read_record(tmp_path, "abc") is None
 
 

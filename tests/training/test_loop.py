@@ -1,17 +1,23 @@
 import copy
+import functools
 import io
+import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.data.augmentation import view, view_indices
 from pipeline.data.labels import hide_unknown
 from pipeline.data.prepared import Split, TrainingData
+from pipeline.evaluation import metrics
 from pipeline.networks.checkpoints import new_classifier
 from pipeline.networks.inference import choose_precision, predict
-from pipeline.training.loop import NotFiniteError, Progress, Settings, fit
+from pipeline.training import loop
+from pipeline.training.loop import NotFiniteError, Progress, Settings, auc, fit, validate
 from pipeline.training.losses import distillation, hard_labels
 
 SETTINGS = Settings(epochs=2, batch_size=64, lr=0.003)
@@ -76,15 +82,15 @@ def test_batches_depend_on_the_seed_and_not_on_the_model(data: TrainingData):
 def test_alpha_one_gives_the_weights_of_training_alone(data: TrainingData):
     lone, distilled = student(data), student(data)
     run(lone, data, hard_labels(), seed=3)
-    run(distilled, data, distillation(5.0, 1.0, "forward"), torch.randn(400, 10), seed=3)
+    run(distilled, data, distillation(hard_labels(), 5.0, 1.0, "forward"), torch.randn(400, 10), seed=3)
     assert equal(lone, distilled)
 
 
 def test_accuracy_is_that_of_the_labelled_images(data: TrainingData):
-    hidden = hide_unknown(data, 0.5, seed=0)
+    hidden = data._replace(train=hide_unknown(data.train, 0.5, seed=0))
     model = student(data)
     predicted = predict(model, data.train.images).argmax(1)
-    loss = distillation(5.0, 0.7, "forward")
+    loss = distillation(hard_labels(), 5.0, 0.7, "forward")
     history = run(model, hidden, loss, torch.randn(400, 10), settings=Settings(1, 64, 0.0)).history
     labelled = hidden.train.labels >= 0
     expected = (predicted[labelled] == hidden.train.labels[labelled]).float().mean().item()
@@ -92,7 +98,7 @@ def test_accuracy_is_that_of_the_labelled_images(data: TrainingData):
 
 
 def test_the_terms_of_the_loss_add_up_to_it(data: TrainingData):
-    (epoch, _) = run(student(data), data, distillation(5.0, 0.7, "forward"), torch.randn(400, 10)).history
+    (epoch, _) = run(student(data), data, distillation(hard_labels(), 5.0, 0.7, "forward"), torch.randn(400, 10)).history
     assert set(epoch.terms) == {"hard", "soft"}
     assert epoch.train_loss == sum(epoch.terms.values())
 
@@ -145,17 +151,23 @@ def test_a_last_batch_of_one_image_does_not_break_batch_norm(data: TrainingData)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "precision"),
+    ("architecture", "precision", "options"),
     [
-        ("compact_cnn", "fp32"),
-        ("compact_cnn", "bf16"),
-        ("resnet18", "fp32"),
-        pytest.param("resnet18", "bf16", marks=pytest.mark.slow),  # a minute without native bf16
+        ("compact_cnn", "fp32", {}),
+        ("compact_cnn", "bf16", {}),
+        ("compact_cnn", "fp32", {"schedule": "cosine", "weight_decay": 0.1, "selection": "auc"}),
+        ("compact_cnn", "fp32", {"schedule": "one_cycle", "selection": "loss"}),
+        ("compact_cnn", "fp32", {"schedule": "steps", "selection": "last"}),
+        ("resnet18", "fp32", {}),
+        ("mobilenet_v3_small", "fp32", {}),  # with dropout
+        pytest.param("resnet18", "bf16", {}, marks=pytest.mark.slow),  # a minute without native bf16
     ],
 )
-def test_resuming_after_any_epoch_gives_the_same_bits(data: TrainingData, architecture: str, precision: str):
-    arguments = STUDENT if architecture == "compact_cnn" else {"stem": "imagenet"}
-    settings = Settings(3, 32, 0.003, precision)
+def test_resuming_after_any_epoch_gives_the_same_bits(data: TrainingData, architecture: str, precision: str, options: dict):
+    arguments = {"compact_cnn": STUDENT, "resnet18": {"stem": "imagenet"}}.get(architecture, {})
+    settings = Settings(3, 32, 0.003, precision, **options)
+    indices = view_indices("shifts", 24, 24)
+    augmented = {"view": functools.partial(view, indices=indices), "views": len(indices)} if options else {}
 
     def few_and_larger(split: Split) -> Split:
         """64 images of 24x24 pixels: see recipe.train on smaller ones."""
@@ -165,7 +177,7 @@ def test_resuming_after_any_epoch_gives_the_same_bits(data: TrainingData, archit
     data = data._replace(dataset=dataset, train=few_and_larger(data.train), val=few_and_larger(data.val))
     saved = []
     uninterrupted = new_classifier(architecture, arguments, data.dataset, 5)
-    for progress in fit(uninterrupted, data.train, data.val, hard_labels(), settings, 5):
+    for progress in fit(uninterrupted, data.train, data.val, hard_labels(), settings, 5, **augmented):
         buffer = io.BytesIO()
         torch.save(progress.state, buffer)
         saved.append((list(progress.history), progress.best_epoch, buffer))
@@ -173,7 +185,7 @@ def test_resuming_after_any_epoch_gives_the_same_bits(data: TrainingData, archit
         buffer.seek(0)
         model = new_classifier(architecture, arguments, data.dataset, 5)
         resume = Progress(list(history), best_epoch, torch.load(buffer, weights_only=True))
-        epochs = list(fit(model, data.train, data.val, hard_labels(), settings, 5, resume=resume))
+        epochs = list(fit(model, data.train, data.val, hard_labels(), settings, 5, resume=resume, **augmented))
         assert len(epochs) == 3 - len(history)
         if epochs:
             assert (epochs[-1].history, epochs[-1].best_epoch) == (progress.history, progress.best_epoch)
@@ -193,6 +205,74 @@ def test_bf16_learns_as_well_as_fp32(data: TrainingData):
     }
     spread = max(max(values) - min(values) for values in accuracy.values())
     assert sum(accuracy["bf16"]) / 4 == pytest.approx(sum(accuracy["fp32"]) / 4, abs=spread + 0.01)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),  # after each of 8 steps of 2 epochs
+    [
+        ("constant", [0.01] * 8),
+        ("cosine", [0.005 * (1 + math.cos(math.pi * step / 8)) for step in range(1, 9)]),
+        ("steps", [0.01] * 3 + [0.001] * 2 + [0.0001] * 3),
+    ],
+)
+def test_a_schedule_changes_the_learning_rate_step_by_step(data: TrainingData, monkeypatch, schedule: str, rates: list[float]):
+    settings, optimizers = Settings(2, 100, 0.01, schedule=schedule), []
+    monkeypatch.setattr(
+        torch.optim, "Adam", lambda *a, original=torch.optim.Adam, **o: optimizers.append(original(*a, **o)) or optimizers[0]
+    )
+    seen = []
+    run(student(data), data, spying(lambda *_: seen.append(optimizers[0].param_groups[0]["lr"])), settings=settings)
+    assert [*seen[1:], optimizers[0].param_groups[0]["lr"]] == pytest.approx(rates)
+
+
+def test_one_cycle_rises_to_the_learning_rate_and_falls_again(data: TrainingData):
+    model, seen = student(data), []
+    for progress in fit(model, data.train, data.val, hard_labels(), Settings(10, 100, 0.01, schedule="one_cycle"), 0):
+        seen.append(progress.state["optimizer"]["param_groups"][0]["lr"])
+    assert max(seen) == pytest.approx(0.01, rel=0.05)
+    assert seen[0] < max(seen) > 100 * seen[-1]
+
+
+@pytest.mark.parametrize(("selection", "best"), [("accuracy", 2), ("auc", 3), ("loss", 1), ("last", 4)])
+def test_the_epoch_is_selected_by(data: TrainingData, monkeypatch, selection: str, best: int):
+    figures = iter([(0.1, 0.6, 0.7), (0.4, 0.8, 0.8), (0.5, 0.8, 0.9), (0.6, 0.7, 0.9)])  # loss, accuracy, AUC
+    monkeypatch.setattr(loop, "validate", lambda *_: next(figures))
+    assert run(student(data), data, hard_labels(), settings=Settings(4, 64, 0.003, selection=selection)).best_epoch == best
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_auc_is_scikit_learns_with_ties_too(classes: int):
+    random = np.random.default_rng(0)
+    logits, labels = torch.from_numpy(random.integers(-2, 3, (200, classes)).astype(np.float32)), random.integers(0, classes, 200)
+    expected = metrics.auc(labels, logits.double().softmax(1).numpy())
+    assert auc(logits, torch.from_numpy(labels)) == pytest.approx(expected, abs=1e-12)
+    assert auc(logits, torch.zeros(200, dtype=torch.int64)) == 0.5
+
+
+def test_without_validation_images_the_last_epoch_stays(data: TrainingData):
+    nothing = Split(data.val.images[:0], data.val.labels[:0])
+    progress = run(student(data), data._replace(val=nothing), hard_labels(), settings=Settings(2, 64, 0.003, selection="last"))
+    assert progress.best_epoch == 2
+    assert validate(student(data), *nothing) == (None, None, None)
+    assert progress.history[0].val_loss is None
+
+
+def test_views_are_drawn_anew_and_targets_follow_them(data: TrainingData):
+    indices, seen = view_indices("flips_and_shifts", 8, 8), []
+    rows_and_views = torch.arange(400 * 18)
+
+    def looks(images, numbers):
+        seen.append([numbers])
+        return view(images, numbers, indices)
+
+    def spy(logits, labels, targets):
+        assert torch.equal(targets % 18, seen[-1][0]), "the target of the view"
+        assert torch.equal(labels, data.train.labels[targets // 18]), "and of the image"
+
+    run(student(data), data, spying(spy), rows_and_views, view=looks, views=18)
+    drawn = torch.cat([numbers for (numbers,) in seen])
+    assert set(drawn.tolist()) == set(range(18))
+    assert not torch.equal(drawn[:400], drawn[400:])
 
 
 class Readings(TorchDispatchMode):

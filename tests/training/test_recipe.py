@@ -72,7 +72,7 @@ def test_the_digest_changes_with_whatever_decides_the_training(teacher: Recipe, 
     student = {"kd": {"temperature": 5.0, "alpha": 0.7, "divergence": "forward"}, "model": "student_distilled"}
     path = train(teacher, root, lambda record: None)
     other = train(dataclasses.replace(teacher, seed=1), root, lambda record: None)
-    distilled = dataclasses.replace(teacher, **student, teacher=path)
+    distilled = dataclasses.replace(teacher, **student, teachers=(path,))
     write_npz(tmp_path / "more.npz", val_images=None, val_labels=None)
     prepare(read_source(str(tmp_path / "more.npz")), 0.1, tmp_path / "more")
     varied = [
@@ -85,7 +85,11 @@ def test_the_digest_changes_with_whatever_decides_the_training(teacher: Recipe, 
         dataclasses.replace(teacher, arguments={"width": 5, "hidden": 8}),
         distilled,
         dataclasses.replace(distilled, kd=student["kd"] | {"temperature": 6.0}),
-        dataclasses.replace(distilled, teacher=other),
+        dataclasses.replace(distilled, teachers=(other,)),
+        dataclasses.replace(distilled, teachers=(path, other)),
+        dataclasses.replace(teacher, label_smoothing=0.1),
+        dataclasses.replace(teacher, class_weights="balanced"),
+        dataclasses.replace(teacher, augmentation="shifts"),
     ]
     keys = [key(recipe, root) for recipe in varied]
     assert len(set(keys)) == len(keys)
@@ -99,11 +103,11 @@ def test_seeds_of_one_setting_share_its_name(teacher: Recipe, tmp_path: Path):
     paths = [train(dataclasses.replace(teacher, seed=seed), root, lambda record: None) for seed in (0, 1)]
     kd = {"temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
     students = [
-        train(dataclasses.replace(teacher, model="s", seed=seed, kd=kd, teacher=path), root, lambda record: None)
+        train(dataclasses.replace(teacher, model="s", seed=seed, kd=kd, teachers=(path,)), root, lambda record: None)
         for seed, path in enumerate(paths)
     ]
     for checkpoints in (paths, students):
         descriptions = [read_description(path) for path in checkpoints]
         assert descriptions[0].setting == descriptions[1].setting
         assert descriptions[0].digest != descriptions[1].digest
-    assert read_description(students[1]).teacher_md5 == md5(paths[1])
+    assert read_description(students[1]).teachers_md5 == [md5(paths[1])]
