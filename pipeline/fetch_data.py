@@ -7,7 +7,7 @@ from safetensors.torch import save
 from pipeline.core.cli import run
 from pipeline.core.files import atomic_folder, write_atomic
 from pipeline.fetching.preparation import prepare
-from pipeline.fetching.pretrained import imagenet_resnet18
+from pipeline.fetching.pretrained import imagenet_weights
 from pipeline.fetching.sources import own_file, read_source
 from pipeline.params import TRACKS, load_params
 
@@ -18,7 +18,7 @@ def main(track: str) -> None:
     source = read_source(block.dataset, block.size)
     initial = {model: {} for model in TRACKS[track].models}  # an empty file: the model starts from random weights
     if track == "baselines" and block.pretrained:
-        initial["resnet18"] = imagenet_resnet18()
+        initial["resnet18"] = imagenet_weights("resnet18")
     with atomic_folder(Path("data") / track) as folder:
         dataset = prepare(source, block.validation, folder)
         for model, tensors in initial.items():
