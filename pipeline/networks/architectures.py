@@ -3,12 +3,19 @@
 A network takes float32 images of shape (N, C, H, W) and returns logits of shape (N, num_classes).
 """
 
+import difflib
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.core.errors import UserError, user_error
-from pipeline.networks import onednn
+from pipeline.networks import onednn, torchvision_models
+
+SIDES = (28, 32, 64, 96, 128, 224)  # of images, in pixels: what an error proposes instead
 
 
 class Classifier(nn.Module):
@@ -64,33 +71,62 @@ class CompactCNN(nn.Module):
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
 
-def resnet18(stem: str, in_channels: int, image_size: tuple[int, int], num_classes: int) -> nn.Module:
-    """torchvision's ResNet18 for images of any size.
-
-    `stem` "imagenet" is torchvision's (7x7, stride 2, then a pool); "cifar" is a 3x3 convolution of stride 1 and no pool, as
-    in MedMNIST's benchmark (Yang et al. 2023), which keeps 28x28 images from shrinking to 1x1 before the last block.
-    """
-    from torchvision.models import resnet18 as torchvision_resnet18
-
-    model = torchvision_resnet18(num_classes=num_classes)
-    kernel = {"kernel_size": 7, "stride": 2, "padding": 3} if stem == "imagenet" else {"kernel_size": 3, "padding": 1}
-    model.conv1 = nn.Conv2d(in_channels, 64, bias=False, **kernel)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's own
-    if stem == "cifar":
-        model.maxpool = nn.Identity()
-    return model
-
-
-ARCHITECTURES = {"simple_cnn": SimpleCNN, "resnet18": resnet18, "compact_cnn": CompactCNN}
+RESNETS = ("resnet18", "resnet34", "resnet50")  # those with a choice of stem
+ARCHITECTURES = {"simple_cnn": SimpleCNN, "compact_cnn": CompactCNN}
+ARCHITECTURES |= {name: functools.partial(torchvision_models.resnet, name) for name in RESNETS}
 
 
 def build(name: str, /, **arguments: object) -> nn.Module:
-    """A network by its name in ARCHITECTURES, with weights drawn from torch's generator. Raises UserError for bad arguments."""
-    if name not in ARCHITECTURES:
-        raise UserError(f"unknown architecture {name!r}; known: {', '.join(ARCHITECTURES)}")
+    """A network by its name, with weights drawn from torch's generator.
+
+    The names are those in ARCHITECTURES and torchvision's other classifiers. All take `in_channels`, `image_size` (H, W) and
+    `num_classes`; compact_cnn takes `width` and `hidden` too, those in RESNETS `stem`. Raises UserError for an unknown name and
+    for bad arguments.
+    """
+    new = _builder(name)
     wrong = f"architecture {name} cannot be built from {arguments}"
-    with user_error(wrong, TypeError, ValueError, ArithmeticError, RuntimeError):
-        return ARCHITECTURES[name](**arguments)
+    with user_error(wrong, TypeError, ValueError, ArithmeticError, LookupError, RuntimeError):
+        return new(**arguments)
+
+
+def build_meta(name: str, /, **arguments: object) -> nn.Module:
+    """As `build`, on the meta device: without memory, whatever the arguments."""
+    with torch.device("meta"), torchvision_models.TablesOnCPU():
+        network = build(name, **arguments)
+    return network.to("meta")
+
+
+def _builder(name: str) -> Callable[..., nn.Module]:
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    names = sorted({*ARCHITECTURES, *torchvision_models.classifier_names()})
+    if name not in names:
+        nearest = difflib.get_close_matches(name[:100], names, n=1, cutoff=0)
+        raise UserError(f"unknown architecture {name[:100]!r}: the nearest of the {len(names)} known is {nearest[0]}")
+    return functools.partial(torchvision_models.classifier, name)
+
+
+def check_architecture(name: str, arguments: dict[str, Any], image_shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raises UserError if the network cannot be trained on images of `image_shape` (H, W, C). Computes with shapes alone."""
+    height, width, channels = image_shape
+    problem = _misfit(name, arguments, (height, width), channels, num_classes)
+    if problem is None:
+        return
+    fitting = (side for side in SIDES if side not in (height, width))
+    smallest = next((side for side in fitting if _misfit(name, arguments, (side, side), channels, num_classes) is None), None)
+    advice = f"; the smallest it takes, of those tried, are {smallest}x{smallest}" if smallest else ""
+    raise UserError(f"architecture {name} cannot take images of {height}x{width}{advice}: {problem}")
+
+
+def _misfit(name: str, arguments: dict[str, Any], image_size: tuple[int, int], channels: int, num_classes: int) -> str | None:
+    """Why a training step's forward pass on such images fails; None if it does not."""
+    try:
+        shape = {"in_channels": channels, "image_size": image_size, "num_classes": num_classes}
+        network = build_meta(name, **arguments, **shape).train()
+        network(torch.empty(2, channels, *image_size, device="meta"))
+    except (UserError, RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
+        return str(error)
+    return None
 
 
 @torch.no_grad()
@@ -101,12 +137,14 @@ def load_initial(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     all three channels. One of another kernel size (the "cifar" stem) stays random. Raises UserError for a tensor of no use.
     """
     weights = model.state_dict()
+    first = f"{torchvision_models.first_convolution(model)}.weight"
     for key, tensor in tensors.items():
-        if key == "conv1.weight" and key in weights:
+        if key == first:
             if weights[key].shape[2:] != tensor.shape[2:]:
                 continue
             if weights[key].shape[1] == 1:
-                tensor = tensor.sum(dim=1, keepdim=True)
-        if key not in weights or weights[key].shape != tensor.shape:
-            raise UserError(f"initial weights do not fit the model: {key} of shape {tuple(tensor.shape)}")
+                tensor = torchvision_models.grey_filters(tensor)
+        expected = tuple(weights[key].shape) if key in weights else "absent"
+        if expected != tuple(tensor.shape):
+            raise UserError(f"initial weights do not fit the model: {key} is of shape {tuple(tensor.shape)}, there {expected}")
         weights[key].copy_(tensor)

@@ -1,5 +1,6 @@
 """Save and load weights together with their description, in one safetensors file."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,19 @@ from torch import Tensor, nn
 from pipeline.core.errors import UserError, user_error
 from pipeline.core.files import write_atomic
 from pipeline.data.dataset import Dataset
-from pipeline.networks.architectures import Classifier, build
+from pipeline.networks.architectures import Classifier, build, build_meta
 from pipeline.networks.description import Description, read_description
 
 
 def new_classifier(architecture: str, arguments: dict[str, Any], dataset: Dataset, seed: int) -> Classifier:
     """A classifier for `dataset` whose random weights `seed` alone determines."""
     torch.manual_seed(seed)
-    return Classifier(_network(architecture, arguments, dataset), dataset.mean, dataset.std)
+    return Classifier(_network(build, architecture, arguments, dataset), dataset.mean, dataset.std)
 
 
-def _network(architecture: str, arguments: dict[str, Any], dataset: Dataset) -> nn.Module:
+def _network(new: Callable[..., nn.Module], architecture: str, arguments: dict[str, Any], dataset: Dataset) -> nn.Module:
     *size, channels = dataset.image_shape
-    return build(architecture, **arguments | {"in_channels": channels, "image_size": size, "num_classes": len(dataset.classes)})
+    return new(architecture, **arguments | {"in_channels": channels, "image_size": size, "num_classes": len(dataset.classes)})
 
 
 def save_checkpoint(path: Path, classifier: Classifier, description: Description) -> None:
@@ -43,8 +44,8 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Classifier, Descr
     errors = OSError, SafetensorError, KeyError, RuntimeError, UserError
     with user_error(f"{path}: damaged, or weights that do not fit their description", *errors):
         tensors = load_file(path)
-        with torch.device("meta"):  # without memory, until the tensors in the file are known to be of these sizes
-            network = _network(description.architecture, description.arguments, dataset)
+        # Without memory, until the tensors in the file are known to be of these sizes.
+        network = _network(build_meta, description.architecture, description.arguments, dataset)
         actual, expected = (
             {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()} for state in (tensors, network.state_dict())
         )

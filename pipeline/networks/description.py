@@ -36,7 +36,7 @@ class Description(BaseModel):
     digest: Digest  # of everything that decided the training: its name in .trainings/ and in MLflow
     setting: Digest  # the same without the seed: what the seeds of one model have in common
     model: str  # the role, as in models/<track>/<model>
-    architecture: str  # a name in architectures.ARCHITECTURES
+    architecture: str  # a name that architectures.build knows
     arguments: dict[str, Any]  # of that architecture
     dataset: Dataset  # classes, input scaling and fingerprint among it
     seed: int

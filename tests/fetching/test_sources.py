@@ -15,7 +15,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
 from pipeline.fetching import download, sources
-from pipeline.fetching.pretrained import imagenet_resnet18
+from pipeline.fetching.pretrained import imagenet_weights
 from pipeline.fetching.sources import read_source
 from tests.conftest import digits, write_npz
 from tests.fetching.conftest import Host
@@ -196,7 +196,7 @@ def test_imagenet_weights_are_fetched_hash_checked_and_lose_their_head(
     entry = ResNet18_Weights.IMAGENET1K_V1.value
     changed = type(entry)(**{**vars(entry), "url": f"{host.address}/{name}"})
     monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1, "_value_", changed)
-    weights = imagenet_resnet18()
+    weights = imagenet_weights("resnet18")
     assert set(state) - set(weights) == {"fc.weight", "fc.bias"}
     assert torch.equal(weights["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
     mirrored = no_mirror / "mirror" / "hub" / "checkpoints" / name
@@ -204,4 +204,4 @@ def test_imagenet_weights_are_fetched_hash_checked_and_lose_their_head(
     mirrored.write_bytes(content.getvalue()[:-1])
     monkeypatch.setenv("DATA_MIRROR", "mirror")
     with pytest.raises(UserError, match=f"{name}.*sha256"):
-        imagenet_resnet18()
+        imagenet_weights("resnet18")
