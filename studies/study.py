@@ -109,7 +109,12 @@ def load_study(name: str, threads: int | None = None) -> list[Point]:
     for grid in study.grids:
         if not all(isinstance(value, int | float) and value > 0 for value in grid.vary[grid.x]):
             raise UserError(f"{path}: {grid.title}: x = {grid.x!r} has values that are no positive numbers: they make no axis")
-    keys, points = [*study.fixed, *(key for grid in study.grids for key in grid.fixed | grid.vary)], []
+    named = list(study.fixed.items())
+    for grid in study.grids:
+        named += [*grid.fixed.items(), *((key, value) for key, values in grid.vary.items() for value in values)]
+    spelt = ([f"{key}.{name}" for name in value] if isinstance(value, dict) else [key] for key, value in named)
+    keys = dict.fromkeys(itertools.chain(*spelt))
+    points = []
     for grid, point in combinations:
         settings = point.values(*keys)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -196,7 +201,7 @@ def plot(frame: pd.DataFrame, points: list[Point]) -> Figure:
     for axes, (grid, group) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids, strict=True):
         labels = {}
         for point in (point for point in group if point.name in frame.index):
-            others = point.params.flat(*(key for key in grid.vary if key != grid.x))
+            others = {key: value for key, value in point.settings.items() if key != grid.x and _is_varied(key, grid)}
             labels[point.name] = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in others.items())
         lines = frame.loc[list(labels)].groupby(pd.Series(labels, dtype=str), sort=False)
         for number, (label, line) in enumerate(lines):
@@ -212,6 +217,10 @@ def plot(frame: pd.DataFrame, points: list[Point]) -> Figure:
         if any(labels.values()):
             axes.legend(fontsize=8)
     return figure
+
+
+def _is_varied(key: str, grid: Grid) -> bool:
+    return any(key == varied or key.startswith(f"{varied}.") for varied in grid.vary)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights
 
     if name in WITHOUT_PRETRAINED:
-        raise UserError(f"pretrained: there are no pretrained weights of {name}: pretrained: false, or a network of torchvision's")
+        raise UserError(
+            f"pretrained: there are no pretrained weights of {name}: pretrained: false, or a network of torchvision's"
+        )
     with user_error("pretrained", ValueError):
         weights = get_model_weights(name).DEFAULT
     options = {"in_channels": 3, "image_size": weights.meta["min_size"]} | architecture_arguments(name, {"stem": "imagenet"})

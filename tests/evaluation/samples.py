@@ -19,7 +19,7 @@ def save(folder: Path, dataset: Dataset, model: str, seed: int) -> None:
     training = {"digest": f"{model}{seed}", "setting": model, "model": model, "seed": seed, "parameters": {"a": 1}}
     accuracies = {"train_accuracy": 0.5, "val_accuracy": 0.1 if (model, seed) == ("student_alone", 3) else 0.5}
     history = [accuracies | {"train_loss": 2.0, "val_loss": 1.0}, accuracies | {"train_loss": 1.5 + seed, "val_loss": 0.5}]
-    description = Description(format=4, **network, **training, history=history, best_epoch=2, chance=0.1)
+    description = Description(format=4, **network, **training, history=history, best_epoch=2, val_images=100, chance=0.1)
     save_checkpoint(checkpoint_path(folder / model, seed), new_classifier("compact_cnn", arguments, dataset, seed), description)
 
 

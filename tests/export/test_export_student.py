@@ -21,8 +21,8 @@ def test_int8_stays_if_it_names_the_same_classes_often_enough(
     monkeypatch.setattr(export_student, "AGREEMENT", wanted)
     classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 0)
     save_checkpoint(Path("models/distillation/student_distilled/seed0.safetensors"), classifier, describe(data.dataset))
-    export_student.main()
-    choice = json.loads(Path("models/student/choice.json").read_text())
+    export_student.main("distillation")
+    choice = json.loads(Path("models/exported/distillation/choice.json").read_text())
     assert 0.5 < choice["int8_agreement"] <= 1
-    assert choice["int8_kept"] == Path("models/student/student_int8.onnx").exists() == (wanted < 1)
+    assert choice["int8_kept"] == Path("models/exported/distillation/student_int8.onnx").exists() == (wanted < 1)
     assert ("not kept" in capsys.readouterr().out) == (wanted > 1)

@@ -306,7 +306,9 @@ MAKERS = (own_images, checkpoint, saved_training, study, exported_student, reque
 READERS: dict[str, Callable[[Path], Reader]] = {maker.__name__: maker for maker in MAKERS} | {  # given an empty folder
     "prepared_description": _of("dataset.json", DATASET.model_dump_json().encode(), lambda path: load_dataset(path.parent)),
     "initial_weights": _of("resnet18.safetensors", WEIGHTS, load_initial_weights, [UNKNOWN_TYPE]),
-    "predictions": _of("predictions.npz", npz(PREDICTIONS), read_predictions, WRONG_PREDICTIONS),
+    "predictions": _of(
+        "predictions.npz", npz(PREDICTIONS), functools.partial(read_predictions, model="student_distilled"), WRONG_PREDICTIONS
+    ),
     "stage_json": _of("a.json", b'{"a": {"b": 0.9}, "seeds": [0, 1]}', read_json, [b"[1, 2]", b"[" * 100_000, b"\xff", b""]),
     "parameters": _of("params.yaml", (ROOT / "params.yaml").read_bytes(), load_params, YAML),
     "image": _of("a.png", png(28, 28, IDAT, IEND), functools.partial(read_image, shape=(28, 28, 1)), PNG),

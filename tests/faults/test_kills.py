@@ -20,7 +20,7 @@ pytestmark = pytest.mark.faults
 STAGES = {  # and where their checkpoints go
     "train_student_alone": "distillation/student_alone",
     "train_baselines simple_cnn": "baselines/simple_cnn",
-    "distill_student": "distillation/student_distilled",
+    "distill_student distillation": "distillation/student_distilled",
 }
 STEP = 1 if FULL else 7  # of the places where a stage may be killed, all or every seventh
 QUEUE = (1, 2, 3, 4)  # the seeds of four experiments, so that every training is known by its run's name

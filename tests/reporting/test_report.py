@@ -42,7 +42,7 @@ def test_the_report_answers_in_the_order_of_the_questions(format: str, evaluatio
         PLAN.question,
         "digits, 400 test images, seeds 0, 3.",
         "student_alone, seed 3: no better",
-        "student_distilled",
+        "points of accuracy",
         "How much",
         "On which classes",
     ]
@@ -88,7 +88,7 @@ def test_verdicts_in_words(changes: dict, words: str):
 def page(evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_evaluation(evaluation, tmp_path)
-    for name, content in (("distillation_costs", COSTS), ("export", EXPORTED)):
+    for name, content in (("distillation_costs", COSTS), ("distillation_export", EXPORTED)):
         write_json(tmp_path / f"metrics/{name}.json", content)
     pipeline.report.main("distillation")
     return tmp_path / "metrics/report.html"

@@ -32,10 +32,10 @@ class Registry:
 
     def student(self, name: str, accuracy: float, first_seed: int = 0, **changed: Any) -> Path:
         """A checkout with a student, its data set changed as given, and its training's run in the store."""
-        checkout, student = self.folder / name, self.folder / name / "models" / "student" / "student.safetensors"
+        checkout, student = self.folder / name, self.folder / name / "models/exported/distillation/student.safetensors"
         save_checkpoint(student, self.classifier, describe(self.data.dataset.model_copy(update=changed), name))
         write_atomic(student.with_suffix(".onnx"), self.onnx.read_bytes())
-        write_atomic(checkout / "metrics" / "export.json", json.dumps({"student": {"accuracy": accuracy}}))
+        write_atomic(checkout / "metrics" / "distillation_export.json", json.dumps({"student": {"accuracy": accuracy}}))
         wrong = np.random.default_rng(0).random((5, 2000)) > accuracy  # the same images are hard for every student
         arrays = {"labels": np.zeros(2000, dtype=np.int64), "seeds": np.arange(5) + first_seed}
         predictions = checkout / "metrics" / "predictions" / "distillation.npz"
@@ -47,7 +47,7 @@ class Registry:
 
     def register(self, name: str, accuracy: float, **options: Any) -> tuple[str, str, str]:
         """Make a student and register it."""
-        return register(self.client, self.student(name, accuracy, **options))
+        return register(self.client, "distillation", self.student(name, accuracy, **options))
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,10 @@ import yaml
 from pipeline.core.errors import UserError
 from pipeline.export.onnx_export import export_onnx
 from pipeline.export.onnx_model import Student
-from pipeline.serving.registry import NAME, by_alias, open_champion, open_store, read_predictions, register
+from pipeline.serving.registry import NAMES, by_alias, open_champion, open_store, read_predictions, register
 from tests.serving.conftest import Registry
+
+NAME = NAMES["distillation"]
 
 
 def test_only_a_better_student_takes_the_champions_place(registry: Registry):
@@ -27,9 +29,9 @@ def test_only_a_better_student_takes_the_champions_place(registry: Registry):
         assert registered == expected
         assert re.match(relation, reason)
     assert registry.client.get_registered_model(NAME).aliases == {"champion": 3, "challenger": 4}
-    assert register(registry.client, registry.folder / "better") == ("3", "champion", "registered before")
+    assert register(registry.client, "distillation", registry.folder / "better") == ("3", "champion", "registered before")
     registry.client.delete_registered_model_alias(NAME, "champion")
-    assert register(registry.client, registry.folder / "better") == ("3", "no alias", "registered before")
+    assert register(registry.client, "distillation", registry.folder / "better") == ("3", "no alias", "registered before")
 
 
 def test_an_alias_set_by_hand_decides_what_the_next_is_compared_with(registry: Registry):
@@ -50,10 +52,10 @@ def test_what_cannot_be_compared_is_a_challenger(registry: Registry):
 def test_a_version_says_what_it_needs_and_where_it_is_from(registry: Registry):
     checkout = registry.student("first", 0.9)
     (before,) = registry.client.search_runs([registry.experiment])
-    register(registry.client, checkout)
+    register(registry.client, "distillation", checkout)
     after = registry.client.get_run(before.info.run_id).info
     assert (after.status, after.end_time) == (before.info.status, before.info.end_time)
-    version = by_alias(registry.client, "champion")
+    version = by_alias(registry.client, NAME, "champion")
     assert version.run_id == before.info.run_id
     assert version.tags["fingerprint"] == registry.data.dataset.fingerprint
     files = {path.name: path for path in (registry.folder / "mlartifacts").rglob("*")}
@@ -72,14 +74,14 @@ def test_a_champion_whose_predictions_cannot_be_read_keeps_its_place(registry: R
 
 def test_what_is_opened_is_the_file_that_was_registered(registry: Registry, tmp_path: Path):
     registry.register("first", 0.9)
-    version, student = open_champion(registry.client, tmp_path / "a")
+    version, student = open_champion(registry.client, "distillation", tmp_path / "a")
     images = registry.data.val.images.numpy()
     assert version == "1"
     np.testing.assert_array_equal(student.probabilities(images), Student(registry.onnx).probabilities(images))
     (stored,) = (registry.folder / "mlartifacts").rglob("model.onnx")
     export_onnx(registry.classifier, registry.data.dataset.image_shape, ["other"] * 10, stored)
     with pytest.raises(UserError, match=r"model\.onnx: no model that this project registered: its SHA-256"):
-        open_champion(registry.client, tmp_path / "b")
+        open_champion(registry.client, "distillation", tmp_path / "b")
 
 
 class Malicious:
@@ -97,7 +99,7 @@ def test_no_code_from_the_store_is_run(registry: Registry, tmp_path: Path, monke
         version = registry.client.create_model_version(NAME, folder.as_uri()).version
         registry.client.set_registered_model_alias(NAME, "champion", version)
         with pytest.raises(UserError, match=f"models:/{NAME}/{version}/model.onnx: no model that this project registered"):
-            open_champion(registry.client, tmp_path / "downloaded")
+            open_champion(registry.client, "distillation", tmp_path / "downloaded")
     assert not (tmp_path / "ran").exists()
 
 
@@ -114,10 +116,10 @@ def test_what_is_missing_is_one_clear_error(registry: Registry):
     checkout = registry.student("first", 0.9)
     registry.client.delete_run(registry.client.search_runs([registry.experiment])[0].info.run_id)
     with pytest.raises(UserError, match="no run of the student's training: run make sync"):
-        register(registry.client, checkout)
-    (checkout / "models" / "student" / "student.onnx").unlink()
+        register(registry.client, "distillation", checkout)
+    (checkout / "models/exported/distillation/student.onnx").unlink()
     with pytest.raises(UserError, match=r"student\.onnx: missing: dvc repro report@distillation"):
-        register(registry.client, checkout)
+        register(registry.client, "distillation", checkout)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ ARRAYS = {"labels": np.array([0, 1, 1]), "seeds": np.array([3, 5]), "student_dis
 
 def test_predictions_say_which_images_are_classified_correctly(tmp_path: Path):
     np.savez(tmp_path / "a.npz", **ARRAYS)
-    correct = read_predictions(tmp_path / "a.npz")
+    correct = read_predictions(tmp_path / "a.npz", "student_distilled")
     assert {seed: images.tolist() for seed, images in correct.items()} == {seed: [True, True, False] for seed in (3, 5)}
 
 
@@ -157,4 +159,4 @@ def test_predictions_say_which_images_are_classified_correctly(tmp_path: Path):
 def test_predictions_that_do_not_fit_together_are_refused(tmp_path: Path, name: str, array: np.ndarray | None):
     np.savez(tmp_path / "a.npz", **{key: value for key, value in (ARRAYS | {name: array}).items() if value is not None})
     with pytest.raises(UserError, match=r"a\.npz: not the predictions"):
-        read_predictions(tmp_path / "a.npz")
+        read_predictions(tmp_path / "a.npz", "student_distilled")

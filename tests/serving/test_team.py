@@ -37,7 +37,7 @@ def test_several_machines_log_into_one_server_and_none_sees_its_store(tracking_s
     for machine in machines:
         machine.environment["MLFLOW_TRACKING_URI"] = tracking_server
         machine.run(*machine.stage("fetch_data distillation"))
-    for stages in (["train_teacher", "train_student_alone"], ["distill_student"], ["evaluate distillation"]):
+    for stages in (["train_teacher", "train_student_alone"], ["distill_student distillation"], ["evaluate distillation"]):
         at_once = [
             subprocess.Popen(machine.stage(stage), cwd=machine.folder, env=machine.environment)
             for machine in machines

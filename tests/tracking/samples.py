@@ -27,7 +27,7 @@ def make_record(seed: int = 0, epochs: int = 3, finished: bool = True, model: st
         for n in range(1, epochs + 1)
     ]
     fields = {
-        "format": 3,
+        "format": 4,
         "digest": f"{model}-{seed}",
         "setting": f"{model}-setting",
         "model": model,

@@ -166,10 +166,10 @@ def test_lineage_names_the_runs_of_a_file_an_export_a_revision_and_an_experiment
     assert described.startswith(f"{path}  {md5(Path(path))}\n    student_alone/seed1, run ")
     assert "finished" in described
     assert ", stage train_student_alone, test accuracy 0." in described
-    write_atomic(checkout / "models/student/student.onnx", b"")
+    write_atomic(checkout / "models/exported/distillation/student.onnx", b"")
     choice = {"checkpoint": "seed1.safetensors", "checkpoint_md5": md5(Path(path))}
-    write_atomic(checkout / "models/student/choice.json", json.dumps(choice))
-    lineage.main("models/student/student.onnx")
+    write_atomic(checkout / "models/exported/distillation/choice.json", json.dumps(choice))
+    lineage.main("models/exported/distillation/student.onnx")
     assert described.partition("\n")[2] in capsys.readouterr().out
     lineage.main("HEAD")
     assert described in capsys.readouterr().out
@@ -186,15 +186,15 @@ def test_lineage_names_the_runs_of_a_file_an_export_a_revision_and_an_experiment
         ("nonsense", "neither a file nor a git revision nor a DVC experiment"),
         ("HEAD", "dvc fetch"),
         ("elsewhere/student.onnx", "choice.json"),
-        ("models/student/student.onnx", "choice.json"),
+        ("models/exported/distillation/student.onnx", "choice.json"),
         ("models", "neither"),
     ],
 )
 def test_lineage_says_in_a_line_what_is_missing(target: str, message: str, checkout: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(checkout / "site"))
     shutil.rmtree(checkout / ".dvc/cache")
-    for folder in ("elsewhere", "models/student"):
+    for folder in ("elsewhere", "models/exported/distillation"):
         write_atomic(checkout / folder / "student.onnx", b"")
-    write_atomic(checkout / "models/student/choice.json", "{}")
+    write_atomic(checkout / "models/exported/distillation/choice.json", "{}")
     with pytest.raises(UserError, match=message):
         lineage.main(target)
