@@ -1,5 +1,6 @@
 """Stage fetch_data, alone to use the network: put a track's images, and the weights to start from, into data/<track>/."""
 
+import sys
 from pathlib import Path
 
 from safetensors.torch import save
@@ -25,6 +26,8 @@ def main(track: str) -> None:
             write_atomic(folder / "initial" / f"{model}.safetensors", save(tensors))
     images, shape = " / ".join(f"{number:,}" for number in dataset.images.values()), "x".join(map(str, dataset.image_shape))
     print(f"{track}: {dataset.name}, {images} training / validation / test images of {shape}")
+    if shared := ", ".join(f"{number:,} {splits}" for splits, number in dataset.shared_images.items()):
+        print(f"warning: {dataset.name} has equal images in two splits ({shared}): results on them may flatter", file=sys.stderr)
 
 
 def link_own_file(dataset: str, folder: Path) -> None:

@@ -1,14 +1,16 @@
 """What a prepared set holds. Needs no PyTorch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from pipeline.core.errors import user_error
 
 SPLITS = ("train", "val", "test")
+Resize = Literal["pad", "crop", "stretch"]  # rules of pipeline/data/images.py
 Side = Annotated[int, Field(ge=1, le=65_536)]
+_ABSENT = Field(exclude_if=lambda value: not value)
 
 
 class Dataset(BaseModel):
@@ -24,6 +26,9 @@ class Dataset(BaseModel):
     images: dict[str, int]  # per split
     validation: str  # where the validation split comes from
     fingerprint: str  # SHA-256 over every split's images and labels
+    # Left out where there is nothing to say: most sets are described, and their trainings named, without these.
+    resize: Annotated[Resize | None, _ABSENT] = None  # how the images got their size, if it is known
+    shared_images: Annotated[dict[str, int], _ABSENT] = {}  # "train/test": test images that are training images too, if any
 
 
 def load_dataset(folder: Path) -> Dataset:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from pipeline.core.errors import user_error
 from pipeline.core.files import atomic_file, write_atomic
 from pipeline.data.dataset import SPLITS, Dataset
+from pipeline.data.npy import read_npy
+from pipeline.fetching.duplicates import duplicates
 from pipeline.fetching.sources import Source
 
 CHUNK = 2**24  # bytes
@@ -33,6 +36,7 @@ def prepare(source: Source, validation: float, folder: Path) -> Dataset:
     for split in SPLITS:
         for name, array in zip(("images", "labels"), source.splits.get(split, source.splits["train"]), strict=True):
             _write(folder / split / f"{name}.npy", array, rows[split], digest)
+    pairs = duplicates({split: read_npy(folder / split / "images.npy") for split in SPLITS})  # mapped, just written
     dataset = Dataset(
         name=source.name,
         classes=source.classes,
@@ -42,6 +46,8 @@ def prepare(source: Source, validation: float, folder: Path) -> Dataset:
         images={split: len(rows[split]) for split in SPLITS},
         validation=origin,
         fingerprint=digest.hexdigest(),
+        resize=source.resize,
+        shared_images=dict(Counter(f"{pair.other_split}/{pair.split}" for pair in pairs)),
     )
     write_atomic(folder / "dataset.json", dataset.model_dump_json(indent=2) + "\n")
     return dataset

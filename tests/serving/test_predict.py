@@ -56,7 +56,7 @@ def test_other_pixels_are_refused(tmp_path: Path, image: Image.Image):
 
 
 class FakeStudent:
-    shape, classes, path = (8, 8, 1), ["=cmd|' /C calc'!A0", "two"], Path("student.onnx")
+    shape, classes, path, resize = (8, 8, 1), ["=cmd|' /C calc'!A0", "two"], Path("student.onnx"), None
 
     def __init__(self, _: Path) -> None:
         pass
@@ -76,7 +76,7 @@ def test_every_image_has_a_row_and_every_other_file_is_named(tmp_path: Path, mon
     table = pd.read_csv(io.StringIO(printed.out))
     assert table["file"].tolist() == ["'=1+1.png", "a.jpg", "b.PNG", r"\udcff.png"]
     assert set(table["class"]) == {"'=cmd|' /C calc'!A0"}
-    assert [line.endswith("notes.txt: no PNG or JPEG") for line in printed.err.splitlines()] == [True]
+    assert [line.endswith("notes.txt: no PNG, JPEG or TIFF") for line in printed.err.splitlines()] == [True]
 
 
 def test_probabilities_that_are_no_numbers_are_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
