@@ -1,8 +1,8 @@
 """The exported student, opened: ONNX Runtime and NumPy are enough.
 
 Input `images`, uint8 of shape (N, H, W, C); output `probabilities`, float32 of shape (N, K). The class names, in the order of
-the output's columns, are JSON in the file's metadata under `classes`; the rule by which images get their size, if it is known, is there
-under `resize` (pipeline/data/images.py).
+the output's columns, are JSON in the file's metadata under `classes`. Under `resize`, if it is known, is the rule by which images
+get their size (pipeline/data/images.py).
 """
 
 import json

@@ -109,7 +109,7 @@ def _read_headers(files: list[ImageFile], window: Window | None) -> tuple[list[I
 def _write_pixels(
     files: list[ImageFile], pixels: BinaryIO, window: Window | None, shape: tuple[int, int, int], rule: Resize
 ) -> tuple[list[ImageFile], list[str]]:
-    """Write each image, resized to `shape` (H, W, C), to `pixels`. Returns the files that are in it, what is wrong with others."""
+    """Write every image to `pixels`, resized to `shape` (H, W, C). Returns the files written; what is wrong with the others."""
     readable, broken = [], []
     for file in tqdm(files, "images", disable=None):
         try:
@@ -135,7 +135,7 @@ def _several(names: Sequence[str], kind: str) -> str:
 
 
 def _arrays(source: Path, files: list[ImageFile], images: np.ndarray, resize: Resize) -> dict[str, np.ndarray]:
-    """The file's arrays; `images`, uint8 (N, H, W, C), are those of `files`, in order of PARTS. Raises UserError as `as_source`."""
+    """The file's arrays. `images`, uint8 (N, H, W, C), and `files` lie in order of PARTS. Raises UserError as `as_source`."""
     classes = sorted({file.label for file in files if file.label}, key=_number_first)
     numbers = {label: number for number, label in enumerate(classes)}
     arrays = {"class_names": np.array(classes, np.str_), "resize": np.array(resize)}
