@@ -30,8 +30,8 @@ def main(track: str) -> None:
     with atomic_folder(Path("models/exported") / track) as folder:
         float32, int8 = folder / "student.onnx", folder / "student_int8.onnx"
         write_atomic(folder / "student.safetensors", best.read_bytes())
-        export_onnx(load_checkpoint(best, cpu)[0], dataset.image_shape, dataset.classes, float32)
-        quantize(float32, train.images[:1000].numpy(), dataset.classes, int8)
+        export_onnx(load_checkpoint(best, cpu)[0], dataset.image_shape, dataset.classes, float32, dataset.resize)
+        quantize(float32, train.images[:1000].numpy(), dataset.classes, int8, dataset.resize)
         both = [Student(path, threads) for path in (float32, int8)]
         named = [[student.probabilities(part.images.numpy()).argmax(1) for part in (train, val)] for student in both]
         agreement = float(np.mean(np.concatenate(named[0]) == np.concatenate(named[1])))

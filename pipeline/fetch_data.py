@@ -3,6 +3,7 @@
 A network that cannot take such images is refused here, before anything is trained.
 """
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def main(track: str) -> None:
     images = " / ".join(f"{number:,}" for number in dataset.images.values())
     shape = "x".join(map(str, dataset.image_shape))
     print(f"{track}: {dataset.name}, {images} {' / '.join(dataset.images)} images of {shape}")
+    if shared := ", ".join(f"{number:,} {splits}" for splits, number in dataset.shared_images.items()):
+        print(f"warning: {dataset.name} has equal images in two splits ({shared}): results on them may flatter", file=sys.stderr)
 
 
 def write(source: Source, validation: float, pretrained: Mapping[str, str | None], folder: Path) -> Dataset:

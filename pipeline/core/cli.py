@@ -13,15 +13,18 @@ from pipeline.core.errors import UserError, file_problem, one_line
 from pipeline.core.provenance import code_digest
 
 
-def run(main: Callable[..., None], **choices: Sequence[str] | None) -> None:
+def run(main: Callable[..., None], options: ArgumentParser | None = None, **choices: Sequence[str] | None) -> None:
     """Run `main` as a process, with one command-line argument for each name in `choices`: one of its values or, for None, any.
 
-    An argument may be left out if `main` has a default for it.
+    An argument may be left out if `main` has a default for it. A command with other arguments than these gives them as a parser,
+    `options`; `main` gets each by its name.
+
     A `UserError`, or what `file_problem` knows, becomes one line on stderr and exit status 1, Ctrl-C status 130. Anything else
     is a defect of ours and keeps its traceback. Under DVC, which would record changed code as the code that ran, changed code is
     an error.
     """
-    parser = ArgumentParser(description=sys.modules["__main__"].__doc__, formatter_class=RawDescriptionHelpFormatter)
+    description = {"description": sys.modules["__main__"].__doc__, "formatter_class": RawDescriptionHelpFormatter}
+    parser = ArgumentParser(**description, parents=[options] if options else [])
     for name, values in choices.items():
         default = inspect.signature(main).parameters[name].default
         optional = {} if default is inspect.Parameter.empty else {"nargs": "?", "default": default}

@@ -1,14 +1,17 @@
 """What a prepared set holds. Needs no PyTorch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from pipeline.core.errors import user_error
 
 SPLITS = ("train", "val", "test")
+UNKNOWN = -1  # the label of an image that has none, or whose label may not be used
+Resize = Literal["pad", "crop", "stretch"]  # rules of pipeline/data/images.py
 Side = Annotated[int, Field(ge=1, le=65_536)]
+_ABSENT = Field(exclude_if=lambda value: not value)
 
 
 class Dataset(BaseModel):
@@ -21,9 +24,12 @@ class Dataset(BaseModel):
     image_shape: tuple[Side, Side, Side]  # height, width, channels
     mean: FiniteFloat  # input scaling: (pixel / 255 - mean) / std
     std: Annotated[FiniteFloat, Field(gt=0)]
-    images: dict[str, int]  # per split
+    images: dict[str, int]  # per split; `unlabelled` ones, if there are any, lie behind the training images
     validation: str  # where the validation split comes from
     fingerprint: str  # SHA-256 over every split's images and labels
+    # Left out where there is nothing to say: most sets are described, and their trainings named, without these.
+    resize: Annotated[Resize | None, _ABSENT] = None  # how the images got their size, if it is known
+    shared_images: Annotated[dict[str, int], _ABSENT] = {}  # "train/test": test images that are training images too, if any
 
 
 def load_dataset(folder: Path) -> Dataset:

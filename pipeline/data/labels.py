@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.dataset import UNKNOWN
 from pipeline.data.prepared import Split
-
-UNKNOWN = -1  # the label of an image whose label may not be used
 
 
 def known_labels(labels: Tensor, share: float, seed: int) -> Tensor:

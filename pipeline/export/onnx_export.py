@@ -19,8 +19,10 @@ from pipeline.export.onnx_model import batches, check_operators
 from pipeline.networks.architectures import Classifier
 
 
-def export_onnx(classifier: Classifier, image_shape: tuple[int, int, int], classes: list[str], path: Path) -> None:
-    """Write a float32 model for images of `image_shape` (H, W, C). Equal weights, equal bytes."""
+def export_onnx(
+    classifier: Classifier, image_shape: tuple[int, int, int], classes: list[str], path: Path, resize: str | None = None
+) -> None:
+    """Write a float32 model for images of `image_shape` (H, W, C), resized by the rule `resize`. Equal weights, equal bytes."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # advice to the exporter's authors
     with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
@@ -32,10 +34,10 @@ def export_onnx(classifier: Classifier, image_shape: tuple[int, int, int], class
             opset_version=18,
             verbose=False,
         )
-    _save(program.model_proto, classes, path)
+    _save(program.model_proto, classes, path, resize)
 
 
-def quantize(source: Path, calibration: np.ndarray, classes: list[str], path: Path) -> None:
+def quantize(source: Path, calibration: np.ndarray, classes: list[str], path: Path, resize: str | None = None) -> None:
     """Write an int8 version of the model in `source`, its ranges taken from the `calibration` images (N, H, W, C).
 
     Raises UserError where ONNX Runtime, which does not notice a full disk, cannot read back what it wrote.
@@ -56,7 +58,7 @@ def quantize(source: Path, calibration: np.ndarray, classes: list[str], path: Pa
                 op_types_to_quantize=["Conv", "MaxPool", "Relu", "Gemm", "MatMul"],
             )
             model = onnx.load(raw)
-    _save(model, classes, path)
+    _save(model, classes, path, resize)
 
 
 class _Calibration(CalibrationDataReader):
@@ -67,13 +69,13 @@ class _Calibration(CalibrationDataReader):
         return next(self.inputs, None)
 
 
-def _save(model: onnx.ModelProto, classes: list[str], path: Path) -> None:
+def _save(model: onnx.ModelProto, classes: list[str], path: Path, resize: str | None) -> None:
     """Write `model` without what the exporter notes about itself: source lines and paths of this machine."""
     graph = model.graph
     for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
         part.doc_string = ""
         del part.metadata_props[:]
-    onnx.helper.set_model_props(model, {"classes": json.dumps(classes)})
+    onnx.helper.set_model_props(model, {"classes": json.dumps(classes)} | ({"resize": resize} if resize else {}))
     onnx.checker.check_model(model)
     check_operators(model)
     write_atomic(path, model.SerializeToString(deterministic=True))

@@ -1,19 +1,21 @@
 """The exported student, opened: ONNX Runtime and NumPy are enough.
 
 Input `images`, uint8 of shape (N, H, W, C); output `probabilities`, float32 of shape (N, K). The class names, in the order of
-the output's columns, are JSON in the file's metadata under `classes`.
+the output's columns, are JSON in the file's metadata under `classes`. Under `resize`, if it is known, is the rule by which images
+get their size (pipeline/data/images.py).
 """
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 from onnxruntime import InferenceSession, SessionOptions
 
 from pipeline.core.errors import UserError, one_line, user_error
+from pipeline.data.dataset import Resize
 
 if TYPE_CHECKING:
     import onnx
@@ -26,7 +28,7 @@ OPERATORS |= {"Relu", "Reshape", "Softmax", "Squeeze", "Sub", "Transpose", "Unsq
 
 
 class Student:
-    """An ONNX file as stage export_student writes it: its `classes`, and the `shape` (H, W, C) of its images."""
+    """An ONNX file as stage export_student writes it: its `classes`, the `shape` (H, W, C) of its images, and their `resize`."""
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         """Open `path` to compute with `threads` threads; 0: one per core. Raises UserError for anything but such a file."""
@@ -37,7 +39,10 @@ class Student:
         # ONNX Runtime has a type of error for each status, and no common one.
         with user_error(wrong, Exception, then="dvc repro export_student"):
             self.session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            self.classes = json.loads(self.session.get_modelmeta().custom_metadata_map["classes"])
+            metadata = self.session.get_modelmeta().custom_metadata_map
+            self.classes, self.resize = json.loads(metadata["classes"]), metadata.get("resize")
+            if self.resize not in (None, *get_args(Resize)):
+                raise ValueError(f"its images are resized by {self.resize!r}; known: {', '.join(get_args(Resize))}")
             (images,), (output,) = self.session.get_inputs(), self.session.get_outputs()
             if (images.name, images.type, len(images.shape)) != ("images", "tensor(uint8)", 4):
                 raise ValueError(f"its input is {images.name}, {images.type} of shape {images.shape}")

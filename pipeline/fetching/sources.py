@@ -4,15 +4,17 @@ import difflib
 import gzip
 import hashlib
 import os
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from pipeline.core.errors import UserError, user_error
 from pipeline.core.files import from_main_checkout, main_checkout, write_atomic
-from pipeline.data.dataset import SPLITS
+from pipeline.data.dataset import SPLITS, Resize
 from pipeline.data.npy import read_npz
 from pipeline.fetching.download import Checksum, download
 
@@ -38,6 +40,8 @@ class Source:
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
     mean: float = 0.5  # input scaling: (pixel / 255 - mean) / std
     std: float = 0.5
+    unlabelled: np.ndarray | None = None  # images, uint8 (N, H, W, C), to learn from through a teacher
+    resize: Resize | None = None  # how the images got their size, if the file says so
 
 
 def own_file(dataset: str) -> Path | None:
@@ -56,9 +60,15 @@ def read_source(dataset: str, size: int = 28) -> Source:
     if size != 28 and (path or dataset in one_size):
         raise UserError(f"dataset {dataset!r} comes in one size: size = {size} is for MedMNIST's sets; leave it at 28")
     if path:
+        _refuse_folder(path)
         _require(path.is_file(), f"dataset {path}: there is no such file (a relative path counts from {main_checkout()})")
         return _read(path, path.name)
     return one_size[dataset]() if dataset in one_size else _medmnist(dataset, size)
+
+
+def _refuse_folder(path: Path) -> None:
+    command = f"python -m pipeline.fetching.import_images {shlex.quote(str(path))} images.npz"
+    _require(not path.is_dir(), f"dataset {path} is a folder: `{command}` makes a file of its images, to be named here instead")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -122,6 +132,7 @@ def _medmnist(flag: str, size: int) -> Source:
 
     usable = [name for name, info in INFO.items() if info["task"] in ONE_LABEL_TASKS and not name.endswith("3d")]
     if flag not in INFO:
+        _refuse_folder(from_main_checkout(flag))
         names = [*usable, "mnist", "mnist5k"]
         hint = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(flag, names, n=1))
         raise UserError(f"unknown dataset {flag!r}{hint or '.'} Known: {', '.join(names)}, or the path of an .npz file")
@@ -135,8 +146,16 @@ def _medmnist(flag: str, size: int) -> Source:
 
 
 def _read(path: Path, name: str, classes: list[str] | None = None) -> Source:
-    """Read and check a file with MedMNIST's keys. Class names come from the caller, the file's `class_names`, or the labels."""
-    arrays = read_npz(path, [*(f"{split}_{part}" for split in SPLITS for part in ("images", "labels")), "class_names"])
+    parts = [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")]
+    return as_source(path, name, read_npz(path, [*parts, "unlabelled_images", "class_names", "resize"]), classes)
+
+
+def as_source(path: Path, name: str, arrays: Mapping[str, np.ndarray], classes: list[str] | None = None) -> Source:
+    """Check arrays with MedMNIST's keys, of the file at `path`.
+
+    Class names come from the caller, the array `class_names`, or the labels. Raises UserError for anything that the pipeline
+    cannot use.
+    """
     splits = {}
     for split in SPLITS:
         keys = f"{split}_images", f"{split}_labels"
@@ -147,6 +166,9 @@ def _read(path: Path, name: str, classes: list[str] | None = None) -> Source:
             raise UserError(f"{path}: {missing[0]} is missing; {split}_images and {split}_labels go together")
         splits[split] = _check_split(f"{path}: {split}", *(arrays[key] for key in keys))
     shapes = {split: images.shape[1:] for split, (images, _) in splits.items()}
+    if (unlabelled := arrays.get("unlabelled_images")) is not None:
+        unlabelled, _ = _check_split(f"{path}: unlabelled", unlabelled, np.zeros(len(unlabelled), np.int64))
+        shapes["unlabelled"] = unlabelled.shape[1:]
     _require(len(set(shapes.values())) == 1, f"{path}: the splits' images differ in shape (H, W, C): {shapes}")
     train_labels, test_labels = splits["train"][1], splits["test"][1]
     if classes is None:
@@ -166,7 +188,9 @@ def _read(path: Path, name: str, classes: list[str] | None = None) -> Source:
     if absent := set(range(len(classes))) - set(train_labels.tolist()):
         raise UserError(f"{path}: train_labels has no image of class {min(absent)}, yet there are {len(classes)} classes")
     _require(len(set(test_labels.tolist())) > 1, f"{path}: test_labels are all of one class: there is nothing to measure")
-    return Source(name, classes, splits)
+    resize = str(arrays["resize"]) if "resize" in arrays else None
+    _require(resize in (None, *get_args(Resize)), f"{path}: resize: one of {', '.join(get_args(Resize))} is wanted")
+    return Source(name, classes, splits, unlabelled=unlabelled, resize=resize)
 
 
 def _check_split(where: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,25 +1,26 @@
 """Classify a folder of images with an exported student: `python -m pipeline.serving.predict FOLDER [TRACK] > scores.csv`.
 
-Every PNG and JPEG in the folder becomes a row: file, class, and the probability of each class; other files are named and left
-out. Images must have the size that the student was trained on: others are refused, since how to scale them is not the student's
-to decide. They are 8-bit grey, RGB or palette images without transparency; a camera's orientation (EXIF) is followed, colours
-become grey by ITU-R 601's luma for a student of grey images, and grey is repeated in each channel for one of colours.
+Every PNG, JPEG and TIFF in the folder becomes a row: file, class, and the probability of each class; other files are named and
+left out. Images of another size than the student's are resized as its training images were, by the rule in its file; where it has
+none, they are refused. They are 8-bit grey, RGB or palette images without transparency; a camera's orientation (EXIF) is
+followed, colours become grey by ITU-R 601's luma for a student of grey images, and grey is repeated in each channel for one of
+colours.
 """
 
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError, one_line, user_error
+from pipeline.data.dataset import Resize
+from pipeline.data.images import FORMATS, fit_image, open_image
 from pipeline.export.onnx_model import open_foreign
 from pipeline.params import TRACKS
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
 FORMULA = tuple("=+-@\t\r")  # what a spreadsheet takes for the beginning of a formula
 
 
@@ -28,13 +29,13 @@ def main(folder: str, track: str = "distillation") -> None:
     student = open_foreign(Path("models/exported") / track / "student.onnx")
     with user_error(f"{folder}: cannot be listed", OSError):
         files = sorted(Path(folder).iterdir())
-    paths = [path for path in files if path.suffix.lower() in SUFFIXES]
+    paths = [path for path in files if path.suffix.lower() in FORMATS]
     for path in files:
         if path not in paths:
-            print(f"left out: {one_line(path)}: no PNG or JPEG", file=sys.stderr)
+            print(f"left out: {one_line(path)}: no PNG, JPEG or TIFF", file=sys.stderr)
     if not paths:
-        raise UserError(f"{folder}: no PNG or JPEG files there")
-    rows = student.probabilities(np.stack([read_image(path, student.shape) for path in paths]))
+        raise UserError(f"{folder}: no PNG, JPEG or TIFF files there")
+    rows = student.probabilities(np.stack([read_image(path, student.shape, student.resize) for path in paths]))
     if not np.isfinite(rows).all():
         raise UserError(f"{student.path}: its probabilities are no numbers: dvc repro export_student")
     names = [as_text(path.name) for path in paths]
@@ -49,22 +50,20 @@ def as_text(name: str) -> str:
     return f"'{text}" if text.startswith(FORMULA) else text
 
 
-def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """One image, uint8 of `shape` (H, W, C). Raises UserError for a file that is no image of that size, or of another kind."""
+def read_image(path: Path, shape: tuple[int, int, int], resize: Resize | None = None) -> np.ndarray:
+    """One image, uint8 of `shape` (H, W, C), resized by the rule `resize`.
+
+    Raises UserError as `open_image` and, without a rule, for an image of another size.
+    """
     height, width, channels = shape
-    with user_error(f"{path}: cannot be read as an image", Exception):  # Pillow raises a dozen types on malformed bytes
-        if not path.is_file():  # a folder, or a pipe that nothing comes out of
-            raise ValueError("not a file")
-        # Pillow refuses images of over 179 million pixels by itself, and warns of half as many.
-        refused = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
-        with refused, Image.open(path, formats=["PNG", "JPEG"]) as image:
-            if sorted(image.size) != sorted((width, height)):  # known before the pixels are unpacked
-                raise ValueError(f"{image.size[0]}x{image.size[1]} pixels; the student takes {width}x{height}")
-            if image.mode not in ("L", "RGB", "P") or "transparency" in image.info:
-                kind = f"{image.mode}{' with transparency' if 'transparency' in image.info else ''}"
-                raise ValueError(f"its pixels are {kind}; 8-bit grey, RGB or palette ones without transparency are wanted")
-            image = ImageOps.exif_transpose(image)
-            return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(shape)
+    with open_image(path) as image:
+        wrong_size = ValueError(f"{image.size[0]}x{image.size[1]} pixels; the student takes {width}x{height}")
+        if not resize and sorted(image.size) != sorted((width, height)):  # known before the pixels are unpacked
+            raise wrong_size
+        image = ImageOps.exif_transpose(image)
+        if not resize and image.size != (width, height):  # lies on its side
+            raise wrong_size
+        return fit_image(image, (height, width), resize or "stretch", channels)
 
 
 if __name__ == "__main__":

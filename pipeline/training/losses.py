@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.labels import UNKNOWN
+from pipeline.data.dataset import UNKNOWN
 
 Loss = Callable[..., Mapping[str, Tensor]]
 

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline import export_student
 from pipeline.data.prepared import TrainingData
+from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import new_classifier, save_checkpoint
 from tests.checkout import ROOT
 from tests.networks.conftest import ARGUMENTS, describe
@@ -17,6 +18,7 @@ def test_int8_stays_if_it_names_the_same_classes_often_enough(
 ):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
+    data = data._replace(dataset=data.dataset.model_copy(update={"resize": "pad"}))
     monkeypatch.setattr(export_student, "load_training_data", lambda *_: data)
     monkeypatch.setattr(export_student, "AGREEMENT", wanted)
     classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 0)
@@ -25,4 +27,5 @@ def test_int8_stays_if_it_names_the_same_classes_often_enough(
     choice = json.loads(Path("models/exported/distillation/choice.json").read_text())
     assert 0.5 < choice["int8_agreement"] <= 1
     assert choice["int8_kept"] == Path("models/exported/distillation/student_int8.onnx").exists() == (wanted < 1)
+    assert Student(Path("models/exported/distillation/student.onnx")).resize == "pad"
     assert ("not kept" in capsys.readouterr().out) == (wanted > 1)

@@ -65,6 +65,19 @@ def test_equal_weights_give_equal_bytes_that_name_no_place(exported, data: Train
     assert json.loads(onnx.load(exported[0]).metadata_props[0].value) == data.dataset.classes
 
 
+def test_the_rule_of_resizing_is_in_the_file(exported, data: TrainingData, tmp_path: Path):
+    assert Student(exported[0]).resize is None
+    classifier = new_classifier("compact_cnn", {"width": 24, "hidden": 64}, data.dataset, 0)
+    export_onnx(classifier, data.dataset.image_shape, data.dataset.classes, tmp_path / "a.onnx", "crop")
+    quantize(tmp_path / "a.onnx", data.train.images.numpy(), data.dataset.classes, tmp_path / "b.onnx", "crop")
+    assert Student(tmp_path / "a.onnx").resize == Student(tmp_path / "b.onnx").resize == "crop"
+    model = onnx.load(tmp_path / "a.onnx")
+    onnx.helper.set_model_props(model, {"classes": json.dumps(data.dataset.classes), "resize": "squeeze"})
+    (tmp_path / "c.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=r"c\.onnx.*resized by 'squeeze'; known: pad, crop, stretch"):
+        Student(tmp_path / "c.onnx")
+
+
 ALONE = """
 import sys
 class Refuse:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,24 @@ def test_a_class_with_one_image_leaves_no_stratified_split(tmp_path: Path):
     source = read_source(str(write_npz(tmp_path / "rare.npz", val_images=None, val_labels=None, **labels)))
     with pytest.raises(UserError, match=r"rare\.npz: no validation split"):
         prepare(source, 0.1, tmp_path / "out")
+
+
+def test_what_most_sets_do_not_have_is_not_in_their_description(npz: Path, tmp_path: Path):
+    prepare(read_source(str(npz)), 0.1, tmp_path / "out")
+    keys = json.loads((tmp_path / "out" / "dataset.json").read_text()).keys()
+    assert list(keys) == ["name", "classes", "image_shape", "mean", "std", "images", "validation", "fingerprint"]
+
+
+def test_the_rule_of_resizing_and_equal_images_in_two_splits_are_in_the_description(npz: Path, tmp_path: Path):
+    arrays = dict(np.load(npz))
+    arrays["test_images"][:3] = arrays["train_images"][0]
+    arrays["test_images"][3] = arrays["val_images"][5]
+    arrays["val_images"][7] = arrays["train_images"][9]
+    path = write_npz(tmp_path / "other.npz", **arrays, resize=np.array("crop"))
+    dataset = prepare(read_source(str(path)), 0.1, tmp_path / "out")
+    assert dataset.shared_images == {"train/val": 1, "train/test": 3, "val/test": 1}
+    assert load_dataset(tmp_path / "out") == dataset
+    assert dataset.resize == "crop"
 
 
 @pytest.mark.parametrize("file", ["dataset.json", "train/images.npy", "val/labels.npy"])

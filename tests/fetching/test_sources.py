@@ -93,6 +93,8 @@ def test_an_own_file_is_read_with_or_without_its_optional_parts_by_a_path_from_t
         ({"class_names": np.array([*"012345678", "a\ud800"])}, "printable"),
         ({"class_names": np.array([*"012345678", "a\u202eb"])}, "printable"),
         ({"train_images": IMAGES[:0], "train_labels": LABELS[:0]}, "train_images are empty"),
+        ({"resize": np.array("squeeze")}, "resize: one of pad, crop, stretch is wanted"),
+        ({"resize": np.arange(3)}, "resize: one of"),
         ({"train_labels": np.array([object()] * 400)}, "truncated, or not an .npz file of plain arrays"),
     ],
 )
@@ -138,6 +140,15 @@ def test_a_public_file_is_refused_by_its_checksum_and_asked_for_where_there_is_n
     monkeypatch.setenv("DATA_MIRROR", "mirror")
     with pytest.raises(UserError, match=f"{Path(path).name}.*md5"):
         read_source(dataset)
+
+
+def test_a_folder_is_refused_with_the_command_that_makes_a_file_of_it(no_mirror: Path):
+    (no_mirror / "my images").mkdir()
+    for name in ("my images", str(no_mirror / "my images"), "./my images/"):
+        with pytest.raises(
+            UserError, match=r"is a folder: `python -m pipeline\.fetching\.import_images '.*/my images' images\.npz`"
+        ):
+            read_source(name)
 
 
 def test_a_size_names_medmnists_file_of_that_size(no_mirror: Path, monkeypatch: pytest.MonkeyPatch):

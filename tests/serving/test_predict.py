@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.core.errors import UserError
+from pipeline.data.images import fit_image
 from pipeline.serving import predict
 from pipeline.serving.predict import read_image
 
@@ -55,8 +56,23 @@ def test_other_pixels_are_refused(tmp_path: Path, image: Image.Image):
         read_image(tmp_path / "a.png", (8, 8, 1))
 
 
+@pytest.mark.parametrize("rule", ["pad", "crop", "stretch"])
+def test_another_size_is_refused_or_resized_by_the_students_rule(tmp_path: Path, rule: str):
+    Image.fromarray(np.tile(GREY, (3, 2))).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif.*16x24 pixels; the student takes 8x8"):
+        read_image(tmp_path / "a.tif", (8, 8, 1))
+    expected = fit_image(Image.fromarray(np.tile(GREY, (3, 2))), (8, 8), rule, 1)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif", (8, 8, 1), rule), expected)
+
+
+def test_an_image_on_its_side_is_refused(tmp_path: Path):
+    Image.fromarray(GREY[:, :5]).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="5x8 pixels; the student takes 8x5"):
+        read_image(tmp_path / "a.png", (5, 8, 1))
+
+
 class FakeStudent:
-    shape, classes, path = (8, 8, 1), ["=cmd|' /C calc'!A0", "two"], Path("student.onnx")
+    shape, classes, path, resize = (8, 8, 1), ["=cmd|' /C calc'!A0", "two"], Path("student.onnx"), None
 
     def __init__(self, _: Path) -> None:
         pass
@@ -76,7 +92,7 @@ def test_every_image_has_a_row_and_every_other_file_is_named(tmp_path: Path, mon
     table = pd.read_csv(io.StringIO(printed.out))
     assert table["file"].tolist() == ["'=1+1.png", "a.jpg", "b.PNG", r"\udcff.png"]
     assert set(table["class"]) == {"'=cmd|' /C calc'!A0"}
-    assert [line.endswith("notes.txt: no PNG or JPEG") for line in printed.err.splitlines()] == [True]
+    assert [line.endswith("notes.txt: no PNG, JPEG or TIFF") for line in printed.err.splitlines()] == [True]
 
 
 def test_probabilities_that_are_no_numbers_are_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,481 @@
+"""Every format, layout and refusal, with files that the tests write."""
+
+import contextlib
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.core.errors import UserError
+from pipeline.data.images import fit_image
+from pipeline.fetching.import_images import main
+from pipeline.fetching.preparation import prepare
+from pipeline.fetching.sources import read_source
+from tests.checkout import Checkout
+from tests.conftest import ROOT
+
+RANDOM = np.random.default_rng(0)
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return RANDOM.integers(0, 256, shape or (16, 12), np.uint8)
+
+
+def write_image(path: Path, pixels: np.ndarray | None = None, **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise() if pixels is None else pixels).save(path, **options)
+
+
+def write_classes(folder: Path, count: int = 10, classes: str = "ab", suffix: str = ".png") -> Path:
+    """`count` grey images of each class, in a folder of its name."""
+    for label in classes:
+        for number in range(count):
+            write_image(folder / label / f"{label}{number:02}{suffix}")
+    return folder
+
+
+def write_table(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def make(source: Path, **options: object) -> dict[str, np.ndarray]:
+    """Import `source`; the arrays of the file."""
+    out = source.parent / "out.npz"
+    main(source, out, **({"force": True, "size": 16} | options))
+    return dict(np.load(out))
+
+
+@contextlib.contextmanager
+def refused(message: str, source: Path):
+    with pytest.raises(UserError, match=message):
+        yield
+    assert not (source.parent / "out.npz").exists()
+    assert not (source.parent / "out.md").exists()
+
+
+def test_300_pngs_and_a_table_of_patients_become_a_prepared_set_in_which_no_patient_is_on_two_sides(tmp_path: Path):
+    rows = []
+    for number in range(300):
+        rows.append({"path": f"{number:03}.png", "label": f"{'xyz'[number % 3]}", "patient": f"p{number // 3 % 40}"})
+        write_image(tmp_path / "images" / rows[-1]["path"])
+    table = write_table(tmp_path / "labels.csv", rows)
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.fetching.import_images",
+        "images",
+        "out.npz",
+        "--table",
+        str(table),
+        "--size",
+        "28",
+    ]
+    checkout = Checkout(tmp_path)
+    checkout.environment["PYTHONPATH"] = str(ROOT)
+    printed = checkout.run(*command).stdout
+    assert printed.startswith(summary := (tmp_path / "out.md").read_text())
+    arrays = np.load(tmp_path / "out.npz")
+    groups = {split: set(arrays[f"{split}_groups"].tolist()) for split in ("train", "val", "test")}
+    assert sum(map(len, groups.values())) == len(set.union(*groups.values())) == 40, "no patient is on two sides"
+    source = read_source(str(tmp_path / "out.npz"))
+    dataset = prepare(source, 0.1, tmp_path / "prepared")
+    assert (dataset.classes, dataset.image_shape, dataset.resize) == (["x", "y", "z"], (28, 28, 1), "pad")
+    assert sum(dataset.images.values()) == 300
+    assert dataset.images == pytest.approx({"train": 210, "val": 30, "test": 60}, abs=12)
+    for split, (_, labels) in source.splits.items():
+        assert np.bincount(labels) / len(labels) == pytest.approx([1 / 3] * 3, abs=0.05), split
+    assert f"{len(groups['test'])} in test" in summary
+    assert "| all     |     " in summary
+    assert checkout.run(*command, expect=1).stderr == "error: out.npz is there already: --force replaces it\n"
+
+
+def write_splits(folder: Path, splits: tuple[str, ...] = ("train", "val", "test"), count: int = 20) -> Path:
+    for split in splits:
+        write_classes(folder / split, count)
+    return folder
+
+
+COLOUR = np.dstack([RAMP, RAMP.T, RAMP[::-1]])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "image"),
+    [
+        ("x.png", {}, RAMP),
+        ("x.PNG", {}, COLOUR),
+        ("x.tif", {}, RAMP),
+        ("x.tiff", {"compression": "tiff_deflate"}, COLOUR),
+        ("x.jpg", {"quality": 100}, RAMP),
+        ("x.jpeg", {"quality": 100}, np.dstack([RAMP] * 3)),
+        ("x", {"format": "PNG"}, RAMP),
+    ],
+)
+def test_every_format_gives_its_pixels(tmp_path: Path, name: str, options: dict, image: np.ndarray):
+    source = write_splits(tmp_path / "images", count=2)
+    write_image(source / "train" / "c" / name, image, **options)
+    arrays = make(source)
+    assert arrays["train_images"].shape == (5, 16, 16, image[0, 0].size)
+    differences = arrays["train_images"][4].astype(int) - image.reshape(16, 16, -1)
+    assert np.abs(differences).max() <= (2 if "j" in name else 0), "of JPEG, rounding"
+    assert arrays["train_labels"].tolist() == [0, 0, 1, 1, 2]
+    assert arrays["class_names"].tolist() == ["a", "b", "c"]
+    assert not {key for key in arrays if key.endswith("groups")}
+
+
+def test_a_palette_is_colour_unless_grey_is_wanted(tmp_path: Path):
+    source = write_splits(tmp_path / "images", count=2)
+    write_image(source / "train" / "c" / "x.png")
+    Image.fromarray(RAMP).convert("P").save(source / "train" / "c" / "x.png")
+    assert np.array_equal(make(source)["train_images"][4], np.dstack([RAMP] * 3))
+    assert np.array_equal(make(source, channels=1)["train_images"][4], RAMP[..., None])
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels"), [("x.png", np.uint16(16)), ("x.tif", np.uint16(16)), ("x.tif", np.float32(16.5)), ("x.tif", np.int32(16))]
+)
+def test_more_than_8_bits_want_a_window(tmp_path: Path, name: str, pixels: np.generic):
+    source = write_splits(tmp_path / "images", count=2)
+    deep = RAMP.astype(pixels.dtype) * pixels
+    write_image(source / "train" / "c" / name, deep)
+    with refused(rf"1 files \(.*{name}.*--window LOW HIGH", source):
+        make(source)
+    arrays = make(source, window=(1000, 2000))
+    assert np.array_equal(arrays["train_images"][4, ..., 0], np.rint(np.clip((deep - 1000.0) / 1000, 0, 1) * 255))
+    assert "window 1000 to 2000" in (tmp_path / "out.md").read_text()
+
+
+def test_a_16_bit_tiff_in_which_white_is_zero_is_inverted(tmp_path: Path):
+    source = write_splits(tmp_path / "images", count=2)
+    write_image(source / "train" / "c" / "x.tif", RAMP.astype(np.uint16), tiffinfo={262: 0})
+    with Image.open(source / "train" / "c" / "x.tif") as image:
+        assert (image.mode, image.tag_v2[262], np.asarray(image).tolist()) == ("I;16", 0, RAMP.tolist()), "not inverted by Pillow"
+    assert np.array_equal(make(source, window=(0, 255))["train_images"][4, ..., 0], 255 - RAMP)
+
+
+def test_pixels_that_are_no_numbers_are_refused(tmp_path: Path):
+    source = write_splits(tmp_path / "images", count=2)
+    write_image(source / "train" / "c" / "x.tif", np.full((16, 16), np.nan, np.float32))
+    with refused(r"x\.tif: cannot be read as an image: pixels that are no numbers", source):
+        make(source, window=(0, 1))
+
+
+@pytest.fixture
+def dicom():
+    """Writes a DICOM file of one image."""
+    pydicom = pytest.importorskip("pydicom", reason="needs pydicom (requirements-dicom.txt)")
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+    def write(path: Path, pixels: np.ndarray, kind: str = "MONOCHROME2", bits: int | None = None, **tags: object) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dataset = pydicom.Dataset()
+        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.SOPClassUID, dataset.SOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
+        dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+        if pixels.ndim == 3:
+            dataset.PlanarConfiguration = 0
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = pixels[0, 0].size, kind
+        dataset.Rows, dataset.Columns = pixels.shape[:2]
+        dataset.BitsAllocated = 8 * pixels.itemsize
+        dataset.BitsStored = bits or dataset.BitsAllocated
+        dataset.HighBit, dataset.PixelRepresentation = dataset.BitsStored - 1, int(pixels.dtype.kind == "i")
+        dataset.PixelData = pixels.tobytes()
+        for tag, value in tags.items():
+            setattr(dataset, tag, value)
+        dataset.save_as(path, enforce_file_format=True)
+
+    return write
+
+
+CT = (np.arange(256).reshape(16, 16) * 16 - 1000).astype(np.int16)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "kind", "options", "window", "expected"),
+    [
+        (RAMP, "MONOCHROME2", {}, None, RAMP),
+        (RAMP, "MONOCHROME1", {}, None, 255 - RAMP),
+        (COLOUR, "RGB", {}, None, COLOUR),
+        (RAMP.astype(np.uint16) * 16, "MONOCHROME2", {"bits": 12}, None, np.rint(RAMP * 16.0 / 4095 * 255)),
+        # DICOM PS3.3 C.11.2.1.2.1: ((x - (c - 0.5)) / (w - 1) + 0.5) of the range, x after the rescale
+        (
+            CT,
+            "MONOCHROME2",
+            {"RescaleSlope": 2, "RescaleIntercept": 24, "WindowCenter": [40, 5], "WindowWidth": [400, 9]},
+            None,
+            np.rint(np.clip((CT * 2.0 + 24 - 39.5) / 399 + 0.5, 0, 1) * 255),
+        ),
+        (
+            CT,
+            "MONOCHROME1",
+            {"WindowCenter": 40, "WindowWidth": 400, "VOILUTFunction": "SIGMOID"},
+            None,
+            255 - np.rint(255 / (1 + np.exp(np.clip(-4 * (CT - 40.0) / 400, -500, 500)))),
+        ),
+        (
+            CT,
+            "MONOCHROME2",
+            {"RescaleSlope": 1, "RescaleIntercept": -24, "WindowCenter": 40, "WindowWidth": 400},
+            (-100, 300),
+            np.rint(np.clip((CT - 24.0 + 100) / 400, 0, 1) * 255),
+        ),
+    ],
+)
+def test_dicom_is_windowed(tmp_path: Path, dicom, pixels, kind, options, window, expected):
+    source = write_splits(tmp_path / "images", count=2)
+    dicom(source / "train" / "c" / "IM0001", pixels, kind, **options)
+    image = make(source, window=window)["train_images"][4]
+    assert np.abs(image.astype(int) - expected.reshape(16, 16, -1)).max() <= 1
+
+
+def test_dicoms_patients_are_in_one_split_alone(tmp_path: Path, dicom):
+    for label in "ab":
+        for number in range(40):
+            dicom(tmp_path / "images" / label / f"{number}.dcm", noise(), PatientID=f"{label}{number // 2}")
+    arrays = make(tmp_path / "images")
+    groups = [set(arrays[f"{split}_groups"].tolist()) for split in ("train", "val", "test")]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 40
+    dicom(tmp_path / "images" / "a" / "x.dcm", noise())
+    with pytest.raises(UserError, match=r"a/x\.dcm names no patient, though other files do"):
+        make(tmp_path / "images")
+
+
+def test_dicom_that_is_no_single_picture_is_refused(tmp_path: Path, dicom):
+    source = write_classes(tmp_path / "images")
+    frames = {"NumberOfFrames": 2, "PixelData": RAMP.tobytes() * 2}
+    for kind, options, message in (("MONOCHROME2", frames, "2 frames"), ("PALETTE COLOR", {}, "PALETTE COLOR")):
+        dicom(source / "a" / "x.dcm", RAMP, kind, **options)
+        with refused(rf"x\.dcm: cannot be read as DICOM: .*{message}", source):
+            make(source)
+    (source / "a" / "x.dcm").write_bytes(b"no DICOM")
+    with refused(r"x\.dcm: cannot be read as DICOM", source):
+        make(source)
+    dicom(source / "a" / "x.dcm", RAMP)
+    path = source / "a" / "x.dcm"
+    path.write_bytes(path.read_bytes()[:-20])
+    with refused(r"x\.dcm: cannot be read as DICOM", source):
+        make(source)
+
+
+def test_dicom_without_pydicom_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = write_classes(tmp_path / "images")
+    (source / "a" / "x").write_bytes(bytes(128) + b"DICM")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with refused(r"DICOM files need pydicom.*pip install -r requirements-dicom\.txt", source):
+        make(source)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.fromarray(np.dstack([RAMP] * 4)), "RGBA"),
+        (Image.fromarray(np.dstack([RAMP] * 4), "CMYK"), "CMYK"),
+        (Image.fromarray(RAMP > 9), "its pixels are 1"),
+        (None, "2 pages"),
+        (b"not an image", "cannot identify"),
+        (b"truncated", "truncated"),
+    ],
+)
+def test_a_broken_file_is_named_and_left_out_only_if_asked(tmp_path: Path, image, message: str):
+    source = write_classes(tmp_path / "images")
+    path = source / "a" / "broken.tif"
+    if image == b"truncated":
+        path = source / "a" / "broken.png"
+        write_image(path)
+        path.write_bytes(path.read_bytes()[:-60])
+    elif image is None:
+        Image.fromarray(RAMP).save(path, save_all=True, append_images=[Image.fromarray(RAMP.T)])
+    elif isinstance(image, bytes):
+        path.write_bytes(image)
+    else:
+        image.save(path)
+    with refused(rf"1 files \(.*broken\.(tif|png): cannot be read as an image: .*{message}.*--leave-out-broken", source):
+        make(source)
+    arrays = make(source, leave_out_broken=True)
+    assert sum(len(arrays[f"{split}_images"]) for split in ("train", "val", "test")) == 20
+    summary = (tmp_path / "out.md").read_text()
+    assert "1 left out: cannot be taken" in summary
+    assert "broken." in summary
+
+
+def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = write_classes(tmp_path / "images")
+    write_image(source / "a" / "bomb.png", noise(40, 40))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with refused(r"bomb\.png.*decompression bomb", source):
+        make(source)
+
+
+def test_hidden_and_other_files_are_counted_and_unlabelled_images_have_no_label(tmp_path: Path):
+    source = write_classes(tmp_path / "images")
+    for name in (".DS_Store", "a/.DS_Store", "b/Thumbs.db", ".git/x", "README.txt"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).touch()
+    for number in range(3):
+        write_image(source / "unlabelled" / f"{number}.png")
+    arrays = make(source)
+    assert arrays["unlabelled_images"].shape == (3, 16, 16, 1)
+    assert "unlabelled_labels" not in arrays
+    assert read_source(str(tmp_path / "out.npz")).classes == ["a", "b"]
+    summary = (tmp_path / "out.md").read_text()
+    assert "4 left out: hidden" in summary
+    assert "1 left out: in no folder of a class" in summary
+    assert "| (none)  |" in summary
+
+
+def test_classes_that_are_numbers_come_in_their_order(tmp_path: Path):
+    for label in ("10", "9", "1", "b"):
+        for number in range(10):
+            write_image(tmp_path / "images" / label / f"{number}.png")
+    assert make(tmp_path / "images")["class_names"].tolist() == ["1", "9", "10", "b"]
+
+
+def test_a_pattern_finds_the_patients_in_names_or_paths(tmp_path: Path):
+    source = write_classes(tmp_path / "images", 30)
+    for pattern, message in (("ax", "finds no patient in a/a00.png"), ("(", "no regular expression"), (r"[ab]\d", "too few")):
+        with refused(message, source):
+            make(source, group=pattern)
+    for pattern in (r"[ab](\d+)", r"/[ab](\d+)\.png"):
+        arrays = make(source, group=pattern)
+        groups = [set(arrays[f"{split}_groups"].tolist()) for split in ("train", "val", "test")]
+        assert [len(group) for group in groups] == [21, 3, 6]
+
+
+def test_given_splits_stay_and_a_missing_validation_split_is_left_to_fetch_data(tmp_path: Path):
+    arrays = make(write_splits(tmp_path / "images", ("train", "test")))
+    assert {key for key in arrays if key.endswith("_images")} == {"train_images", "test_images"}
+    assert len(arrays["train_images"]) == len(arrays["test_images"]) == 40
+
+
+def test_given_splits_with_patients_get_a_validation_split_that_parts_none(tmp_path: Path):
+    source = write_splits(tmp_path / "images", ("train", "test"))
+    with refused("20 patients are in two splits, such as '00'.*test, train", source):
+        make(source, group=r"\d+")
+    arrays = make(source, group=r"^\w+/./.\d+")
+    groups = [set(arrays[f"{split}_groups"].tolist()) for split in ("train", "val", "test")]
+    assert [len(group) for group in groups] == [36, 4, 40]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train/a", "train/b", "val/a"), "there is no image in test"),
+        (("train/a", "train/b", "other/a"), "other/ stands beside train/"),
+        (("a",), "at least two classes"),
+        (("train/a", "train/b", "test/a", "test/c"), "no image of class 2"),
+        (("train/a", "train/b", "test/a"), "all of one class"),
+        (("a", "b\n"), "printable"),
+        ((".hidden/a",), "no images with a label"),
+    ],
+)
+def test_what_can_be_no_set_is_refused_before_pixels_are_read(tmp_path: Path, names: tuple, message: str, monkeypatch):
+    for name in names:
+        write_classes(tmp_path / "images" / Path(name).parent, 12, [Path(name).name])
+    monkeypatch.setattr("pipeline.fetching.import_images.read_image_file", None)
+    with refused(message, tmp_path / "images"):
+        make(tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"label": ""}, "label is empty in row 3"),
+        ({"patient": " "}, "patient is empty in row 3"),
+        ({"split": "valid"}, "split 'valid' in row 3: train, val, test"),
+        ({"path": "./0.png"}, "0.png stands twice, the second time in row 3"),
+        ({"path": "none.png"}, r"none\.png: cannot be read as an image: not a file"),
+    ],
+)
+def test_a_table_with_a_mistake_is_refused_by_its_row(tmp_path: Path, changed: dict[str, str], message: str):
+    rows = [{"path": f"{n}.png", "label": "ab"[n % 2], "patient": str(n), "split": "train"} for n in range(4)]
+    for row in rows:
+        write_image(tmp_path / "images" / row["path"])
+    rows[1] |= changed
+    with refused(message, tmp_path / "images"):
+        make(tmp_path / "images", table=write_table(tmp_path / "labels.csv", rows))
+
+
+def test_a_table_may_say_the_splits_and_leaves_out_what_it_does_not_name(tmp_path: Path):
+    splits = ["train"] * 20 + ["val"] * 4 + ["test"] * 6
+    rows = [{"path": f"x/{n}.png", "label": "ab"[n % 2], "split": split, "age": "7"} for n, split in enumerate(splits)]
+    for name in [*(row["path"] for row in rows), "x/other.png", "unlabelled/u.png"]:
+        write_image(tmp_path / "images" / name)
+    arrays = make(tmp_path / "images", table=write_table(tmp_path / "images" / "labels.csv", rows))
+    assert {key: len(array) for key, array in arrays.items() if key.endswith("_images")} == {
+        "train_images": 20,
+        "val_images": 4,
+        "test_images": 6,
+        "unlabelled_images": 1,
+    }
+    assert "1 left out: not in the table\n\n- x/other.png" in (tmp_path / "out.md").read_text()
+    (tmp_path / "bad.csv").write_text("file,class\n")
+    with pytest.raises(UserError, match=r"bad\.csv: no column 'label'; its columns are file, class"):
+        make(tmp_path / "images", table=tmp_path / "bad.csv")
+
+
+def test_unlabelled_images_of_patients_in_val_and_test_are_left_out(tmp_path: Path):
+    source = write_classes(tmp_path / "images", 20)
+    for number in range(20):
+        write_image(source / "unlabelled" / f"a{number:02}.png")
+    arrays = make(source, group=r"\w\d+")
+    assert len(arrays["unlabelled_images"]) == sum(name.startswith("a") for name in arrays["train_groups"].tolist())
+    assert "left out: unlabelled, of a patient in val or test" in (tmp_path / "out.md").read_text()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_equal_images_in_two_splits_are_listed_and_refused_unless_asked(tmp_path: Path, suffix: str):
+    source = write_splits(tmp_path / "images")
+    Image.open(source / "train" / "a" / "a03.png").save(source / "test" / "b" / f"copy{suffix}")
+    with refused(rf"1 images \(test: test/b/copy\{suffix} = train: train/a/a03\.png\) in two splits.*--allow-dup", source):
+        make(source)
+    make(source, allow_duplicates=True)
+    assert f"1 equal images in two splits\n\n- test: test/b/copy{suffix} = train: train" in (tmp_path / "out.md").read_text()
+
+
+def test_images_are_resized_by_the_rule_that_the_file_names(tmp_path: Path):
+    source = tmp_path / "images"
+    for label in "ab":
+        for number in range(10):
+            write_image(source / label / f"{number}.png", noise(30, 20, 3), exif=_turned())
+    for rule in ("pad", "crop", "stretch"):
+        arrays = make(source, resize=rule, channels=1)
+        assert str(arrays["resize"]) == read_source(str(tmp_path / "out.npz")).resize == rule
+        expected = [fit_image(Image.open(path), (16, 16), rule, 1) for path in (source / "a").iterdir()]
+        assert any(np.array_equal(arrays["test_images"][0], image) for image in expected)
+
+
+def _turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    return exif
+
+
+def test_equal_files_make_equal_sets(tmp_path: Path):
+    source = write_classes(tmp_path / "images")
+    first, second = make(source), make(source)
+    assert all(np.array_equal(array, second[key]) for key, array in first.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 4}, "--size 4: 8 to 4096"),
+        ({"window": (5, 5)}, "--window 5 5"),
+        ({"source": "none"}, "none: there is no such folder"),
+        ({"out": "out.npy"}, "a file name that ends in .npz"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(tmp_path: Path, options: dict, message: str):
+    arguments = {"source": write_classes(tmp_path / "images", 1), "out": "out.npz"} | options
+    arguments |= {key: tmp_path / arguments[key] for key in ("source", "out")}
+    with pytest.raises(UserError, match=message):
+        main(**arguments)
