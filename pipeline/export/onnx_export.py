@@ -24,7 +24,9 @@ def export_onnx(
 ) -> None:
     """Write a float32 model for images of `image_shape` (H, W, C), resized by the rule `resize`. Equal weights, equal bytes."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # advice to the exporter's authors
-    with warnings.catch_warnings(action="ignore"):
+    # Images lie channels last, for which PyTorch exports ResNet's average pool with Range, whose work depends on values.
+    ordinary = classifier.network.register_forward_pre_hook(lambda _, images: images[0].contiguous())
+    with ordinary, warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             nn.Sequential(classifier, nn.Softmax(dim=1)).eval(),
             (torch.zeros((2, *image_shape), dtype=torch.uint8),),

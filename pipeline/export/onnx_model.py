@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 MOST = 250  # images that are computed at a time
 TRIAL_SECONDS, TRIAL_BYTES = 20, 4 * 2**30  # of processor time and address space for opening a foreign file and one batch
 # What the exported networks consist of: nothing whose work depends on what an image shows. The last two are of int8 versions.
-OPERATORS = {"Add", "Cast", "Conv", "Div", "Flatten", "Gemm", "GlobalAveragePool", "MatMul", "MaxPool", "Mul", "ReduceMean"}
-OPERATORS |= {"Relu", "Reshape", "Softmax", "Squeeze", "Sub", "Transpose", "Unsqueeze", "QuantizeLinear", "DequantizeLinear"}
+OPERATORS = {"Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Conv", "Div", "Flatten", "Gemm"}
+OPERATORS |= {"GlobalAveragePool", "HardSigmoid", "HardSwish", "MatMul", "MaxPool", "Mul", "ReduceMean", "Relu", "Reshape"}
+OPERATORS |= {"Sigmoid", "Softmax", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "QuantizeLinear", "DequantizeLinear"}
 
 
 class Student:

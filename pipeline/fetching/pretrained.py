@@ -26,9 +26,9 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
 
     if name in WITHOUT_PRETRAINED:
         raise UserError(
-            f"pretrained: there are no pretrained weights of {name}: pretrained: false, or a network of torchvision's"
+            f"there are no pretrained weights of {name}: set pretrained: false, or take one of torchvision's networks"
         )
-    with user_error("pretrained", ValueError):
+    with user_error("there are no pretrained weights", ValueError):
         weights = get_model_weights(name).DEFAULT
     options = {"in_channels": 3, "image_size": weights.meta["min_size"]} | architecture_arguments(name, {"stem": "imagenet"})
     network, other = (build_meta(name, **options, num_classes=classes) for classes in (1000, 1001))

@@ -5,6 +5,7 @@ A network takes float32 images of shape (N, C, H, W) and returns logits of shape
 
 import difflib
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -85,7 +86,7 @@ def build(name: str, /, **arguments: object) -> nn.Module:
     """
     new = _builder(name)
     wrong = f"architecture {name} cannot be built from {arguments}"
-    with user_error(wrong, TypeError, ValueError, ArithmeticError, LookupError, RuntimeError):
+    with user_error(wrong, TypeError, ValueError, ArithmeticError, AssertionError, LookupError, RuntimeError):
         return new(**arguments)
 
 
@@ -112,17 +113,17 @@ def check_architecture(name: str, arguments: dict[str, Any], image_shape: tuple[
     problem = _misfit(name, arguments, (height, width), channels, num_classes)
     if problem is None:
         return
-    fitting = (side for side in SIDES if side not in (height, width))
-    smallest = next((side for side in fitting if _misfit(name, arguments, (side, side), channels, num_classes) is None), None)
+    smallest = next((side for side in SIDES if _misfit(name, arguments, (side, side), channels, num_classes) is None), None)
     advice = f"; the smallest it takes, of those tried, are {smallest}x{smallest}" if smallest else ""
     raise UserError(f"architecture {name} cannot take images of {height}x{width}{advice}: {problem}")
 
 
 def _misfit(name: str, arguments: dict[str, Any], image_size: tuple[int, int], channels: int, num_classes: int) -> str | None:
     """Why a training step's forward pass on such images fails; None if it does not."""
+    shape = {"in_channels": channels, "image_size": image_size, "num_classes": num_classes}
     try:
-        shape = {"in_channels": channels, "image_size": image_size, "num_classes": num_classes}
-        network = build_meta(name, **arguments, **shape).train()
+        with warnings.catch_warnings(action="ignore"):  # of layers without weights, which the forward pass refuses
+            network = build_meta(name, **arguments, **shape).train()
         network(torch.empty(2, channels, *image_size, device="meta"))
     except (UserError, RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
         return str(error)

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 from pipeline.core.errors import UserError
 from pipeline.data.prepared import TrainingData
@@ -17,6 +18,7 @@ from pipeline.export.onnx_export import export_onnx, quantize
 from pipeline.export.onnx_model import Student, open_foreign
 from pipeline.networks.checkpoints import new_classifier
 from pipeline.networks.inference import predict
+from pipeline.networks.names import architecture_arguments
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,24 @@ def test_raw_images_give_pytorchs_probabilities(exported, data: TrainingData, co
     path, expected = exported
     probabilities = Student(path).probabilities(data.val.images[:count].numpy())
     np.testing.assert_allclose(probabilities, expected[:count], atol=1e-6)
+
+
+SLOW = ("resnet50", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5", "squeezenet1_0", "densenet121")
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_torchvisions_networks_give_pytorchs_probabilities(name: str, data: TrainingData, tmp_path: Path):
+    dataset = data.dataset.model_copy(update={"image_shape": (64, 64, 3)})
+    classifier = new_classifier(name, architecture_arguments(name, {"stem": "cifar"}), dataset, 0)
+    images = torch.randint(0, 256, (20, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for module in classifier.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # one forward pass gives the statistics of these images: with those at first, all look alike
+    classifier.train()(images)
+    expected = predict(classifier, images).softmax(dim=1).numpy()
+    export_onnx(classifier, dataset.image_shape, dataset.classes, tmp_path / "student.onnx")
+    actual = open_foreign(tmp_path / "student.onnx").probabilities(images.numpy())
+    assert np.abs(actual - expected).max() < 0.01 * expected.std(axis=0).mean(), "next to how much images differ"
 
 
 def test_int8_is_smaller_and_close_whatever_the_number_of_threads(

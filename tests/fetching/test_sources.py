@@ -1,6 +1,5 @@
 import gzip
 import hashlib
-import io
 import shutil
 from pathlib import Path
 
@@ -8,14 +7,11 @@ import medmnist
 import numpy as np
 import pytest
 import requests
-import torch
 from torchvision.datasets import MNIST
-from torchvision.models import ResNet18_Weights, resnet18
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
 from pipeline.fetching import download, sources
-from pipeline.fetching.pretrained import imagenet_weights
 from pipeline.fetching.sources import read_source
 from tests.conftest import digits, write_npz
 from tests.fetching.conftest import Host
@@ -195,24 +191,3 @@ def test_mnist_may_lie_in_the_mirror_in_part(mirror: Path, no_mirror: Path, monk
             shutil.copy(path, folder / "MNIST" / "raw")
     monkeypatch.setenv("DATA_MIRROR", "mirror")
     assert read_source("mnist").splits["test"][0].shape == (10_000, 28, 28, 1)
-
-
-def test_imagenet_weights_are_fetched_hash_checked_and_lose_their_head(
-    no_mirror: Path, host: Host, monkeypatch: pytest.MonkeyPatch
-):
-    state, content = resnet18().state_dict(), io.BytesIO()
-    torch.save(state, content)
-    name = f"resnet18-{hashlib.sha256(content.getvalue()).hexdigest()[:8]}.pth"
-    host.files[name] = content.getvalue()
-    entry = ResNet18_Weights.IMAGENET1K_V1.value
-    changed = type(entry)(**{**vars(entry), "url": f"{host.address}/{name}"})
-    monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1, "_value_", changed)
-    weights = imagenet_weights("resnet18")
-    assert set(state) - set(weights) == {"fc.weight", "fc.bias"}
-    assert torch.equal(weights["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
-    mirrored = no_mirror / "mirror" / "hub" / "checkpoints" / name
-    mirrored.parent.mkdir(parents=True)
-    mirrored.write_bytes(content.getvalue()[:-1])
-    monkeypatch.setenv("DATA_MIRROR", "mirror")
-    with pytest.raises(UserError, match=f"{name}.*sha256"):
-        imagenet_weights("resnet18")

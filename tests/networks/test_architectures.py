@@ -1,9 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torchvision.models import mobilenet_v3_small, resnet18
 
-from pipeline.core.errors import UserError
-from pipeline.networks.architectures import Classifier, build, load_initial
+from pipeline.core.errors import UserError, one_line
+from pipeline.networks.architectures import ARCHITECTURES, Classifier, build, build_meta, check_architecture, load_initial
+from pipeline.networks.names import OPTIONS, architecture_arguments
+from pipeline.networks.torchvision_models import classifier_names, first_convolution
 
 GREY = {"in_channels": 1, "image_size": (28, 28), "num_classes": 10}
 COLOUR = {"in_channels": 3, "image_size": (28, 28), "num_classes": 9}
@@ -60,8 +64,125 @@ def test_grey_images_get_the_sum_of_pretrained_colour_filters_and_the_cifar_stem
     torch.testing.assert_close(F.conv2d(image, grey.conv1.weight, stride=2, padding=3), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_initial_weights_that_fit_nowhere_and_an_unknown_architecture_are_refused():
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "squeezenet1_1", "swin_t", "googlenet"])
+def test_a_grey_image_gives_what_it_gives_in_three_channels(name: str):
+    torch.manual_seed(0)
+    size = {"image_size": (64, 64), "num_classes": 4}
+    grey, colour = (build(name, in_channels=channels, **size).eval() for channels in (1, 3))
+    load_initial(grey, colour.state_dict())
+    image = torch.randn(2, 1, 64, 64)
+    torch.testing.assert_close(grey(image), colour(image.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
+
+
+def test_initial_weights_that_fit_nowhere_are_refused():
     with pytest.raises(UserError, match="nowhere"):
         load_initial(build("simple_cnn", **COLOUR), {"nowhere": torch.zeros(1)})
-    with pytest.raises(UserError, match="vgg"):
-        build("vgg", **COLOUR)
+    big, small = (build_meta("vit_b_32", in_channels=3, image_size=(side, side), num_classes=2) for side in (224, 64))
+    with pytest.raises(UserError, match=r"encoder.pos_embedding is of shape \(1, 50, 768\), there \(1, 5, 768\)"):
+        load_initial(small, big.state_dict())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_a_seed_gives_resnet18_the_weights_it_always_gave(stem: str, channels: int):
+    torch.manual_seed(0)
+    model = resnet18(num_classes=9)
+    kernel = {"kernel_size": 7, "stride": 2, "padding": 3} if stem == "imagenet" else {"kernel_size": 3, "padding": 1}
+    model.conv1 = nn.Conv2d(channels, 64, bias=False, **kernel)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    expected, following = model.state_dict(), torch.rand(1)
+    torch.manual_seed(0)
+    actual = build("resnet18", stem=stem, **(COLOUR | {"in_channels": channels})).state_dict()
+    assert torch.equal(torch.rand(1), following)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("resnet81", "resnet18"),
+        ("mobilenetv3_small", "mobilenet_v3_small"),
+        ("compactcnn", "compact_cnn"),
+        ("ResNet18", "resnet18"),
+        ("", ""),
+        ("x" * 10**6, ""),
+        ("__class__", ""),
+        ("get_model", ""),
+        ("fasterrcnn_resnet50_fpn", ""),
+        ("quantized_resnet18", "resnet18"),
+        ("raft_small", ""),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str):
+    with pytest.raises(UserError, match=rf"the nearest of the \d\d known is \w*{nearest}") as caught:
+        build(name, **COLOUR)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("arguments", [{"stem": "none"}, {"stem": ["cifar"]}, {}, {"width": 3}])
+def test_arguments_that_an_architecture_does_not_take_are_refused(arguments: dict):
+    for name in ("resnet34", "mobilenet_v3_small") if arguments else ("resnet34",):
+        with pytest.raises(UserError, match=f"{name} cannot be built"):
+            build(name, **arguments, **COLOUR)
+
+
+def test_an_architecture_gets_its_own_options():
+    options = {"width": 8, "hidden": 4, "stem": "cifar"}
+    for name in (*ARCHITECTURES, "mobilenet_v3_small"):
+        build_meta(name, **architecture_arguments(name, options), **GREY)
+    assert set(OPTIONS) <= set(ARCHITECTURES)
+    assert architecture_arguments("compact_cnn", options) == {"width": 8, "hidden": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("mobilenet_v3_small", (64, 64, 1)), ("mobilenet_v3_small", (28, 28, 3)), ("vit_b_16", (64, 64, 3)), ("vgg11", (32, 40, 3))],
+)
+def test_a_network_that_takes_the_images_passes(name: str, shape: tuple[int, int, int]):
+    check_architecture(name, {}, shape, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "shape", "message"),
+    [
+        ("vgg11", {}, (28, 28, 1), "vgg11 cannot take images of 28x28; .*32x32"),
+        ("alexnet", {}, (28, 28, 3), "64x64"),
+        ("inception_v3", {}, (28, 28, 3), "96x96"),
+        ("maxvit_t", {}, (64, 64, 1), "224x224"),
+        ("vit_b_16", {}, (28, 28, 3), "32x32.*indivisible by patch size"),
+        ("vit_b_16", {}, (32, 64, 3), "32x64; .*32x32.*Wrong image width"),
+        ("compact_cnn", {"width": 4, "hidden": 8}, (4, 9, 1), "4x9; .*28x28"),
+        ("mobilenet_v3_small", {}, (64, 64, 2), "1 or 3 channels, not 2"),
+        ("mobilenet_v3_small", {"stem": "cifar"}, (64, 64, 3), "unexpected keyword argument 'stem'"),
+        ("mobilenet", {}, (64, 64, 3), "nearest.*mobilenet_v2"),
+    ],
+)
+def test_a_network_that_does_not_take_the_images_is_refused_in_one_line(
+    name: str, arguments: dict, shape: tuple[int, int, int], message: str
+):
+    with pytest.raises(UserError, match=message) as caught:
+        check_architecture(name, arguments, shape, 9)
+    assert one_line(caught.value) == str(caught.value)
+
+
+def classifiers(*names: str) -> list:
+    """Each of torchvision's; all but `names` are slow."""
+    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in classifier_names()]
+
+
+@pytest.mark.parametrize("name", classifiers("mobilenet_v3_small", "efficientnet_b0", "regnet_x_400mf", "swin_v2_t"))
+def test_every_classifier_can_be_built_without_memory_for_grey_images(name: str):
+    arguments = architecture_arguments(name, {"stem": "imagenet"})
+    check_architecture(name, arguments, (224, 224, 1), 9)
+    network = build_meta(name, **arguments, **(GREY | {"image_size": (224, 224)}))
+    assert {tensor.device.type for tensor in network.state_dict().values()} == {"meta"}
+    assert network.get_submodule(first_convolution(network)).in_channels == 1
+
+
+def test_other_networks_keep_torchvisions_first_weights():
+    torch.manual_seed(0)
+    expected = mobilenet_v3_small(num_classes=9).state_dict()
+    torch.manual_seed(0)
+    actual = build("mobilenet_v3_small", **COLOUR).state_dict()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)

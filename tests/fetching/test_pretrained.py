@@ -1,0 +1,90 @@
+import hashlib
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.models import WeightsEnum, densenet121, get_model_weights, googlenet, mobilenet_v3_small, resnet18
+
+from pipeline.core.errors import UserError
+from pipeline.fetching.pretrained import imagenet_weights
+from pipeline.networks.architectures import build, load_initial
+from tests.fetching.conftest import Host
+
+
+class StandIn:
+    """A file that torchvision's default weights of `name` are said to be, on `host` and in the mirror."""
+
+    def __init__(self, name: str, state: dict[str, Tensor], host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.save(state, stream := io.BytesIO())
+        self.content = stream.getvalue()
+        self.filename = f"{name}-{hashlib.sha256(self.content).hexdigest()[:8]}.pth"
+        weights: WeightsEnum = get_model_weights(name).DEFAULT
+        changed = type(weights.value)(**{**vars(weights.value), "url": f"{host.address}/{self.filename}"})
+        monkeypatch.setattr(weights, "_value_", changed)
+        self.monkeypatch = monkeypatch
+
+    def mirror(self, root: Path, content: bytes) -> None:
+        path = root / "mirror" / "hub" / "checkpoints" / self.filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        self.monkeypatch.setenv("DATA_MIRROR", "mirror")
+
+
+def test_imagenet_weights_are_fetched_hash_checked_and_lose_their_head(
+    no_mirror: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+):
+    state = resnet18().state_dict()
+    file = StandIn("resnet18", state, host, monkeypatch)
+    host.files[file.filename] = file.content
+    weights = imagenet_weights("resnet18")
+    assert set(state) - set(weights) == {"fc.weight", "fc.bias"}
+    assert torch.equal(weights["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
+    file.mirror(no_mirror, file.content[:-1])
+    with pytest.raises(UserError, match=rf"{file.filename}.*sha256"):
+        imagenet_weights("resnet18")
+
+
+def test_a_student_starts_from_the_weights_in_the_mirror(no_mirror: Path, host: Host, monkeypatch: pytest.MonkeyPatch):
+    state = mobilenet_v3_small().state_dict()
+    file = StandIn("mobilenet_v3_small", state, host, monkeypatch)
+    file.mirror(no_mirror, file.content)
+    weights = imagenet_weights("mobilenet_v3_small")
+    assert not host.asked
+    assert set(state) - set(weights) == {"classifier.3.weight", "classifier.3.bias"}
+    student = build("mobilenet_v3_small", in_channels=1, image_size=(64, 64), num_classes=2)
+    load_initial(student, weights)
+    assert torch.equal(student.classifier[0].weight, state["classifier.0.weight"])
+    assert torch.equal(student.features[0][0].weight, state["features.0.0.weight"].sum(dim=1, keepdim=True))
+
+
+def test_files_of_older_versions_are_read_and_the_second_loss_is_left_out(
+    no_mirror: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+):
+    state = densenet121().state_dict()
+    old = {key.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): tensor for key, tensor in state.items()}
+    old = {key: tensor for key, tensor in old.items() if "num_batches" not in key}
+    file = StandIn("densenet121", old, host, monkeypatch)
+    file.mirror(no_mirror, file.content)
+    weights = imagenet_weights("densenet121")
+    assert set(state) - set(weights) == {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(tensor, state[key]) for key, tensor in weights.items())
+    file = StandIn("googlenet", googlenet(init_weights=False).state_dict(), host, monkeypatch)
+    file.mirror(no_mirror, file.content)
+    load_initial(build("googlenet", in_channels=3, image_size=(28, 28), num_classes=2), imagenet_weights("googlenet"))
+
+
+def test_a_file_that_lacks_weights_is_refused(no_mirror: Path, host: Host, monkeypatch: pytest.MonkeyPatch):
+    state = mobilenet_v3_small().state_dict()
+    del state["features.1.block.0.0.weight"]
+    file = StandIn("mobilenet_v3_small", state, host, monkeypatch)
+    file.mirror(no_mirror, file.content)
+    with pytest.raises(UserError, match=rf"{file.filename}: lacks features\.1\.block\.0\.0\.weight"):
+        imagenet_weights("mobilenet_v3_small")
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "compact_cnn", "resnet81", "fasterrcnn_resnet50_fpn"])
+def test_what_has_no_such_weights_is_refused_by_name(name: str):
+    with pytest.raises(UserError, match=f"pretrained.*{name}|unknown architecture '{name}'"):
+        imagenet_weights(name)
