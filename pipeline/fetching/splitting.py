@@ -25,7 +25,8 @@ def split_files(files: list[ImageFile]) -> tuple[list[ImageFile], list[LeftOut]]
     labelled = [file for file in files if file.label]
     if not labelled:
         raise UserError("there are no images with a label: SOURCE/<class>/ and --table are where they come from")
-    if nameless := [file.name for file in labelled if not file.patient and any(file.patient for file in labelled)]:
+    nameless = [file.name for file in labelled if not file.patient]
+    if 0 < len(nameless) < len(labelled):
         raise UserError(f"{nameless[0]} names no patient, though other files do: a table or --group can say whose they are")
     given = {file.split for file in labelled} - {""}
     if given and (missing := {"train", "test"} - given):

@@ -15,7 +15,7 @@ from pipeline.fetching.import_images import main
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import read_source
 from tests.checkout import Checkout
-from tests.conftest import ROOT
+from tests.conftest import ROOT, small_checkout
 
 RANDOM = np.random.default_rng(0)
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -479,3 +479,18 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path: Path, options: dict,
     arguments |= {key: tmp_path / arguments[key] for key in ("source", "out")}
     with pytest.raises(UserError, match=message):
         main(**arguments)
+
+
+@pytest.mark.slow
+def test_two_commands_make_a_report_and_prediction_resizes_as_the_import_did(tmp_path: Path):
+    checkout = small_checkout(tmp_path / "checkout", distillation__dataset="mine.npz")
+    for label, brightness in (("dark", 0), ("grey", 80), ("light", 160)):
+        for number in range(100):
+            write_image(
+                tmp_path / "pictures" / label / f"p{number // 4:02}_{number}.png", noise(40, 30) // 3 + np.uint8(brightness)
+            )
+    checkout.run(*checkout.stage(f"fetching.import_images {tmp_path / 'pictures'} mine.npz"), "--group", r"(p\d+)_")
+    checkout.dvc("repro", "report@distillation")
+    assert "mine.npz" in (checkout.folder / "metrics/report.md").read_text()
+    table = checkout.run(*checkout.stage(f"serving.predict {tmp_path / 'pictures' / 'light'}")).stdout
+    assert len(table.splitlines()) == 101
