@@ -110,7 +110,7 @@ LOCK := uv pip compile --universal --python-version 3.11 --generate-hashes --no-
         --custom-compile-command "make lock" --quiet
 lock: .venv/installed-for-tests
 	$(LOCK) requirements-dev.txt --output-file requirements-dev.lock
-	for part in "" -ray -team; do $(LOCK) requirements$$part.txt --constraint requirements-dev.lock --output-file requirements$$part.lock; done
+	for part in "" -ray -team -dicom; do $(LOCK) requirements$$part.txt --constraint requirements-dev.lock --output-file requirements$$part.lock; done
 
 # Every install takes the versions of a lock, and nothing whose hash it does not name. With TORCH_INDEX, PyTorch's build is another,
 # of which the lock names neither the hash nor the packages beneath: the versions alone hold.

@@ -94,7 +94,7 @@ def _check_arguments(source: Path, out: Path, size: int, window: Window | None, 
 def _read_headers(files: list[ImageFile], window: Window | None) -> tuple[list[ImageFile], bool, list[str]]:
     """The files that can be read so far, with DICOM's patients; whether one is in colour; what is wrong with the others."""
     readable, colour, broken = [], False, []
-    with user_error("DICOM files need pydicom", ImportError, then="pip install -r requirements-dicom.txt"):
+    with user_error("DICOM files need pydicom", ImportError, then="pip install -r requirements-dicom.lock"):
         for file in tqdm(files, "headers", disable=None):
             try:
                 header = read_header(file.path, window)

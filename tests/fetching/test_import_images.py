@@ -270,7 +270,7 @@ def test_dicom_without_pydicom_says_how_to_get_it(tmp_path: Path, monkeypatch: p
     source = write_classes(tmp_path / "images")
     (source / "a" / "x").write_bytes(bytes(128) + b"DICM")
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with refused(r"DICOM files need pydicom.*pip install -r requirements-dicom\.txt", source):
+    with refused(r"DICOM files need pydicom.*pip install -r requirements-dicom\.lock", source):
         make(source)
 
 
