@@ -7,7 +7,7 @@ Weights and batches start as those of the lone student with the same seed, so th
 from pathlib import Path
 
 from pipeline.core.cli import run
-from pipeline.networks.description import checkpoint_path
+from pipeline.networks.outside import teacher_path
 from pipeline.params import TRACKS, load_params
 from pipeline.tracking.mirror import Mirror
 from pipeline.training.cache import trainings_folder
@@ -18,7 +18,7 @@ from pipeline.training.seeds import train_seeds
 def main(track: str) -> None:
     params, plan, models = load_params(), TRACKS[track], Path("models") / track
     settings = params.training(track, plan.distilled)
-    teachers = {seed: checkpoint_path(models / plan.teacher, seed) for seed in params.seeds}
+    teachers = {seed: teacher_path(models / plan.teacher, seed) for seed in params.seeds}
     if params.teacher.ensemble:
         teachers = dict.fromkeys(teachers, tuple(teachers.values()))
     else:

@@ -10,7 +10,8 @@ from pathlib import Path
 from safetensors.torch import save
 
 from pipeline.core.cli import run
-from pipeline.core.files import atomic_folder, write_atomic
+from pipeline.core.errors import UserError
+from pipeline.core.files import atomic_folder, main_checkout, write_atomic
 from pipeline.data.dataset import Dataset
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.pretrained import imagenet_weights
@@ -22,7 +23,12 @@ from pipeline.params import TRACKS, load_params
 def main(track: str) -> None:
     params, plan, folder = load_params(), TRACKS[track], Path("data") / track
     block = getattr(params, track)
-    link_own_file(block.dataset, Path("data/own") / track)
+    own = Path("data/own") / track
+    link_own_file(own_file(block.dataset), own)
+    if track == "distillation":
+        link_own_file(params.teacher.file, own / "teacher")
+        if (file := params.teacher.file) and not file.is_file():
+            raise UserError(f"teacher {file}: there is no such file (a relative path counts from {main_checkout()})")
     source, pretrained = read_source(block.dataset, block.size), params.pretrained(track)
     for model in (plan.teacher, plan.alone):
         check_architecture(*params.network(track, model), source.splits["train"][0].shape[1:], len(source.classes))
@@ -47,13 +53,13 @@ def write(source: Source, validation: float, pretrained: Mapping[str, str | None
     return dataset
 
 
-def link_own_file(dataset: str, folder: Path) -> None:
-    """Link the user's own file into `folder`, on which this stage depends, so that DVC notices when it changes."""
+def link_own_file(path: Path | None, folder: Path) -> None:
+    """Link the user's own file into `folder`, on which stages depend, so that DVC notices when it changes."""
     folder.mkdir(parents=True, exist_ok=True)
     for link in folder.iterdir():
         if link.is_symlink():
             link.unlink()
-    if (path := own_file(dataset)) and path.is_file():
+    if path and path.is_file():
         (folder / path.name).symlink_to(path)
 
 

@@ -12,19 +12,21 @@ from pipeline.core.provenance import code_is_committed, commit, machine
 from pipeline.export.inference_cost import inference_cost
 from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.description import checkpoints_in, read_description
+from pipeline.networks.outside import outside_in
 from pipeline.params import TRACKS
 from pipeline.training.cache import read_record, trainings_folder
 
 
 def main(track: str) -> None:
     costs, plan = {}, TRACKS[track]
-    paths = {model: checkpoints_in(Path("models") / track / model) for model in plan.models}
+    folders = {model: Path("models") / track / model for model in plan.models}
+    paths = {model: checkpoints_in(folder) for model, folder in folders.items() if not outside_in(folder)}
     for model, of_seeds in paths.items():
         costs[model] = network_cost(of_seeds[0]) | inference_cost(of_seeds[0])
         records = [read_record(trainings_folder(), read_description(path).digest) for path in of_seeds]
         if seconds := [record.seconds for record in records if record and record.seconds is not None]:
             costs[model]["training_seconds"] = fmean(seconds)  # of one seed
-    distilled, teacher = costs[plan.distilled], costs[plan.teacher]
+    distilled, teacher = costs[plan.distilled], costs.get(plan.teacher, {})
     if "training_seconds" in distilled.keys() & teacher.keys():
         teachers = len(read_description(paths[plan.distilled][0]).teachers_md5)
         distilled["with_teacher_seconds"] = distilled["training_seconds"] + teachers * teacher["training_seconds"]

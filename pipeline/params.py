@@ -16,6 +16,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Epochs = Annotated[int, Field(ge=1, le=100_000)]
 Smoothing = Annotated[float, Field(ge=0, lt=1)]
 SETTINGS = ("epochs", "batch_size", "lr", "schedule", "weight_decay", "selection")  # of a track, as in training.loop.Settings
+OWN_FILES = (".dataset", "teacher.logits", "teacher.features")  # ends of the names of parameters that may be paths
 OF_RESNET18 = ("baselines.pretrained", "baselines.resnet18.stem")
 
 
@@ -118,6 +119,20 @@ class Network(Block):
 
 class Teacher(Network):
     ensemble: bool
+    logits: Text | None
+    features: Text | None
+
+    @property
+    def file(self) -> Path | None:
+        """The file of a teacher from outside, absolute; None where a network is the teacher."""
+        name = self.logits or self.features
+        return from_main_checkout(name) if name else None
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> "Teacher":
+        if self.logits and self.features:
+            raise ValueError("logits or features: one of them is wanted, the other is null")
+        return self
 
 
 class KD(Block):
@@ -196,8 +211,9 @@ class Params(Block):
         }
 
     def flat(self, *keys: str) -> dict[str, Any]:
-        """As `values`, for records that others see: a data set's file outside the checkout is named without its folder."""
-        return {key: without_place(value) if key.endswith(".dataset") else value for key, value in self.values(*keys).items()}
+        """As `values`, for records that others see: a file of the user's outside the checkout is named without its folder."""
+        values = self.values(*keys)
+        return {key: without_place(value) if value and key.endswith(OWN_FILES) else value for key, value in values.items()}
 
     def values(self, *keys: str) -> dict[str, Any]:
         """The values under `keys`, dotted names of parameters or whole blocks, each by its full dotted name."""
@@ -212,7 +228,7 @@ class Params(Block):
 
 
 def without_place(dataset: str) -> str:
-    """A data set's name; of a path, the part in the checkout or, if it leads elsewhere, the file's name."""
+    """The name of a data set or teacher; of a path, the part in the checkout or, if it leads elsewhere, the file's name."""
     if "/" not in dataset:
         return dataset
     path = from_main_checkout(dataset)

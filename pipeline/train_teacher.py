@@ -1,23 +1,48 @@
-"""Stage train_teacher: train the teacher on the labels, once per seed."""
+"""Stage train_teacher: train the teacher on the labels, once per seed; or make it of the user's file of logits or features."""
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.cli import run
-from pipeline.params import load_params
+from pipeline.core.errors import UserError
+from pipeline.params import Params, load_params
 from pipeline.tracking.mirror import Mirror
 from pipeline.training.cache import trainings_folder
 from pipeline.training.recipe import Recipe
 from pipeline.training.seeds import train_seeds
 
+DATA = Path("data/distillation")
+MODEL = "teacher"
+FOLDER = Path("models/distillation") / MODEL
+
 
 def main() -> None:
-    params, model = load_params(), "teacher"
-    settings = params.training("distillation", model)
-    recipes = [Recipe(**settings, seed=seed, data=Path("data/distillation")) for seed in params.seeds]
-    records = train_seeds(recipes, trainings_folder(), params.jobs, Path("models/distillation") / model)
+    params = load_params()
+    linked = next(Path("data/own/distillation/teacher").glob("*"), None)
+    if (params.teacher.file and params.teacher.file.name) != (linked and linked.name):
+        raise UserError("teacher.logits or teacher.features has changed: run dvc repro, which fetches the file first")
+    settings = params.training("distillation", MODEL)
+    if linked:
+        from_outside(linked, params, settings)
+        return
+    recipes = [Recipe(**settings, seed=seed, data=DATA) for seed in params.seeds]
+    records = train_seeds(recipes, trainings_folder(), params.jobs, FOLDER)
     mirror = Mirror(params.tracking.experiment)
     for record in records:
         mirror.training(record)
+
+
+def from_outside(file: Path, params: Params, settings: dict[str, Any]) -> None:
+    """Make every seed's teacher of the user's file, by `settings` as of a training. Raises UserError if it does not fit."""
+    import torch
+
+    from pipeline.data.prepared import load_training_data
+    from pipeline.training.outside import write_teachers
+
+    kind = "logits" if params.teacher.logits else "features"
+    options = {name: settings[name] for name in ("augmentation", "label_fraction", "threads")}
+    data = load_training_data(DATA, torch.device("cpu"))
+    write_teachers(file, kind, data, FOLDER, params.seeds, **options, parameters=params.flat(f"teacher.{kind}"))
 
 
 if __name__ == "__main__":

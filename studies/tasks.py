@@ -54,7 +54,9 @@ class Task(NamedTuple):
 
 
 def plan(params: Params) -> list[Task]:
-    """The tasks of a point, each after those that it needs; the last is its evaluation."""
+    """The tasks of a point, each after those that it needs; the last is its evaluation. Raises UserError."""
+    if params.teacher.file:
+        raise UserError("a study trains its teachers: teacher.logits and teacher.features are for dvc repro and dvc exp run")
     tasks, track, folder = [], params.distillation, Path()
 
     def add(work: Callable[..., Any], code: tuple[str, ...], *arguments: Any, needs: tuple[str, ...]) -> str:

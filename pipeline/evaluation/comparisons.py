@@ -14,6 +14,7 @@ from pipeline.core.files import md5, write_atomic, write_json
 from pipeline.data.dataset import Dataset
 from pipeline.data.npy import read_npz
 from pipeline.networks.description import Description, checkpoints_in
+from pipeline.networks.outside import is_measured, outside_in, read_outside, read_outside_logits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +29,8 @@ class Evaluation(NamedTuple):
 
     `detail` holds `track`, `dataset` (a Dataset) and by model, under `models`: the training's `architecture`, `arguments`,
     `parameters` and `setting`; by seed, `seeds`, `digests`, `checkpoints` (MD5), `best_epochs`, `figures` and `histories` (a dict
-    per epoch); `at_chance` (the seeds that learned nothing); `by_class` (means over the seeds).
+    per epoch); `at_chance` (the seeds that learned nothing); `by_class` (means over the seeds). Of a teacher from outside,
+    `architecture` is "outside: " and its kind, and the digests are those of the files; it has no epochs and no histories.
     """
 
     metrics: dict[str, dict[str, float]]  # by model: `over_seeds` of its figures, and `parameters` (their number)
@@ -51,15 +53,18 @@ def evaluate_track(
     comparisons: Sequence[tuple[str, str]],
     teachers: Mapping[str, str],
 ) -> Evaluation:
-    """Evaluate every checkpoint in `folder`/<model>.
+    """Evaluate every checkpoint in `folder`/<model>, and teachers from outside by their logits of the test images.
 
-    `comparisons` are pairs of models, `teachers` the model that a student's fidelity is measured by, seed by seed.
+    `comparisons` are pairs of models, `teachers` the model that a student's fidelity is measured by, seed by seed. A teacher from
+    outside without such logits is left out of all.
 
     Raises UserError if a checkpoint is missing, damaged or trained on other data than `dataset`, and if the models' seeds differ.
     """
     from pipeline.evaluation.metrics import fidelity, over_seeds, score
     from pipeline.evaluation.statistics import compare
 
+    models = [model for model in models if is_measured(folder / model)]
+    comparisons = [pair for pair in comparisons if set(pair) <= set(models)]
     labels = test.labels.cpu().numpy()
     details, parameters, probabilities = {}, {}, {}
     for model in models:
@@ -70,21 +75,57 @@ def evaluate_track(
     metrics = {}
     for model, detail in details.items():
         figures = [score(labels, of_seed) for of_seed in probabilities[model]]
-        if model in teachers:
+        if teachers.get(model) in probabilities:
             pairs = zip(figures, probabilities[model], probabilities[teachers[model]], strict=True)
             figures = [values | fidelity(of_student, of_teacher) for values, of_student, of_teacher in pairs]
         detail["figures"] = figures
-        losses = [{"final_train_loss": history[-1]["train_loss"]} for history in detail["histories"]]
-        metrics[model] = over_seeds(figures) | over_seeds(losses) | {"parameters": parameters[model]}
+        metrics[model] = over_seeds(figures)
+        if losses := [{"final_train_loss": history[-1]["train_loss"]} for history in detail["histories"] if history]:
+            metrics[model] |= over_seeds(losses)
+        if parameters[model] is not None:
+            metrics[model]["parameters"] = parameters[model]
     correct = {model: values.argmax(axis=2) == labels for model, values in probabilities.items()}
     compared = {f"{model}_vs_{other}": compare(correct[model], correct[other]).as_json() for model, other in comparisons}
     detail = {"track": track, "dataset": dataset.model_dump(mode="json"), "models": details}
     return Evaluation(metrics, compared, detail, labels, {model: p.astype(np.float32) for model, p in probabilities.items()})
 
 
-def _predict(folder: Path, dataset: Dataset, test: "Split") -> tuple[dict[str, Any], int, np.ndarray]:
-    """One model's `Evaluation.detail` (without `figures`), number of parameters, and probabilities, float64 (S, N, K)."""
+Predictions = tuple[dict[str, Any], int | None, np.ndarray]
+
+
+def _predict(folder: Path, dataset: Dataset, test: "Split") -> Predictions:
+    """One model's `Evaluation.detail` (without `figures`), number of parameters, and probabilities, float64 (S, N, K).
+
+    Of a teacher that is a file of logits, the number is not known.
+    """
     from pipeline.evaluation.metrics import by_class, over_seeds
+
+    outside = outside_in(folder)
+    detail, parameters, probabilities = _of_outside(outside, dataset) if outside else _of_checkpoints(folder, dataset, test)
+    classes = [by_class(test.labels.cpu().numpy(), of_seed, dataset.classes) for of_seed in probabilities]
+    detail["by_class"] = {name: over_seeds([figures[name] for figures in classes]) for name in dataset.classes}
+    return detail, parameters, probabilities
+
+
+def _of_outside(paths: Mapping[int, Path], dataset: Dataset) -> Predictions:
+    """As `_predict`, without `by_class`, from the files of a teacher from outside by seed."""
+    from scipy.special import softmax
+
+    first, checksums = read_outside(next(iter(paths.values()))), [md5(path) for path in paths.values()]
+    logits = np.stack([read_outside_logits(path, "test", dataset) for path in paths.values()])
+    network = {
+        "architecture": f"outside: {first.kind}",
+        "arguments": {},
+        "parameters": first.parameters,
+        "setting": first.setting,
+    }
+    files = {"seeds": list(paths), "digests": checksums, "checkpoints": checksums}
+    nothing = {"best_epochs": [], "at_chance": [], "histories": [[] for _ in paths]}
+    return network | files | nothing, first.weights, softmax(logits.astype(np.float64), axis=2)
+
+
+def _of_checkpoints(folder: Path, dataset: Dataset, test: "Split") -> Predictions:
+    """As `_predict`, without `by_class`, from the checkpoints in `folder`."""
     from pipeline.networks.checkpoints import load_checkpoint
     from pipeline.networks.inference import predict
 
@@ -95,8 +136,7 @@ def _predict(folder: Path, dataset: Dataset, test: "Split") -> tuple[dict[str, A
             raise UserError(f"{path}: trained on other data ({description.dataset.name}) than is in data/: run dvc repro")
         descriptions.append(description)
         probabilities.append(predict(classifier, test.images).cpu().double().softmax(dim=1).numpy())
-    first, labels = descriptions[0], test.labels.cpu().numpy()
-    classes = [by_class(labels, of_seed, dataset.classes) for of_seed in probabilities]
+    first = descriptions[0]
     detail = {
         **{key: getattr(first, key) for key in ("architecture", "arguments", "parameters", "setting")},
         "seeds": [description.seed for description in descriptions],
@@ -104,7 +144,6 @@ def _predict(folder: Path, dataset: Dataset, test: "Split") -> tuple[dict[str, A
         "checkpoints": [md5(path) for path in paths],
         "best_epochs": [description.best_epoch for description in descriptions],
         "at_chance": [description.seed for description in descriptions if _at_chance(description)],
-        "by_class": {name: over_seeds([figures[name] for figures in classes]) for name in dataset.classes},
         "histories": [[epoch.model_dump() for epoch in description.history] for description in descriptions],
     }
     return detail, sum(weight.numel() for weight in classifier.parameters()), np.stack(probabilities)

@@ -1,7 +1,8 @@
 """Run a model forward, and on which device."""
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,3 +57,10 @@ def predict(
     batches = (batch.to(device) for batch in images.split(max(16, PREDICT_PIXELS // (images.shape[1] * images.shape[2]))))
     with torch.no_grad(), autocast(device, precision):
         return torch.cat([model(transform(batch) if transform else batch).float() for batch in batches])
+
+
+def ensemble(of_models: Sequence[Tensor]) -> Tensor:
+    """Logits of several models, (..., K) each, as one's: the logarithm of the mean of their probabilities; of one, its own."""
+    if len(of_models) == 1:
+        return of_models[0]
+    return torch.stack([logits.log_softmax(-1) for logits in of_models]).logsumexp(0) - math.log(len(of_models))

@@ -62,6 +62,9 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     content["same_batches"] = parameters.get("label_fraction", 1) == 1 and not unlabelled
     content["selection"] = parameters.get("selection", "accuracy")
     content["ensemble"] = parameters.get("ensemble", False)
+    chosen = models[model]["parameters"]
+    content["logits"], content["features"] = chosen.get("teacher.logits"), chosen.get("teacher.features")
+    content["measured"] = any(entry["architecture"].startswith("outside") for entry in models.values())
     content["tables"] = {
         "gains": _gains(comparisons),
         "models": _by_model(evaluation.metrics, measured),

@@ -19,7 +19,7 @@ ORIGINAL = {
 }
 # Its recipe, as far as it can be compared: it also kept the last epoch, and no images for validation.
 RECIPE = {"epochs": 5, "lr": 0.001, "schedule": "constant", "weight_decay": 0, "label_smoothing": 0, "class_weights": "none"}
-RECIPE |= {"augmentation": "none", "label_fraction": 1}
+RECIPE |= {"augmentation": "none", "label_fraction": 1, "logits": None, "features": None}
 MARKUP = r"[\\`*\[\]<>|~#&$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\."  # an underscore inside a word marks nothing
 
 

@@ -143,6 +143,8 @@ class Mirror:
 
     def _evaluation(self, evaluation: "Evaluation", origin: Mapping[str, str]) -> None:
         for model, entry in evaluation.detail["models"].items():
+            if not any(entry["histories"]):  # a teacher from outside: there was no training
+                continue
             for row in range(len(entry["seeds"])):
                 record = _record(evaluation.detail, model, row)
                 parent, run = self._run(PARENT, record, origin), self._find(TRAINING, record.digest)
@@ -282,14 +284,14 @@ def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = No
     """Name and tags of a run, by how its parameters differ from those of its commit."""
     from mlflow.tracking.context.registry import resolve_tags  # the user and the program
 
-    from pipeline.params import without_place
+    from pipeline.params import OWN_FILES, without_place
     from pipeline.reporting.tables import escape
 
     here = {STAGE: os.environ.get("DVC_STAGE"), EXPERIMENT: os.environ.get("DVC_EXP_NAME"), COMMIT: commit()}
     here[DIRTY] = "" if code_is_committed() else "true"
     tags = {name: value for name, value in resolve_tags(here | origin).items() if value}
     committed = committed_parameters(tags.get(COMMIT, ""))
-    committed |= {name: without_place(str(value)) for name, value in committed.items() if name.endswith(".dataset")}
+    committed |= {name: without_place(str(value)) for name, value in committed.items() if value and name.endswith(OWN_FILES)}
     # A record holds what "auto" became.
     ordered = sorted(record.parameters.items(), key=lambda item: not item[0].startswith("kd."))  # distillation's own first
     changed = {name: value for name, value in ordered if committed.get(name, value) not in (value, "auto")}

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +18,8 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import md5
 from pipeline.core.provenance import code_digest
 from pipeline.data.dataset import load_dataset
-from pipeline.networks.description import Description, Epoch, read_description
+from pipeline.networks.description import Description, Epoch
+from pipeline.networks.outside import read_outside_logits, read_teacher
 from pipeline.training.cache import Entry, Record, open_entry, working_place
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Recipe:
     class_weights: str = "none"  # or balanced, as in labels.balanced
     augmentation: str = "none"  # a kind of views in augmentation.view_indices
     kd: dict[str, Any] | None = None  # for a student with a teacher: arguments of losses.distillation
-    teachers: tuple[Path, ...] = ()  # checkpoints; of several, the mean of their probabilities
+    teachers: tuple[Path, ...] = ()  # checkpoints, or files of networks.outside; of several, the mean of their probabilities
     initial: str = ""  # of the prepared set's initial weights, those to start from, as in architectures.load_initial
     parameters: dict[str, Any] = field(default_factory=dict)  # of params.yaml, by dotted name: for the record
 
@@ -92,7 +92,7 @@ def train(recipe: Recipe, root: Path, report: Callable[[Record | None], None], p
 def _new_record(recipe: Recipe) -> Record:
     """The record before the first epoch, with the digest of everything that decides the training."""
     dataset = load_dataset(recipe.data)
-    teachers, teachers_md5 = [read_description(path) for path in recipe.teachers], [md5(path) for path in recipe.teachers]
+    teachers, teachers_md5 = [read_teacher(path) for path in recipe.teachers], [md5(path) for path in recipe.teachers]
     parameters = (teachers[0].parameters if teachers else {}) | recipe.parameters | {"precision": recipe.settings["precision"]}
     initial = md5(initial_path(recipe)) if recipe.initial else None
     decisive = asdict(recipe) | {"data": dataset.model_dump(mode="json"), "parameters": parameters, "initial": initial}
@@ -199,17 +199,21 @@ def _teacher_logits(recipe: Recipe, device: "torch.device", images: "Tensor", in
 
     from pipeline.data.augmentation import single_view
     from pipeline.networks.checkpoints import load_checkpoint
-    from pipeline.networks.inference import predict
+    from pipeline.networks.inference import ensemble, predict
 
     transforms = [None] if indices is None else [single_view(number, indices) for number in range(len(indices))]
     of_teachers = []
     for path in recipe.teachers:
+        if path.suffix == ".npz":
+            logits = torch.tensor(read_outside_logits(path, "train", load_dataset(recipe.data)))
+            if logits.shape[1:-1] != (() if indices is None else (len(indices),)):
+                raise UserError(f"{path}: not the views of augmentation = {recipe.augmentation}: run dvc repro")
+            of_teachers.append(logits.flatten(0, -2).to(device))
+            continue
         teacher, _ = load_checkpoint(path, device)
         views = [predict(teacher, images, recipe.settings["precision"], transform) for transform in transforms]
         of_teachers.append(torch.stack(views, dim=1).flatten(0, 1))
-    if len(of_teachers) == 1:
-        return of_teachers[0]
-    return torch.stack([logits.log_softmax(1) for logits in of_teachers]).logsumexp(0) - math.log(len(of_teachers))
+    return ensemble(of_teachers)
 
 
 def _machine_load() -> dict[str, float]:
