@@ -41,6 +41,7 @@ def test_defaults_are_those_of_the_original_course_project_and_five_seeds():
         ("seeds: [0, 1, 2, 3, 4]", "seeds: [0, 1, 1]", ["seeds = [0, 1, 1]", "twice"]),
         ("size: 28", "size: 32", ["baselines.size = 32", "28, 64, 128 or 224"]),
         ("threads: 1", "threads: 0", ["threads = 0", "greater than or equal to 1"]),
+        ("logits: null          #", "logits: ''  #", ["teacher.logits = ''"]),
         ("jobs: auto", "jobs: 0", ["jobs", "greater than or equal to 1"]),
         ("seeds: [0, 1, 2, 3, 4]", "seeds: []", ["seeds = []"]),
         ("seeds: [0, 1, 2, 3, 4]", "seeds: [0", ["cannot read"]),
@@ -51,6 +52,17 @@ def test_bad_parameters_are_named(tmp_path: Path, old: str, new: str, named: lis
         load_changed(tmp_path, old, new)
     for text in named:
         assert text in str(caught.value)
+
+
+def test_a_teacher_has_logits_or_features(tmp_path: Path):
+    both = PARAMS.replace("logits: null", "logits: a.npz").replace("features: null", "features: /b/c.npz")
+    (tmp_path / "params.yaml").write_text(both)
+    with pytest.raises(UserError, match=r"teacher = .*logits or features: one of them is wanted"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(both.replace("logits: a.npz", "logits: null"))
+    params = load_params(tmp_path / "params.yaml")
+    assert params.teacher.file == Path("/b/c.npz")
+    assert params.flat("teacher.logits", "teacher.features") == {"teacher.logits": None, "teacher.features": "c.npz"}
 
 
 def test_exponents_without_a_point_are_numbers_as_dvc_writes_them(tmp_path: Path):

@@ -1,6 +1,8 @@
 """A track's checkpoints, of untrained networks (their classes are those that random weights name), and their evaluation."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.data.dataset import Dataset
 from pipeline.data.prepared import TrainingData
@@ -13,10 +15,10 @@ PLAN = TRACKS["distillation"]
 SEEDS = [0, 3]
 
 
-def save(folder: Path, dataset: Dataset, model: str, seed: int) -> None:
+def save(folder: Path, dataset: Dataset, model: str, seed: int, parameters: Mapping[str, Any] = {"a": 1}) -> None:
     arguments = {"width": 2, "hidden": 8 if model == "teacher" else 4}
     network = {"architecture": "compact_cnn", "arguments": arguments, "dataset": dataset, "device": "cpu"}
-    training = {"digest": f"{model}{seed}", "setting": model, "model": model, "seed": seed, "parameters": {"a": 1}}
+    training = {"digest": f"{model}{seed}", "setting": model, "model": model, "seed": seed, "parameters": parameters}
     accuracies = {"train_accuracy": 0.5, "val_accuracy": 0.1 if (model, seed) == ("student_alone", 3) else 0.5}
     history = [accuracies | {"train_loss": 2.0, "val_loss": 1.0}, accuracies | {"train_loss": 1.5 + seed, "val_loss": 0.5}]
     description = Description(format=4, **network, **training, history=history, best_epoch=2, val_images=100, chance=0.1)
