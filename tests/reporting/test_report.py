@@ -70,16 +70,22 @@ def test_names_from_the_data_are_text(tmp_path: Path, data: TrainingData):
     [
         ({}, "**a** is **better** than **b**: +1.00 points of accuracy (95 % interval +0.50 to +1.50) over 3 seeds and 2,000"),
         ({"verdict": "worse"}, "**a** is **worse** than **b**: +1.00 points"),
-        ({"verdict": "not distinguishable"}, "**a** and **b** are **not distinguishable at 95 %**: +1.00 points"),
-        ({"verdict": "not distinguishable"}, ", which would have shown a difference of 0.50 points in 80 % of such trials."),
+        ({"verdict": "equivalent"}, "**a** and **b** are **equivalent within ± 0.20 points of accuracy**: +1.00 points"),
+        ({"verdict": "undecided"}, "Whether **a** is better than **b** is **undecided**: +1.00 points"),
+        ({"verdict": "undecided"}, "; as many of both would show a difference of 0.50 in 80 % of such studies."),
+        (
+            {"verdict": "better, by less than the margin"},
+            "is **better** than **b**, but equivalent within ± 0.20 points of accuracy:",
+        ),
+        ({"metric": "nll"}, "+0.0100 nats of negative log-likelihood (95 % interval +0.0050 to"),
         (
             {"seeds": 2},
             "**a** against **b**: +1.00 points of accuracy over 2 seeds and 2,000 test images: a smoke test, no evidence.",
         ),
-        ({"verdict": "not distinguishable", "detectable": 1.4}, ", which are too few to show any difference."),
     ],
 )
 def test_verdicts_in_words(changes: dict, words: str):
+    changes = {"metric": "accuracy", "margin": 0.002} | changes
     comparison = {"verdict": "better", "gain": 0.01, "low": 0.005, "high": 0.015, "detectable": 0.005, "seeds": 3, "images": 2000}
     assert words in sentence("a_vs_b", comparison | changes)
 
