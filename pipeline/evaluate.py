@@ -25,10 +25,13 @@ def main(track: str) -> None:
         models=plan.models,
         comparisons=plan.comparisons,
         teachers=plan.teachers,
+        metric=params.evaluation.primary,
+        margin=params.evaluation.margin,
     )
     write_evaluation(evaluation, Path())
     for model, figures in evaluation.metrics.items():
-        print(f"{model}: test accuracy {100 * figures['accuracy']:.2f} %, mean over {len(evaluation.probabilities[model])} seeds")
+        means = f"test accuracy {100 * figures['accuracy']:.2f} %, AUC {figures['auc']:.4f}"
+        print(f"{model}: {means}, mean over {len(evaluation.probabilities[model])} seeds")
     mirror.evaluation(evaluation)
 
 

@@ -33,25 +33,27 @@ def main(track: str) -> None:
         export_onnx(load_checkpoint(best, cpu)[0], dataset.image_shape, dataset.classes, float32, dataset.resize)
         quantize(float32, train.images[:1000].numpy(), dataset.classes, int8, dataset.resize)
         both = [Student(path, threads) for path in (float32, int8)]
-        named = [[student.probabilities(part.images.numpy()).argmax(1) for part in (train, val)] for student in both]
+        parts = [part.images.numpy() for part in (val, train) if len(part.labels)]
+        named = [[student.probabilities(images).argmax(1) for images in parts] for student in both]
         agreement = float(np.mean(np.concatenate(named[0]) == np.concatenate(named[1])))
         if agreement < AGREEMENT:
             int8.unlink()
         labels = val.labels.numpy()
-        accuracy, accuracy_int8 = (float((parts[1] == labels).mean()) for parts in named)
+        accuracies = [float((of_parts[0] == labels).mean()) if len(labels) else None for of_parts in named]
         choice = {
             "checkpoint": best.name,
             "checkpoint_md5": md5(best),
             "validation_images": len(labels),
-            "validation_accuracy": accuracy,
-            "validation_accuracy_int8": accuracy_int8,
+            "validation_accuracy": accuracies[0],
+            "validation_accuracy_int8": accuracies[1],
             "int8_agreement": agreement,
             "int8_at_least": AGREEMENT,
             "int8_kept": int8.exists(),
         }
         write_json(folder / "choice.json", choice)
     verdict = "kept" if choice["int8_kept"] else "not kept"
-    print(f"{best.name}: validation accuracy {accuracy:.4f}, int8 {accuracy_int8:.4f}, the same class {agreement:.2%}: {verdict}")
+    shown = "validation accuracy {:.4f}, int8 {:.4f}, ".format(*accuracies) if len(labels) else ""
+    print(f"{best.name}: {shown}int8 names the same class {agreement:.2%}: {verdict}")
 
 
 if __name__ == "__main__":

@@ -141,6 +141,11 @@ class KD(Block):
     divergence: Literal["forward", "reverse"]
 
 
+class Verdicts(Block):
+    primary: Literal["accuracy", "auc", "balanced_accuracy", "nll"]
+    margin: Annotated[float, Field(ge=0, le=1)]
+
+
 class Tracking(Block):
     experiment: Text
 
@@ -156,6 +161,7 @@ class Params(Block):
     teacher: Teacher
     student: Network
     kd: KD
+    evaluation: Verdicts
     tracking: Tracking
 
     def network(self, track: str, model: str) -> tuple[str, dict[str, Any]]:

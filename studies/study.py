@@ -27,11 +27,14 @@ from pipeline.core.errors import UserError, one_line
 from pipeline.core.files import read_json, read_yaml, write_atomic
 from pipeline.core.provenance import commit
 from pipeline.params import Block, Params, load_params, shown
+from pipeline.reporting.tables import difference, unit
 from pipeline.tracking.mirror import Mirror
 from pipeline.training.cache import prune, read_record, trainings_folder
 from studies.tasks import MODELS, ROOT, Task, on_ray, one_by_one, plan, result_path, train_network
 
 MOST_POINTS = 10_000  # of a grid
+VERDICTS = ("better", "worse", "equivalent", "undecided")
+ALPHA = 0.05
 
 
 class Grid(Block):
@@ -175,29 +178,38 @@ def collect(name: str, points: list[Point], plans: dict[str, list[Task]]) -> Non
 
 
 def markdown(name: str, frame: pd.DataFrame, settings: list[str], planned: int) -> str:
-    """The table: a row per finished point, in percent and percentage points."""
+    """The table: a row per finished point, in percent and percentage points (of nll, nats)."""
     varied = [key for key in settings if frame[key].map(str).nunique() > 1]
     fixed = ", ".join(f"{key} {frame[key].iloc[0]}" for key in settings if key not in varied)
-    counts = ", ".join(f"{verdict} {sum(frame['verdict'] == verdict)}" for verdict in ("better", "worse", "not distinguishable"))
-    frame = frame.sort_values(varied)
-    gain = (100 * frame[["gain", "low", "high"]].astype(float)).map("{:+.2f}".format)
-    table = frame[varied].copy()
+    counts = ", ".join(f"{verdict} {sum(frame['verdict'].str.startswith(verdict))}" for verdict in VERDICTS)
+    frame = (frame.sort_values(varied) if varied else frame).assign(holm=lambda rows: holm(rows["p"].astype(float)))
+    metric = frame["metric"].iloc[0]
+    gain = frame[["gain", "low", "high"]].astype(float).map(functools.partial(difference, metric))
+    table, scale = frame[varied].copy(), 1 if metric == "nll" else 100
     for model in MODELS:
-        table[f"{model.removeprefix('student_')} (%)"] = (100 * frame[f"accuracy_{model}"]).map("{:.2f}".format)
-    table["gain (points)"], table["95 % interval"] = gain["gain"], gain["low"] + " to " + gain["high"]
-    table["distilled is"] = frame["verdict"]
+        heading = f"{model.removeprefix('student_')} ({'nats' if metric == 'nll' else '%'})"
+        table[heading] = (scale * frame[f"{metric}_{model}"]).map("{:.2f}".format)
+    table[f"gain ({unit(metric)})"], table["95 % interval"] = gain["gain"], gain["low"] + " to " + gain["high"]
+    table["p, Holm"], table["distilled is"] = frame["holm"].map("{:.3f}".format), frame["verdict"]
+    remain = sum(frame["holm"] < ALPHA)
     return (
         f"Study {name}: {len(frame)} of {planned} points finished, on commit `{commit()}`; {fixed}.\n\n"
-        f"The distilled student against the same student alone, at 95 % each: {counts}. Where nothing is gained, up to one point"
-        " in twenty is expected to be called better or worse by chance.\n\n"
+        f"The distilled student against the same student alone, at 95 % each: {counts}. Corrected for there being {len(frame)} "
+        f"comparisons (Holm 1979), {remain} of the differences remain at 5 %.\n\n"
         f"{table.to_markdown(index=False, tablefmt='github', disable_numparse=True)}\n\n![Gains of study {name}]({name}.png)\n"
     )
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Values of p corrected for their number (Holm 1979, Scandinavian Journal of Statistics 6:65-70)."""
+    ordered = p.sort_values()
+    return (ordered * range(len(p), 0, -1)).cummax().clip(upper=1)[p.index]
 
 
 def plot(frame: pd.DataFrame, points: list[Point]) -> Figure:
     """A panel per grid: the gain in percentage points with its interval over the grid's x, a line per other setting."""
     grids = [(grid, list(group)) for grid, group in itertools.groupby(points, lambda point: point.grid)]
-    figure = Figure(figsize=(6.5 * len(grids), 5), layout="constrained")
+    figure, metric = Figure(figsize=(6.5 * len(grids), 5), layout="constrained"), frame["metric"].iloc[0]
     for axes, (grid, group) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids, strict=True):
         labels = {}
         for point in (point for point in group if point.name in frame.index):
@@ -206,12 +218,13 @@ def plot(frame: pd.DataFrame, points: list[Point]) -> Figure:
         lines = frame.loc[list(labels)].groupby(pd.Series(labels, dtype=str), sort=False)
         for number, (label, line) in enumerate(lines):
             x = line[grid.x] * 1.05 ** (number - (len(lines) - 1) / 2)  # side by side
-            gain, low, high = (100 * line[key].astype(float) for key in ("gain", "low", "high"))
+            scale = 1 if metric == "nll" else 100
+            gain, low, high = (scale * line[key].astype(float) for key in ("gain", "low", "high"))
             style = {"marker": "osD^vPX*"[number % 8], "linestyle": ("-", "--", ":", "-.")[number % 4], "linewidth": 1}
             axes.errorbar(x, gain, [gain - low, high - gain], capsize=3, markersize=5, label=label.replace("$", r"\$"), **style)
         axes.axhline(0, color="black", linewidth=0.8)
         title = grid.title.replace("$", r"\$")  # no mathematics
-        axes.set(title=title, xscale="log", xlabel=grid.x, ylabel="gain of distillation (percentage points)")
+        axes.set(title=title, xscale="log", xlabel=grid.x, ylabel=f"gain of distillation ({unit(metric)})")
         axes.set_xticks(grid.vary[grid.x], grid.vary[grid.x])
         axes.minorticks_off()
         if any(labels.values()):

@@ -77,7 +77,7 @@ def plan(params: Params) -> list[Task]:
         lone = add(train_network, CODE, Recipe(**small, seed=seed, data=folder), needs=(data,))
         learner = add(train_network, CODE, Recipe(**distilled, seed=seed, data=folder), needs=(data, *of_student))
         checkpoints += [teacher, lone, learner]
-    settings = (params.device, params.threads, tuple(params.seeds))
+    settings = (params.device, params.threads, tuple(params.seeds), params.evaluation.primary, params.evaluation.margin)
     add(evaluate, ("data", "evaluation", "networks"), *settings, needs=(data, *checkpoints))
     return tasks
 
@@ -99,8 +99,13 @@ def train_network(_digest: str, recipe: Recipe, data: Path, *teachers: Path) -> 
     return train(replace(recipe, data=data, teachers=teachers), trainings_folder(), lambda record: None)
 
 
-def evaluate(digest: str, device: str, threads: int, seeds: Sequence[int], data: Path, *checkpoints: Path) -> None:
-    """Write a point's result. `checkpoints` are those of MODELS of the first seed, then of the second, and so on."""
+def evaluate(
+    digest: str, device: str, threads: int, seeds: Sequence[int], metric: str, margin: float, data: Path, *checkpoints: Path
+) -> None:
+    """Write a point's result, the verdict on `metric`.
+
+    `checkpoints` are those of MODELS of the first seed, then of the second, and so on.
+    """
     import torch
 
     from pipeline.data.prepared import load_split
@@ -114,16 +119,23 @@ def evaluate(digest: str, device: str, threads: int, seeds: Sequence[int], data:
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(checkpoint)
         pairs = [("student_distilled", "student_alone")]
-        evaluation = evaluate_track("distillation", Path(folder), load_dataset(data), test, MODELS, pairs, teachers={})
+        judged = {"teachers": {}, "metric": metric, "margin": margin}
+        evaluation = evaluate_track("distillation", Path(folder), load_dataset(data), test, MODELS, pairs, **judged)
     (comparison,) = evaluation.comparisons.values()
-    result = {f"accuracy_{model}": evaluation.metrics[model]["accuracy"] for model in MODELS}
+    figures = dict.fromkeys((metric, "accuracy", "auc"))
+    result = {"metric": metric} | {
+        f"{figure}_{model}{end}": evaluation.metrics[model].get(f"{figure}{end}")
+        for figure in figures
+        for model in MODELS
+        for end in ("", "_ci95")
+    }
     write_json(
-        result_path(digest), result | {key: comparison.get(key) for key in ("gain", "low", "high", "detectable", "verdict")}
+        result_path(digest), result | {key: comparison.get(key) for key in ("gain", "low", "high", "p", "detectable", "verdict")}
     )
 
 
 def result_path(digest: str) -> Path:
-    """Where the result of an evaluation lies: accuracies (shares of 1), and the gain with its interval and verdict."""
+    """Where the result of an evaluation lies: accuracy, AUC and the figure that verdicts are on, by model, and the gain."""
     return ROOT / ".studies" / f"{digest}.json"
 
 

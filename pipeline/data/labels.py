@@ -40,9 +40,11 @@ def hide_unknown(train: Split, share: float, seed: int) -> Split:
 
 
 def part(split: Split, share: float, seed: int) -> Split:
-    """The images of `split` whose labels are known, and these; `split` itself for a share of 1."""
+    """The images of `split` whose labels are known, and these; `split` itself for a share of 1, and if it is empty."""
+    if share == 1 or not len(split.labels):
+        return split
     rows = known_labels(split.labels, share, seed)
-    return split if share == 1 else Split(split.images[rows.to(split.images.device)], split.labels[rows])
+    return Split(split.images[rows.to(split.images.device)], split.labels[rows])
 
 
 def balanced(labels: Tensor, classes: int) -> Tensor:

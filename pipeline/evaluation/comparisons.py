@@ -34,7 +34,8 @@ class Evaluation(NamedTuple):
     """
 
     metrics: dict[str, dict[str, float]]  # by model: `over_seeds` of its figures, and `parameters` (their number)
-    comparisons: dict[str, dict[str, Any]]  # by "<model>_vs_<other>": the fields of `statistics.Comparison` and its verdict
+    comparisons: dict[str, dict[str, Any]]  # by "<model>_vs_<other>": the fields of `statistics.Comparison`, its verdict and,
+    # by the name of a figure, `others`: the same without a margin
     detail: dict[str, Any]
     labels: np.ndarray  # int64, (N,)
     probabilities: dict[str, np.ndarray]  # by model, float32, (S, N, K): in the order of the seeds, test images and classes
@@ -52,14 +53,17 @@ def evaluate_track(
     models: Sequence[str],
     comparisons: Sequence[tuple[str, str]],
     teachers: Mapping[str, str],
+    metric: str = "accuracy",
+    margin: float = 0.0,
 ) -> Evaluation:
     """Evaluate every checkpoint in `folder`/<model>, and teachers from outside by their logits of the test images.
 
     `comparisons` are pairs of models, `teachers` the model that a student's fidelity is measured by, seed by seed. A teacher from
-    outside without such logits is left out of all.
+    outside without such logits is left out of all. `metric` and `margin`, as in `statistics.Comparison`: what verdicts are on.
 
     Raises UserError if a checkpoint is missing, damaged or trained on other data than `dataset`, and if the models' seeds differ.
     """
+    from pipeline.evaluation.jackknife import FIGURES
     from pipeline.evaluation.metrics import fidelity, over_seeds, score
     from pipeline.evaluation.statistics import compare
 
@@ -84,8 +88,11 @@ def evaluate_track(
             metrics[model] |= over_seeds(losses)
         if parameters[model] is not None:
             metrics[model]["parameters"] = parameters[model]
-    correct = {model: values.argmax(axis=2) == labels for model, values in probabilities.items()}
-    compared = {f"{model}_vs_{other}": compare(correct[model], correct[other]).as_json() for model, other in comparisons}
+    compared = {}
+    for model, other in comparisons:
+        data = labels, probabilities[model], probabilities[other]
+        others = {name: compare(*data, name).as_json() for name in FIGURES if name != metric}
+        compared[f"{model}_vs_{other}"] = compare(*data, metric, margin).as_json() | {"others": others}
     detail = {"track": track, "dataset": dataset.model_dump(mode="json"), "models": details}
     return Evaluation(metrics, compared, detail, labels, {model: p.astype(np.float32) for model, p in probabilities.items()})
 
@@ -176,8 +183,8 @@ def loss_curves(evaluation: Evaluation) -> "pd.DataFrame":
 def write_evaluation(evaluation: Evaluation, root: Path) -> None:
     """Write, below `root`, what `read_evaluation` reads, and what DVC shows: metrics/<track>.json and the values of plots.
 
-    Of the figures, DVC gets those that a table of experiments has room for: each model's accuracy and, of the track's question,
-    the gain with its interval; shares of 1. Equal input, equal bytes.
+    DVC gets what a table of experiments has room for: of the figure that verdicts are on, each model's and, of the track's
+    question, the gain with its interval. Equal input, equal bytes.
     """
     import pandas as pd
 
@@ -185,7 +192,8 @@ def write_evaluation(evaluation: Evaluation, root: Path) -> None:
 
     metrics, comparisons, detail, labels, probabilities = evaluation
     (answer, *_) = comparisons.values()
-    headline = {model: {"accuracy": figures["accuracy"]} for model, figures in metrics.items()}
+    metric = answer["metric"]
+    headline = {model: {metric: figures[metric]} for model, figures in metrics.items()}
     headline |= {"gain": answer["gain"], "gain_low": answer["low"], "gain_high": answer["high"]}
     track, classes = detail["track"], detail["dataset"]["classes"]
     cells = pd.MultiIndex.from_product([probabilities, classes, classes], names=["model", "actual", "predicted"])

@@ -11,10 +11,8 @@ import pandas as pd
 from scipy.special import rel_entr
 from sklearn import metrics as sk
 
+from pipeline.evaluation.jackknife import CALIBRATION_BINS, TINY, calibration_bins
 from pipeline.evaluation.statistics import half_width
-
-CALIBRATION_BINS = 15
-TINY = np.finfo(float).tiny  # what a probability of 0 counts as where its logarithm is taken
 
 
 def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
@@ -29,13 +27,14 @@ def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """Accuracy, AUC, weighted F1 (0-1), negative log-likelihood (nats per image) and expected calibration error (0-1)."""
+    """Accuracy, balanced accuracy, AUC, weighted F1 (0-1), negative log-likelihood (nats per image), calibration error."""
     predicted = probabilities.argmax(axis=1)
     of_true_class = probabilities[np.arange(len(labels)), labels]
     bins = reliability(labels, probabilities)
     gap = (bins["accuracy"] - bins["confidence"]).abs()
     return {
         "accuracy": float(sk.accuracy_score(labels, predicted)),
+        "balanced_accuracy": fmean(float((predicted[labels == label] == label).mean()) for label in np.unique(labels)),
         "auc": auc(labels, probabilities),
         "f1_weighted": float(sk.f1_score(labels, predicted, average="weighted", zero_division=0)),
         "nll": float(-np.log(np.maximum(of_true_class, TINY)).mean()),
@@ -51,7 +50,7 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
     """
     confidence = probabilities.max(axis=1).astype(float)
     correct = probabilities.argmax(axis=1) == labels
-    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    bins = calibration_bins(confidence)
     images, *sums = (np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, confidence, correct))
     means = {name: total / np.maximum(images, 1) for name, total in zip(("confidence", "accuracy"), sums, strict=True)}
     return pd.DataFrame({"bin": np.arange(1, CALIBRATION_BINS + 1) / CALIBRATION_BINS, "images": images} | means)

@@ -1,64 +1,110 @@
-"""Is one model more accurate than another, by how much, and how certain is that.
+"""Is one model better than another, by how much, and how certain is that: seeds as readers, test images as cases.
 
-Two things are left to chance: the training (its seed) and which images are in the test split. A difference must stand out
-against both.
+Two things are left to chance: the training (its seed) and which images are in the test split. Every seed sees every image, as
+every reader sees every case in a study of diagnostic imaging; the analysis is that of such studies, by Obuchowski and Rockette
+(1995, Communications in Statistics 24:285-308) with Hillis' degrees of freedom (2007, Statistics in Medicine 26:596-619).
 """
 
 from collections.abc import Sequence
-from statistics import stdev
-from typing import Literal, NamedTuple
+from statistics import fmean, stdev, variance
+from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest, t
+from scipy.optimize import brentq
+from scipy.stats import binomtest, nct, norm, t
+
+from pipeline.evaluation.jackknife import FIGURES, LOWER_IS_BETTER
 
 CONFIDENCE = 0.95
 POWER = 0.8
-RESAMPLES = 5000
 FEWEST = 3  # seeds that say anything about how much training varies
 
 
 class Comparison(NamedTuple):
-    """The accuracy of one model minus that of another, trained with the same seeds; shares of 1."""
+    """A figure of one model minus that of another, of the same seeds; the reverse of a figure that is better when low."""
 
+    metric: str  # a name in jackknife.FIGURES
+    margin: float  # a difference of that figure that would not matter
     gain: float  # mean over seeds and test images
-    low: float  # the 95 % interval: the wider, at either end, of the two that follow
+    low: float  # the 95 % interval, over seeds and images
     high: float
-    seeds_low: float  # Student's t interval of the seeds' gains (a paired t test): the chance of training; NaN for a single seed
+    seeds_low: float  # the same over seeds, on these very images: a paired t test; NaN for a single seed
     seeds_high: float
-    bootstrap_low: float  # percentiles over resamples of seeds and test images, both models' drawn together: the chance of both
-    bootstrap_high: float
-    detectable: float  # the smallest gain that this number of seeds and images shows with a probability of 80 %; NaN for one seed
+    low_90: float  # the 90 % interval over seeds and images, whose place within the margin is two one-sided tests at 5 %
+    high_90: float
+    p: float  # of no difference, two-sided
+    df: float  # degrees of freedom
+    detectable: float  # the smallest gain that as many seeds and images would show with a probability of 80 %; NaN for one seed
     seeds: int
     images: int
 
     @property
-    def verdict(self) -> Literal["better", "worse", "not distinguishable"]:
+    def equivalent(self) -> bool:
+        """Whether a difference as large as the margin, either way, is ruled out at 5 %."""
+        return self.seeds >= FEWEST and -self.margin < self.low_90 <= self.high_90 < self.margin
+
+    @property
+    def verdict(self) -> str:
         """What may be said at 95 %. Of one or two seeds nothing: they do not show how much training varies."""
-        if self.seeds < FEWEST or self.low <= 0 <= self.high:
-            return "not distinguishable"
-        return "better" if self.gain > 0 else "worse"
+        if self.seeds >= FEWEST and not self.low <= 0 <= self.high:
+            return f"{'better' if self.gain > 0 else 'worse'}{', by less than the margin' if self.equivalent else ''}"
+        return "equivalent" if self.equivalent else "undecided"
 
     def as_json(self) -> dict[str, float | str]:
-        """The figures and the verdict, without those that a single seed does not have."""
-        return {key: value for key, value in self._asdict().items() if not np.isnan(value)} | {"verdict": self.verdict}
+        """The figures and the verdict, without those that a single seed, or models without a difference, do not have."""
+        figures = {key: value for key, value in self._asdict().items() if isinstance(value, str) or np.isfinite(value)}
+        return figures | {"verdict": self.verdict}
 
 
-def compare(correct: np.ndarray, other: np.ndarray) -> Comparison:
-    """Two models by which test images each classified correctly: bool arrays (S, N), row s of both of the same seed."""
-    if correct.shape != other.shape:
-        raise ValueError(f"the two models have other seeds or images: {correct.shape} and {other.shape}")
-    difference = correct.astype(np.int8) - other.astype(np.int8)
-    seeds, images = difference.shape
-    gains = difference.mean(axis=1).tolist()
-    gain, half, tail = float(np.mean(gains)), half_width(gains), (1 - CONFIDENCE) / 2
-    resampled = bootstrap(difference)
-    bootstrap_low, bootstrap_high = np.quantile(resampled, [tail, 1 - tail]).tolist()
-    low, high, detectable = bootstrap_low, bootstrap_high, float("nan")
+def compare(
+    labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray, metric: str = "accuracy", margin: float = 0.0
+) -> Comparison:
+    """Two models by their probabilities, (S, N, K), of N images with `labels`, (N,); row s of both is of the same seed."""
+    if ours.shape != theirs.shape:
+        raise ValueError(f"the two models have other seeds or images: {ours.shape} and {theirs.shape}")
+    figure, sign = FIGURES[metric], -1 if metric in LOWER_IS_BETTER else 1
+    gains, without = [], []
+    for of_ours, of_theirs in zip(ours, theirs, strict=True):
+        (value, values), (other, others) = figure(labels, of_ours), figure(labels, of_theirs)
+        gains.append(sign * (value - other))
+        without.append(sign * (values - others))
+    return analyse(gains, np.stack(without), metric, margin)
+
+
+def analyse(gains: Sequence[float], without: np.ndarray, metric: str, margin: float) -> Comparison:
+    """The analysis of gains by seed, (S,), and of the same without each image, (S, N).
+
+    The variance of the mean gain is s^2 / S + V: s^2 that of the seeds' gains, V the mean of the jackknife's covariances over
+    images of two seeds' gains (0 if negative). Its degrees of freedom are (S - 1) * (total / (s^2 / S))^2.
+    """
+    seeds, images = without.shape
+    centred = without - without.mean(axis=1, keepdims=True)
+    covariance = (images - 1) / images * centred @ centred.T
+    gain = fmean(gains)
     if seeds > 1:
-        low, high = max(-1.0, min(low, gain - half)), min(1.0, max(high, gain + half))
-        error = max(stdev(gains) / seeds**0.5, float(resampled.std()))
-        detectable = float(t.ppf(1 - tail, seeds - 1) + t.ppf(POWER, seeds - 1)) * error
-    return Comparison(gain, low, high, gain - half, gain + half, bootstrap_low, bootstrap_high, detectable, seeds, images)
+        of_seeds = variance(gains) / seeds
+        total = of_seeds + max(0.0, (covariance.sum() - covariance.trace()) / (seeds * (seeds - 1)))
+        df = (seeds - 1) * (total / of_seeds) ** 2 if of_seeds else float("inf")
+    else:
+        total, df = covariance[0, 0], float("inf")
+    error, half = float(total) ** 0.5, half_width(gains)
+
+    def quantile(share: float) -> float:
+        return float(t.ppf(share, df) if np.isfinite(df) else norm.ppf(share))
+
+    wide, narrow = (error * quantile(share) for share in ((1 + CONFIDENCE) / 2, CONFIDENCE))
+    p = 1.0 if error == 0 else 2 * float(t.sf(abs(gain) / error, df) if np.isfinite(df) else norm.sf(abs(gain) / error))
+    low, high, low_90, high_90 = gain - wide, gain + wide, gain - narrow, gain + narrow
+    detectable = error * _detectable(df, quantile((1 + CONFIDENCE) / 2)) if seeds > 1 else float("nan")
+    seeds_low, seeds_high = gain - half, gain + half
+    return Comparison(metric, margin, gain, low, high, seeds_low, seeds_high, low_90, high_90, p, df, detectable, seeds, images)
+
+
+def _detectable(df: float, critical: float) -> float:
+    """The true difference, in standard errors, that exceeds the critical value with a probability of POWER: non-central t."""
+    if not np.isfinite(df):
+        return critical + float(norm.ppf(POWER))
+    return float(brentq(lambda shift: nct.sf(critical, df, shift) - POWER, 0, 10 * critical))
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -77,18 +123,3 @@ def share_interval(correct: int, images: int) -> tuple[float, float]:
     """Wilson's 95 % interval of an accuracy measured on so many images."""
     interval = binomtest(correct, images).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
-
-
-def bootstrap(difference: np.ndarray) -> np.ndarray:
-    """Means of (S, N) values over 5,000 resamples of rows and of columns, each drawn with replacement: shape (5000,).
-
-    Rows and columns are crossed (every seed sees every image), so both are drawn anew in each resample, as in Owen 2007,
-    "The pigeonhole bootstrap" (arXiv:0712.1111).
-    """
-    random = np.random.default_rng(0)
-    rows, columns = difference.shape
-    # Images on which all seeds agree are alike: draw how many of each kind, not which.
-    kinds, counts = np.unique(difference, axis=1, return_counts=True)
-    drawn_columns = random.multinomial(columns, counts / columns, size=RESAMPLES)
-    drawn_rows = random.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
-    return np.einsum("br,rk,bk->b", drawn_rows, kinds, drawn_columns, optimize=True) / (rows * columns)

@@ -10,7 +10,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.comparisons import Evaluation, loss_curves
+from pipeline.evaluation.jackknife import LOWER_IS_BETTER
 from pipeline.evaluation.metrics import confusion, reliability
+from pipeline.reporting.tables import unit
 
 MARKERS = "osD^vPX"
 MOST_COUNTS = 30  # classes up to which the counts are written into a confusion matrix
@@ -103,19 +105,22 @@ def plot_reliability(bins_by_model: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def plot_gains(evaluation: Evaluation) -> Figure:
-    """Each comparison's gain in accuracy with its 95 % interval, and every seed's: percentage points."""
+    """Each comparison's gain in the figure that verdicts are on, with its 95 % interval, every seed's, and the margin."""
     comparisons, models = evaluation.comparisons, evaluation.detail["models"]
     figure = Figure(figsize=(7, 1.1 + 0.7 * len(comparisons)), layout="constrained")
-    axes = figure.subplots()
+    axes, answer = figure.subplots(), next(iter(comparisons.values()))
+    metric, scale = answer["metric"], 1 if answer["metric"] == "nll" else 100
+    sign = -1 if metric in LOWER_IS_BETTER else 1
     for row, (name, comparison) in enumerate(comparisons.items()):
-        gain, low, high = (100 * comparison[key] for key in ("gain", "low", "high"))
+        gain, low, high = (scale * comparison[key] for key in ("gain", "low", "high"))
         mean = axes.errorbar(gain, row, xerr=[[gain - low], [high - gain]], fmt="D", color="black", capsize=5)
-        ours, theirs = (np.array([seed["accuracy"] for seed in models[model]["figures"]]) for model in name.split("_vs_"))
-        seeds = axes.scatter(100 * (ours - theirs), [row + 0.22] * len(ours), marker="|", s=80, color="0.4")
+        ours, theirs = (np.array([seed[metric] for seed in models[model]["figures"]]) for model in name.split("_vs_"))
+        seeds = axes.scatter(scale * sign * (ours - theirs), [row + 0.22] * len(ours), marker="|", s=80, color="0.4")
+    margin = axes.axvspan(-scale * answer["margin"], scale * answer["margin"], color="0.9", zorder=0)
     axes.axvline(0, linestyle=":", color="black", linewidth=1)
     axes.set_yticks(range(len(comparisons)), [name.replace("_vs_", "\nagainst ") for name in comparisons])
-    axes.set(ylim=(len(comparisons) - 0.5, -0.5), xlabel="difference in test accuracy (percentage points)")
-    axes.legend([mean, seeds], ["mean and 95 % interval", "one seed"], fontsize=8)
+    axes.set(ylim=(len(comparisons) - 0.5, -0.5), xlabel=f"gain on the test images ({unit(metric)})")
+    axes.legend([mean, seeds, margin], ["mean and 95 % interval", "one seed", "margin"], fontsize=8)
     return figure
 
 

@@ -14,11 +14,12 @@ from markupsafe import Markup
 
 from pipeline.evaluation.comparisons import Evaluation
 from pipeline.evaluation.statistics import CONFIDENCE, FEWEST, POWER
-from pipeline.reporting.tables import escape, markdown_table, mean, points
+from pipeline.reporting.tables import difference, escape, markdown_table, mean, points, unit
 
 HARDEST = 3  # classes named as hardest
 FIGURES = {  # of Evaluation.metrics: heading, factor, digits
     "accuracy": ("accuracy (%)", 100, 2),
+    "balanced_accuracy": ("balanced accuracy (%)", 100, 2),
     "auc": ("AUC", 1, 4),
     "f1_weighted": ("weighted F1 (%)", 100, 2),
     "nll": ("NLL (nats)", 1, 4),
@@ -54,6 +55,10 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     by_class = models[model]["by_class"]
     content = {"title": title, "evaluation": evaluation, "costs": costs, "exported": exported, "figures": figures, "model": model}
     content["verdicts"] = [sentence(name, comparison, format) for name, comparison in comparisons.items()]
+    content["answer"], *against_teacher = comparisons.values()
+    content["headroom"] = against_teacher[-1] if against_teacher else None
+    pairs = [name.split("_vs_") for name in comparisons][1:]
+    content["inferior"] = [(*pair, c["high"] >= c["margin"]) for pair, c in zip(pairs, against_teacher, strict=True)]
     content["hardest"] = sorted(by_class, key=lambda name: by_class[name]["f1"])[:HARDEST]
     present = set().union(*evaluation.metrics.values())
     measured = {key: column for key, column in FIGURES.items() if key in present}
@@ -67,6 +72,7 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     content["measured"] = any(entry["architecture"].startswith("outside") for entry in models.values())
     content["tables"] = {
         "gains": _gains(comparisons),
+        "others": _others(comparisons),
         "models": _by_model(evaluation.metrics, measured),
         "classes": _classes(by_class, models[other]["by_class"], model, other),
         "costs": _by_model(costs["models"], COSTS),
@@ -97,24 +103,57 @@ def _template(format: Format, name: str) -> jinja2.Template:
     options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     options["finalize"] = for_markdown if format == "markdown" else None
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
-    environment.filters |= {"points": points, "one_line": lambda text: type(text)(" ".join(text.split()))}
+    environment.filters |= {
+        "points": points,
+        "difference": lambda value, metric: difference(metric, value),
+        "unit": unit,
+        "one_line": lambda text: type(text)(" ".join(text.split())),
+    }
     environment.globals |= {"format": f"{format}.jinja", "sure": SURE, "fewest": FEWEST, "power": f"{100 * POWER:.0f} %"}
     environment.globals["markdown_table"] = lambda headings, rows: Markup(markdown_table(headings, rows))  # noqa: S704 (escaped)
     return environment.get_template(f"{name}.jinja")
 
 
 def _gains(comparisons: Json) -> Table:
-    headings = ["comparison", "gain (points)", f"{SURE} interval", "over seeds (t)", "over seeds and images (bootstrap)"]
-    pairs = [(f"{kind}low", f"{kind}high") for kind in ("", "seeds_", "bootstrap_")]
+    metric = next(iter(comparisons.values()))["metric"]
+    headings = [
+        "comparison",
+        f"gain ({unit(metric)})",
+        f"{SURE} interval",
+        "over seeds, on these images",
+        "p",
+        "detectable",
+        "verdict",
+    ]
     rows = []
     for name, comparison in comparisons.items():
-        intervals = [" to ".join(points(comparison[key]) for key in pair if key in comparison) for pair in pairs]
-        detectable = f"{100 * comparison['detectable']:.2f}" if comparison.get("detectable", 2) <= 1 else "none"
+        intervals = [_interval(comparison, kind) for kind in ("", "seeds_")]
+        p = f"{comparison['p']:.3f}"
+        detectable = difference(metric, comparison["detectable"])[1:] if "detectable" in comparison else ""
         verdict = comparison["verdict"]
         if comparison["seeds"] < FEWEST:
-            intervals, detectable, verdict = [""] * len(pairs), "", "a smoke test"
-        rows.append([name.replace("_vs_", " - "), points(comparison["gain"]), *intervals, detectable, verdict])
-    return [*headings, "detectable (points)", "verdict"], rows
+            intervals, p, detectable, verdict = ["", ""], "", "", "a smoke test"
+        gain = difference(metric, comparison["gain"])
+        rows.append([name.replace("_vs_", " - "), gain, *intervals, p, detectable, verdict])
+    return headings, rows
+
+
+def _others(comparisons: Json) -> Table:
+    """The same of the other figures, without verdicts: what was not chosen beforehand is not tested."""
+    (first, *_) = comparisons.values()
+    rows = []
+    for name, comparison in comparisons.items():
+        cells = []
+        for metric, other in comparison["others"].items():
+            sure = f" ({_interval(other, '')})" if other["seeds"] >= FEWEST else ""
+            cells.append(f"{difference(metric, other['gain'])}{sure}")
+        rows.append([name.replace("_vs_", " - "), *cells])
+    return ["comparison", *(unit(metric) for metric in first["others"])], rows
+
+
+def _interval(comparison: Json, kind: str) -> str:
+    pair = f"{kind}low", f"{kind}high"
+    return " to ".join(difference(comparison["metric"], comparison[key]) for key in pair if key in comparison)
 
 
 def _by_model(models: Json, columns: Mapping[str, tuple[str, float, int]]) -> Table:

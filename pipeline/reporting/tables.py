@@ -20,6 +20,7 @@ ORIGINAL = {
 # Its recipe, as far as it can be compared: it also kept the last epoch, and no images for validation.
 RECIPE = {"epochs": 5, "lr": 0.001, "schedule": "constant", "weight_decay": 0, "label_smoothing": 0, "class_weights": "none"}
 RECIPE |= {"augmentation": "none", "label_fraction": 1, "logits": None, "features": None}
+NAMES = {"nll": "nats of negative log-likelihood", "auc": "points of AUC", "ece": "points of ECE"}
 MARKUP = r"[\\`*\[\]<>|~#&$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\."  # an underscore inside a word marks nothing
 
 
@@ -43,6 +44,16 @@ def cell(figures: Mapping[str, float], key: str, factor: float, digits: int) -> 
 def points(share: float) -> str:
     """A difference of shares as text, in percentage points."""
     return f"{100 * share:+.2f}"
+
+
+def difference(metric: str, value: float) -> str:
+    """A difference of a figure as text: nats of the negative log-likelihood, percentage points of any other."""
+    return f"{value:+.4f}" if metric == "nll" else points(value)
+
+
+def unit(metric: str) -> str:
+    """What `difference` counts."""
+    return NAMES.get(metric, f"points of {metric.replace('_', ' ')}")
 
 
 def mean(figures: Mapping[str, float], key: str, factor: float, digits: int) -> str:

@@ -114,24 +114,28 @@ def judge(client: MlflowClient, champion: ModelVersion, fingerprint: str, predic
     against = f"version {champion.version}"
     if champion.tags.get("fingerprint") != fingerprint:
         return CHALLENGER, f"{against} was measured on other data: set the alias in MLflow's UI if this is to be served"
-    ours = read_predictions(predictions, model)
+    labels, ours = read_predictions(predictions, model)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            theirs = read_predictions(Path(client.download_artifacts(champion.run_id, champion.tags["evidence"], folder)), model)
+            _, theirs = read_predictions(
+                Path(client.download_artifacts(champion.run_id, champion.tags["evidence"], folder)), model
+            )
     except (UserError, KeyError, MlflowException, OSError) as error:
         return CHALLENGER, f"the predictions of {against} cannot be read: {masked(error)}"
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return CHALLENGER, f"no seed in common with {against}: they cannot be compared in pairs"
-    comparison = compare(*(np.stack([correct[seed] for seed in seeds]) for correct in (ours, theirs)))
-    relation = f"{comparison.verdict} {'from' if comparison.verdict == 'not distinguishable' else 'than'} {against}"
+    both = (np.stack([predictions[seed] for seed in seeds]) for predictions in (ours, theirs))
+    comparison = compare(labels, *both)
+    relation = f"{comparison.verdict} whether better than {against}" if comparison.verdict == "undecided" else ""
+    relation = relation or f"{comparison.verdict} than {against}"
     gain, low, high = map(points, (comparison.gain, comparison.low, comparison.high))
     extent = f"(95 % interval {low} to {high}), {comparison.seeds} seeds, {comparison.images} images"
     return CHAMPION if comparison.verdict == "better" else CHALLENGER, f"{relation}: {gain} points {extent}"
 
 
-def read_predictions(path: Path, model: str) -> dict[int, np.ndarray]:
-    """Which test images the distilled students of a metrics/predictions/<track>.npz classify correctly: by seed, bool (N,).
+def read_predictions(path: Path, model: str) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """The labels, (N,), in a metrics/predictions/<track>.npz and, by seed, a model's probabilities, (N, K).
 
     Stage evaluate writes `labels`, integers of shape (N,), `seeds`, integers of shape (S,), and under the model's name
     probabilities of shape (S, N, K). Raises UserError for anything else.
@@ -142,8 +146,7 @@ def read_predictions(path: Path, model: str) -> dict[int, np.ndarray]:
         case {"labels": ("i", n), "seeds": ("i", s), **others}:
             kind, *shape = others.get(model, ("", 0))
             if kind == "f" and shape[:2] == [s, n] and len(shape) == 3 and shape[2]:
-                correct = arrays[model].argmax(axis=2) == arrays["labels"]
-                return dict(zip(arrays["seeds"].tolist(), correct, strict=True))
+                return arrays["labels"], dict(zip(arrays["seeds"].tolist(), arrays[model], strict=True))
     raise UserError(f"{path}: not the predictions of a distilled student: {shapes}: run dvc repro")
 
 

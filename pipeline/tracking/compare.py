@@ -1,7 +1,7 @@
 """Compare experiments, git revisions and the workspace by their figures.
 
     make compare                  every experiment of this checkout: what it varies, and its figures
-    make compare A=t5 B=t6        is B more accurate than A: the same paired verdict as in the report, model by model
+    make compare A=t5 B=t6        is B better than A: the same paired verdict as in the report, model by model
 
 A and B are names of experiments, revisions such as HEAD, or `workspace`. Their predictions come from DVC's cache.
 """
@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from tabulate import tabulate
 
 from pipeline.core.cli import run
@@ -20,7 +19,7 @@ from pipeline.core.provenance import committed_parameters, experiments, git
 from pipeline.evaluation.comparisons import Evaluation, read_evaluation
 from pipeline.evaluation.statistics import compare
 from pipeline.params import TRACKS
-from pipeline.reporting.tables import points
+from pipeline.reporting.tables import difference, unit
 
 GAINS = ("gain", "gain_low", "gain_high")
 
@@ -58,8 +57,11 @@ def _headline(name: str, revision: str) -> dict[str, str]:
         content = git("show", f"{revision}:./metrics/{track}.json")
         try:
             headline = json.loads(content or "{}")
-            gains = {key: points(headline.pop(key)) for key in GAINS if key in headline}
-            accuracies = {model: f"{100 * of_model['accuracy']:.2f}" for model, of_model in headline.items()}
+            gains = {key: headline.pop(key) for key in GAINS if key in headline}
+            (metric, *_) = next(iter(headline.values()), {"accuracy": 0})
+            gains = {key: difference(metric, value) for key, value in gains.items()}
+            scale = 1 if metric == "nll" else 100
+            accuracies = {model: f"{scale * of_model[metric]:.2f}" for model, of_model in headline.items()}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             print(f"left out: {name}: metrics/{track}.json: {one_line(error)}", file=sys.stderr)
             continue
@@ -68,7 +70,7 @@ def _headline(name: str, revision: str) -> dict[str, str]:
 
 
 def verdicts(a: str, b: str) -> list[str]:
-    """Per track and model of both: is `b` more accurate than `a`, over the seeds that they share. Raises UserError."""
+    """Per track and model of both: is `b` better than `a`, over the seeds that they share. Raises UserError."""
     readers, lines, reason = [_reader(a), _reader(b)], [], ""
     for track in TRACKS:
         try:
@@ -104,14 +106,15 @@ def _verdict(heading: str, model: str, ours: Evaluation, theirs: Evaluation) -> 
     seeds = [seed for seed in details[0]["seeds"] if seed in details[1]["seeds"]]
     if not seeds:
         return f"{heading}: no seed in common"
-    correct = [
-        np.stack([evaluation.probabilities[model][detail["seeds"].index(seed)].argmax(1) == evaluation.labels for seed in seeds])
+    both = [
+        evaluation.probabilities[model][[detail["seeds"].index(seed) for seed in seeds]]
         for evaluation, detail in zip((ours, theirs), details, strict=True)
     ]
-    comparison = compare(*correct)
-    gain, low, high = map(points, (comparison.gain, comparison.low, comparison.high))
+    answer = next(iter(ours.comparisons.values()))
+    comparison = compare(ours.labels, *both, answer["metric"], answer["margin"])
+    gain, low, high = (difference(comparison.metric, value) for value in (comparison.gain, comparison.low, comparison.high))
     extent = f"95 % interval {low} to {high}, {comparison.seeds} seeds, {comparison.images:,} images"
-    return f"{heading}: {comparison.verdict}, {gain} points ({extent})"
+    return f"{heading}: {comparison.verdict}, {gain} {unit(comparison.metric)} ({extent})"
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ class Mirror:
         from pipeline.evaluation.statistics import FEWEST
         from pipeline.params import TRACKS
         from pipeline.reporting.report import sentence
-        from pipeline.reporting.tables import cell, points, results_table
+        from pipeline.reporting.tables import cell, difference, results_table
 
         metrics, tags, table = evaluation.metrics[model], {}, ""
         for name, *style in (("accuracy", 100, 2), ("auc", 1, 4)):
@@ -198,7 +198,7 @@ class Mirror:
         # The track's question alone: what another model was compared with may be of another experiment next time.
         name, answer = next(iter(evaluation.comparisons.items()))
         if name.startswith(f"{model}_vs_"):
-            gain, low, high = (points(answer[key]) for key in ("gain", "low", "high"))
+            gain, low, high = (difference(answer["metric"], answer[key]) for key in ("gain", "low", "high"))
             sure = answer["seeds"] >= FEWEST
             gain += f"{f' ({low} to {high})' if sure else ''} over {name.partition('_vs_')[2]}"
             tags |= {"gain": gain, "verdict": answer["verdict"] if sure else "a smoke test"}

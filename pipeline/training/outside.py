@@ -117,7 +117,8 @@ def _check(where: str, kind: Kind, array: np.ndarray, images: int, views: int | 
         raise UserError(f"{where} has dtype {array.dtype}, not one of floats")
     for start in range(0, images, BATCH):
         if not (np.abs(array[start : start + BATCH]) <= LARGEST).all():
-            raise UserError(f"{where} has a value that is no finite number of float32, in rows {start} to {min(start + BATCH, images) - 1}")
+            rows = f"{start} to {min(start + BATCH, images) - 1}"
+            raise UserError(f"{where} has a value that is no finite number of float32, in rows {rows}")
 
 
 def linear_probe(

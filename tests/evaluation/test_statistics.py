@@ -1,79 +1,139 @@
-"""Verdicts on simulated predictions whose truth is known, and the intervals against independent implementations."""
+"""The analysis against an independent implementation, and its verdicts on simulated predictions whose truth is known."""
 
 import numpy as np
 import pytest
-from scipy.special import expit
+from scipy.stats import f, norm
+from sklearn.metrics import roc_auc_score
 
-from pipeline.evaluation.statistics import Comparison, above_chance, bootstrap, compare, share_interval
+from pipeline.evaluation.statistics import Comparison, above_chance, compare, half_width, share_interval
 
-SETTINGS = {  # by what varies most; seeds, images, easy, seed_sd, image_sd
-    "like mnist": (5, 10_000, 7.5, 0.0015, 0.0),
-    "seeds": (5, 10_000, 7.5, 0.005, 0.0),
-    "images": (5, 600, 5, 0.0, 2.0),
-    "three seeds": (3, 2_000, 6, 0.003, 1.0),
+AUC = {  # of 624 images, 390 of them positive: deviations of the scores, in units of the noise that is new in each training
+    "images vary": {"seeds": 5, "of_image": 1.0, "of_image_and_model": 0.7, "of_seed": 0.0},
+    "seeds vary": {"seeds": 5, "of_image": 0.5, "of_image_and_model": 0.0, "of_seed": 0.3},
+    "both vary": {"seeds": 5, "of_image": 1.0, "of_image_and_model": 0.5, "of_seed": 0.15},
+    "ten seeds": {"seeds": 10, "of_image": 1.0, "of_image_and_model": 0.5, "of_seed": 0.15},
 }
 
 
-def comparisons(setting: str, gain: float, trials: int) -> list[Comparison]:
-    """Comparisons of two simulated models, to the first of which `gain` is added. Images differ in difficulty, which both share;
-    trainings differ by a deviation `seed_sd` of the accuracy, the models on images by `image_sd` (logits), the same in all seeds.
-    """
-    seeds, images, easy, seed_sd, image_sd = SETTINGS[setting]
-    random, results = np.random.default_rng(1), []
-    for _ in range(trials):
-        chance = expit(random.normal(easy, 3, size=images) + random.normal(0, image_sd, size=(2, 1, images)))
-        # what a seed adds or takes is taken from, or added to, the images that can still change
-        room = chance * (1 - chance)
-        shift = random.normal([[[gain]], [[0]]], seed_sd, size=(2, seeds, 1))
-        results.append(compare(*(random.random((2, seeds, images)) < chance + shift * room / room.mean(axis=2, keepdims=True))))
-    return results
+def simulated(
+    random: np.random.Generator, seeds: int, of_image: float, of_image_and_model: float, of_seed: float, gain: float = 0
+):
+    """Labels, and probabilities (seeds, 624, 2) of two models, the first of which separates the classes better by `gain`."""
+    labels = np.repeat([0, 1], (234, 390))
+    shared = random.normal(0, of_image, (1, 1, 624))
+    score = shared + random.normal(0, of_image_and_model, (2, 1, 624)) + random.normal(0, 1, (2, seeds, 624))
+    separation = 2.5 + np.array([gain, 0])[:, None, None] + random.normal(0, of_seed, (2, seeds, 1))
+    probability = norm.cdf((score + separation * (labels - 0.5)) / 3)
+    return labels, *np.stack([1 - probability, probability], axis=3)
 
 
-LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("like mnist", "seeds")]
+def comparisons(setting: str, trials: int, margin: float = 0.0, gain: float = 0.0) -> list[Comparison]:
+    random = np.random.default_rng(0)
+    return [compare(*simulated(random, **AUC[setting], gain=gain), "auc", margin) for _ in range(trials)]
 
 
-@pytest.mark.parametrize("setting", [*LARGE, "images", "three seeds"])
-def test_without_a_gain_better_or_worse_is_seldom_said(setting: str):
-    verdicts = [comparison.verdict for comparison in comparisons(setting, 0, 200)]
-    assert verdicts.count("not distinguishable") >= 0.93 * 200
+def test_the_analysis_is_obuchowskis_and_rockettes_with_hillis_degrees_of_freedom():
+    """Theirs in their own terms: mean squares of readers and modalities, three covariances of a jackknife, an F test."""
+    labels, *models = simulated(np.random.default_rng(3), **AUC["both vary"])
+    positive = np.stack(models)[..., 1]
+    modalities, readers, cases = positive.shape
+
+    def areas(rows: np.ndarray) -> np.ndarray:
+        return np.array([[roc_auc_score(labels[rows], reader[rows]) for reader in modality] for modality in positive])
+
+    theta = areas(np.arange(cases))
+    pseudo = np.stack([areas(np.delete(np.arange(cases), case)) for case in range(cases)]).reshape(cases, -1)
+    covariance = np.cov(pseudo.T) * (cases - 1) ** 2 / cases
+    covariance = covariance.reshape(modalities, readers, modalities, readers)
+    same, other = np.eye(readers, dtype=bool), ~np.eye(readers, dtype=bool)
+    second = np.mean([covariance[m, :, m, :][other].mean() for m in range(modalities)])  # one modality, two readers
+    third = covariance[0, :, 1, :][other].mean()  # two of both
+    of_modality = readers * theta.mean(axis=1).var(ddof=1)
+    residual = theta - theta.mean(axis=1, keepdims=True) - theta.mean(axis=0) + theta.mean()
+    interaction = (residual**2).sum() / ((modalities - 1) * (readers - 1))
+    denominator = interaction + max(readers * (second - third), 0)
+    df = denominator**2 / (interaction**2 / ((modalities - 1) * (readers - 1)))
+    ours = compare(labels, *models, "auc")
+    assert same.sum() == readers
+    assert ours.gain == pytest.approx(theta[0].mean() - theta[1].mean(), abs=1e-12)
+    assert ours.df == pytest.approx(df, rel=1e-6)
+    assert ours.p == pytest.approx(f.sf(of_modality / denominator, modalities - 1, df), rel=1e-6)
+    gains = (theta[0] - theta[1]).tolist()
+    assert ours.seeds_high - ours.gain == pytest.approx(half_width(gains))
 
 
-def test_half_a_point_is_seen_with_ten_thousand_images_and_five_seeds():
-    results = comparisons("like mnist", 0.005, 200)
-    verdicts = [comparison.verdict for comparison in results]
-    assert verdicts.count("better") >= 0.8 * 200
-    assert verdicts.count("worse") == 0
-    assert all(result.low == min(result.seeds_low, result.bootstrap_low) < result.gain for result in results), "the wider"
-    assert all(result.high == max(result.seeds_high, result.bootstrap_high) > result.gain for result in results)
+@pytest.mark.parametrize("setting", [pytest.param(name, marks=pytest.mark.slow) for name in AUC])
+def test_false_verdicts_and_coverage_are_as_claimed(setting: str):
+    results = comparisons(setting, 2000)
+    false = np.mean([result.verdict.startswith(("better", "worse")) for result in results])
+    assert 0.035 <= false <= 0.065
+    assert np.mean([result.p < 0.05 for result in results]) == pytest.approx(false)
+    truth = np.mean([result.gain for result in comparisons(setting, 400, gain=0.4)])
+    covered = np.mean([result.low <= truth <= result.high for result in comparisons(setting, 2000, gain=0.4)])
+    assert 0.935 <= covered <= 0.965
+
+
+@pytest.mark.slow
+def test_what_is_equivalent_is_seen_to_be_and_what_differs_by_the_margin_is_not():
+    margin = 3 * np.std([result.gain for result in comparisons("both vary", 300)])
+    assert np.mean([result.equivalent for result in comparisons("both vary", 500, margin)]) > 0.6
+    gain = next(
+        gain for gain in np.arange(0.05, 2, 0.05) if np.mean([r.gain for r in comparisons("both vary", 100, gain=gain)]) > margin
+    )
+    assert np.mean([result.equivalent for result in comparisons("both vary", 1000, margin, gain)]) < 0.05
 
 
 @pytest.mark.slow
 def test_the_detectable_gain_is_detected_as_often_as_it_says():
-    claimed = np.mean([comparison.detectable for comparison in comparisons("like mnist", 0, 50)])
-    verdicts = [comparison.verdict for comparison in comparisons("like mnist", claimed, 100)]
-    assert verdicts.count("better") >= 75
+    claimed = np.mean([result.detectable for result in comparisons("both vary", 200)])
+    gains = np.arange(0.1, 1, 0.02)
+    of_gains = [np.mean([result.gain for result in comparisons("both vary", 100, gain=gain)]) for gain in gains]
+    results = comparisons("both vary", 500, gain=float(np.interp(claimed, of_gains, gains)))
+    assert np.mean([result.verdict.startswith("better") for result in results]) == pytest.approx(0.8, abs=0.08)
 
 
-def test_a_comparison_has_a_direction_and_needs_two_seeds_and_the_same_images():
-    random = np.random.default_rng(5)
-    right, other = random.random((3, 5000)) < 0.95, random.random((3, 5000)) < 0.8
-    assert compare(other, right).gain == -compare(right, other).gain
-    assert (compare(right, other).verdict, compare(other, right).verdict) == ("better", "worse")
-    assert (*compare(right, right)[:3], compare(right, right).verdict) == (0, 0, 0, "not distinguishable")
-    single = compare(right[:1], other[:1])
-    assert (single.low > 0.1, single.verdict, np.isnan(single.detectable)) == (True, "not distinguishable", True)
+def one_hot(correct: np.ndarray) -> np.ndarray:
+    """Probabilities (S, N, 2) that name class 0 where `correct`."""
+    return np.stack([correct, ~correct], axis=2).astype(float)
+
+
+def test_a_comparison_has_a_direction_and_needs_the_same_images():
+    random, labels = np.random.default_rng(5), np.zeros(5000, int)
+    right, other = (one_hot(random.random((3, 5000)) < share) for share in (0.95, 0.8))
+    assert compare(labels, other, right).gain == -compare(labels, right, other).gain
+    assert (compare(labels, right, other).verdict, compare(labels, other, right).verdict) == ("better", "worse")
+    same = compare(labels, right, right, margin=0.01)
+    assert (same.gain, same.low, same.high, same.p, same.verdict) == (0, 0, 0, 1, "equivalent")
+    single = compare(labels, right[:1], other[:1])
+    assert (single.low > 0.1, single.verdict, "detectable" in single.as_json()) == (True, "undecided", False)
     with pytest.raises(ValueError, match="other seeds or images"):
-        compare(right, other[:, 1:])
+        compare(labels, right, other[:, 1:])
 
 
-def test_the_bootstrap_is_that_of_drawing_rows_and_columns():
-    random = np.random.default_rng(7)
-    values = random.integers(-1, 2, size=(4, 300))
-    literal = [values[random.integers(4, size=4)][:, random.integers(300, size=300)].mean() for _ in range(4000)]
-    resampled = bootstrap(values)
-    assert resampled.mean() == pytest.approx(np.mean(literal), abs=0.005)
-    assert resampled.std() == pytest.approx(np.std(literal), rel=0.06)
-    assert np.array_equal(bootstrap(values), resampled)
+@pytest.mark.parametrize(
+    ("gain", "margin", "verdict"),
+    [
+        (0.03, 0.0, "better"),
+        (0.03, 0.1, "better, by less than the margin"),
+        (-0.03, 0.1, "worse, by less than the margin"),
+        (0.0, 0.05, "equivalent"),
+        (0.0, 1e-4, "undecided"),
+    ],
+)
+def test_the_verdicts(gain: float, margin: float, verdict: str):
+    random = np.random.default_rng(2)
+    correct = random.random((5, 4000)) < 0.8
+    changed = random.random((5, 4000)) < (gain / 0.2 if gain > 0 else -gain / 0.8)
+    better = correct ^ (changed & (correct == (gain < 0)))
+    models = one_hot(better if gain else random.random((5, 4000)) < 0.8), one_hot(correct)
+    assert compare(np.zeros(4000, int), *models, margin=margin).verdict == verdict
+
+
+def test_less_is_better_of_a_loss():
+    sure, unsure = (np.tile([share, 1 - share], (3, 50, 1)) for share in (0.9, 0.8))
+    sure[:, 0] = [0.85, 0.15]
+    assert compare(np.zeros(50, int), sure, unsure, "nll").gain == pytest.approx(np.log(0.9 / 0.8), abs=0.01)
+    assert compare(np.zeros(50, int), sure, unsure, "ece").gain > 0
 
 
 @pytest.mark.parametrize(("correct", "images", "chance"), [(119, 1000, 0.1), (408, 524, 0.742)])

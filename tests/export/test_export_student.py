@@ -5,19 +5,25 @@ from pathlib import Path
 import pytest
 
 from pipeline import export_student
-from pipeline.data.prepared import TrainingData
+from pipeline.data.prepared import Split, TrainingData
 from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import new_classifier, save_checkpoint
 from tests.checkout import ROOT
 from tests.networks.conftest import ARGUMENTS, describe
 
 
-@pytest.mark.parametrize("wanted", [0.5, 1.01])
+@pytest.mark.parametrize(("wanted", "validation"), [(0.5, 100), (1.01, 100), (0.5, 0)])
 def test_int8_stays_if_it_names_the_same_classes_often_enough(
-    tmp_path: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, wanted: float
+    tmp_path: Path,
+    data: TrainingData,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    wanted: float,
+    validation: int,
 ):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
+    data = data._replace(val=Split(data.val.images[:validation], data.val.labels[:validation]))
     data = data._replace(dataset=data.dataset.model_copy(update={"resize": "pad"}))
     monkeypatch.setattr(export_student, "load_training_data", lambda *_: data)
     monkeypatch.setattr(export_student, "AGREEMENT", wanted)
@@ -25,6 +31,7 @@ def test_int8_stays_if_it_names_the_same_classes_often_enough(
     save_checkpoint(Path("models/distillation/student_distilled/seed0.safetensors"), classifier, describe(data.dataset))
     export_student.main("distillation")
     choice = json.loads(Path("models/exported/distillation/choice.json").read_text())
+    assert (choice["validation_accuracy"] is None) == (validation == 0)
     assert 0.5 < choice["int8_agreement"] <= 1
     assert choice["int8_kept"] == Path("models/exported/distillation/student_int8.onnx").exists() == (wanted < 1)
     assert Student(Path("models/exported/distillation/student.onnx")).resize == "pad"

@@ -55,6 +55,34 @@ def test_the_report_answers_in_the_order_of_the_questions(format: str, evaluatio
     assert ("no better" in other, "int8: not kept" in other) == (False, True)
 
 
+def test_the_report_says_what_is_particular_about_data_and_recipe(tmp_path: Path, data: TrainingData):
+    images = data.dataset.images | {"unlabelled": 1234}
+    particular = data.dataset.model_copy(update={"shared_images": {"train/test": 8}, "images": images})
+    evaluation = evaluate(tmp_path / "models", data._replace(dataset=particular))
+    text = rendered("markdown", evaluation)
+    for words in ("8 in train/test. Results on them may flatter", "1,234 unlabelled", "also sees the images without a label"):
+        assert words in text
+    for entry in evaluation.detail["models"].values():
+        entry["parameters"] |= {"distillation.selection": "last", "teacher.ensemble": True}
+    text = rendered("markdown", evaluation)
+    assert "the weights of the last epoch" in text
+    assert "the intervals hold for these teachers" in text
+
+
+def test_headroom_and_inferiority_are_said(evaluation: Evaluation):
+    enough = {name: comparison | {"seeds": 5} for name, comparison in evaluation.comparisons.items()}
+    for other in enough.values():
+        other["others"] = {metric: figures | {"seeds": 5} for metric, figures in other["others"].items()}
+    text = rendered("markdown", evaluation._replace(comparisons=enough))
+    assert "this data cannot tell whether distilling it helps" in text
+    assert "student_alone was not shown to be non-inferior to teacher by the margin of 0.00 points of accuracy" in text
+    for comparison in enough.values():
+        comparison |= {"verdict": "better", "low": 0.1, "high": 0.2, "margin": 0.3}
+    text = rendered("markdown", evaluation._replace(comparisons=enough))
+    assert "cannot tell" not in text
+    assert "student_distilled is non-inferior to teacher by the margin of 30.00 points of accuracy; student_alone is" in text
+
+
 def test_names_from_the_data_are_text(tmp_path: Path, data: TrainingData):
     dataset = data.dataset.model_copy(update={"name": HOSTILE, "classes": [HOSTILE, *data.dataset.classes[1:]]})
     evaluation = evaluate(tmp_path / "models", data._replace(dataset=dataset))
@@ -70,16 +98,22 @@ def test_names_from_the_data_are_text(tmp_path: Path, data: TrainingData):
     [
         ({}, "**a** is **better** than **b**: +1.00 points of accuracy (95 % interval +0.50 to +1.50) over 3 seeds and 2,000"),
         ({"verdict": "worse"}, "**a** is **worse** than **b**: +1.00 points"),
-        ({"verdict": "not distinguishable"}, "**a** and **b** are **not distinguishable at 95 %**: +1.00 points"),
-        ({"verdict": "not distinguishable"}, ", which would have shown a difference of 0.50 points in 80 % of such trials."),
+        ({"verdict": "equivalent"}, "**a** and **b** are **equivalent within ± 0.20 points of accuracy**: +1.00 points"),
+        ({"verdict": "undecided"}, "Whether **a** is better than **b** is **undecided**: +1.00 points"),
+        ({"verdict": "undecided"}, "; as many of both would show a difference of 0.50 in 80 % of such studies."),
+        (
+            {"verdict": "better, by less than the margin"},
+            "is **better** than **b**, but equivalent within ± 0.20 points of accuracy:",
+        ),
+        ({"metric": "nll"}, "+0.0100 nats of negative log-likelihood (95 % interval +0.0050 to"),
         (
             {"seeds": 2},
             "**a** against **b**: +1.00 points of accuracy over 2 seeds and 2,000 test images: a smoke test, no evidence.",
         ),
-        ({"verdict": "not distinguishable", "detectable": 1.4}, ", which are too few to show any difference."),
     ],
 )
 def test_verdicts_in_words(changes: dict, words: str):
+    changes = {"metric": "accuracy", "margin": 0.002} | changes
     comparison = {"verdict": "better", "gain": 0.01, "low": 0.005, "high": 0.015, "detectable": 0.005, "seeds": 3, "images": 2000}
     assert words in sentence("a_vs_b", comparison | changes)
 

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.errors import UserError
 from studies import study as module
-from studies.study import Point, load_study, markdown, plot
+from studies.study import Point, holm, load_study, markdown, plot
 from studies.tasks import ROOT
 
 SMALL = """
@@ -22,7 +22,7 @@ grids:
   - {title: temperature, x: kd.temperature, fixed: {student: {width: 4, hidden: 16}}, vary: {kd.temperature: [2.0, 5]}}
 """
 RESULT = {"accuracy_teacher": 0.98, "accuracy_student_alone": 0.96, "accuracy_student_distilled": 0.97}
-RESULT |= {"gain": 0.01, "low": 0.004, "high": 0.016, "detectable": 0.005, "verdict": "better"}
+RESULT |= {"metric": "accuracy", "gain": 0.01, "low": 0.004, "high": 0.016, "p": 0.02, "detectable": 0.005, "verdict": "better"}
 
 
 def load(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> list[Point]:
@@ -62,12 +62,25 @@ def test_the_table_has_a_row_per_finished_point(points: list[Point]):
     text = markdown("small", frame_of(points[:4]), list(points[0].settings), 5)
     assert text.startswith("Study small: 4 of 5 points finished, on commit `")
     assert "`; seeds [0, 1], kd.temperature 5.0.\n" in text
-    assert "better 4, worse 0, not distinguishable 0" in text
+    assert "better 4, worse 0, equivalent 0, undecided 0. Corrected for there being 4 comparisons (Holm 1979), 0 of" in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    columns = ["teacher (%)", "alone (%)", "distilled (%)", "gain (points)", "95 % interval", "distilled is"]
+    columns = [
+        "teacher (%)",
+        "alone (%)",
+        "distilled (%)",
+        "gain (points of accuracy)",
+        "95 % interval",
+        "p, Holm",
+        "distilled is",
+    ]
     assert rows[0] == ["distillation.label_fraction", "student.width", "student.hidden", *columns]
-    assert rows[2] == ["0.1", "4", "16", "98.00", "96.00", "97.00", "+1.00", "+0.40 to +1.60", "better"]
+    assert rows[2] == ["0.1", "4", "16", "98.00", "96.00", "97.00", "+1.00", "+0.40 to +1.60", "0.080", "better"]
     assert len(rows) == 2 + 4
+
+
+def test_holms_correction():
+    corrected = holm(pd.Series({"a": 0.03, "b": 0.01, "c": 0.2, "d": 0.02}))
+    assert corrected.to_dict() == pytest.approx({"a": 0.06, "b": 0.04, "c": 0.2, "d": 0.06})
 
 
 def test_the_figure_has_a_panel_per_grid_and_a_line_per_setting(points: list[Point]):

@@ -64,13 +64,13 @@ def make_evaluation(
     """
     random = np.random.default_rng(0)
     labels = np.arange(images) % 2
-    models, probabilities, correct, metrics = {}, {}, {}, {}
+    models, probabilities, metrics = {}, {}, {}
     for model, share in shares.items():
         varied = {"kd.temperature": temperature} if temperature and model == "student_distilled" else {}
         suffix = f"-T{temperature:g}" if varied else ""
         entries = [record.model_copy(update={"model": model, "digest": f"{model}-{record.seed}{suffix}"}) for record in records]
-        correct[model] = np.stack([random.random(images) < share for _ in entries])
-        second = np.where(correct[model], labels, 1 - labels) * 0.8 + 0.1
+        correct = np.stack([random.random(images) < share for _ in entries])
+        second = np.where(correct, labels, 1 - labels) * 0.8 + 0.1
         probabilities[model] = np.stack([1 - second, second], axis=2).astype(np.float32)
         figures = [score(labels, rows.astype(float)) for rows in probabilities[model]]
         metrics[model] = over_seeds([values | {"final_train_loss": 0.5} for values in figures]) | {"parameters": 1000}
@@ -86,7 +86,9 @@ def make_evaluation(
             "histories": [[epoch.model_dump() for epoch in record.history] for record in entries],
         }
     pairs = [pair for pair in TRACKS[track].comparisons if {*pair} <= {*shares}]
-    compared = {f"{first}_vs_{second}": compare(correct[first], correct[second]).as_json() for first, second in pairs}
+    compared = {
+        f"{first}_vs_{second}": compare(labels, probabilities[first], probabilities[second]).as_json() for first, second in pairs
+    }
     detail = {"track": track, "dataset": DATASET.model_dump(mode="json"), "models": models}
     return Evaluation(metrics, compared, detail, labels, probabilities)
 

@@ -1,14 +1,19 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
+from pipeline.data.augmentation import view_indices
+from pipeline.data.prepared import load_split
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import read_source
+from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.description import read_description
+from pipeline.networks.inference import predict
 from pipeline.training import recipe as module
 from pipeline.training.cache import Record, read_record
 from pipeline.training.recipe import Recipe, train
@@ -111,3 +116,67 @@ def test_seeds_of_one_setting_share_its_name(teacher: Recipe, tmp_path: Path):
         assert descriptions[0].setting == descriptions[1].setting
         assert descriptions[0].digest != descriptions[1].digest
     assert read_description(students[1]).teachers_md5 == [md5(paths[1])]
+
+
+KD = {"temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
+
+
+def test_the_teachers_answer_to_a_view_is_that_to_the_image_shifted(teacher: Recipe, tmp_path: Path):
+    path = train(teacher, tmp_path / "root", lambda record: None)
+    augmented = dataclasses.replace(teacher, kd=KD, teachers=(path,), augmentation="shifts")
+    images, device = load_split(teacher.data, "train", torch.device("cpu")).images[:20], torch.device("cpu")
+    logits = module._teacher_logits(augmented, device, images, view_indices("shifts", 8, 8)).unflatten(0, (20, 9))
+    classifier, _ = load_checkpoint(path, device)
+    assert torch.equal(logits[:, 0], predict(classifier, images))
+    padded = torch.from_numpy(np.pad(images.numpy(), ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge"))
+    torch.testing.assert_close(logits[:, 1], predict(classifier, padded[:, 2:10, 4:12]))
+
+
+def test_an_ensemble_is_the_mean_of_its_probabilities(teacher: Recipe, tmp_path: Path):
+    paths = tuple(train(dataclasses.replace(teacher, seed=seed), tmp_path / "root", lambda record: None) for seed in (0, 1))
+    images, device = load_split(teacher.data, "val", torch.device("cpu")).images, torch.device("cpu")
+    logits = module._teacher_logits(dataclasses.replace(teacher, teachers=paths), device, images, None)
+    expected = sum(predict(load_checkpoint(path, device)[0], images).softmax(1) for path in paths) / 2
+    torch.testing.assert_close(logits.softmax(1), expected)
+
+
+def test_every_part_of_a_recipe_trains_resumes_and_gives_the_same_bytes(npz: Path, tmp_path: Path):
+    images = np.load(npz)["train_images"]
+    write_npz(tmp_path / "more.npz", unlabelled_images=images[:90, ::-1])
+    prepare(read_source(str(tmp_path / "more.npz")), 0.1, tmp_path / "more")
+    options = {"schedule": "one_cycle", "weight_decay": 0.01, "selection": "auc"}
+    strong = {"augmentation": "flips_and_shifts", "label_smoothing": 0.1, "class_weights": "balanced", "label_fraction": 0.3}
+    big = Recipe("teacher", "simple_cnn", {}, SETTINGS | options, 0, tmp_path / "more", "cpu", **strong)
+    small = dataclasses.replace(
+        big, model="student_distilled", kd=KD, teachers=(train(big, tmp_path / "root", lambda record: None),)
+    )
+
+    def interrupt(record: Record) -> None:
+        if len(record.history) == 1:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(small, tmp_path / "root", interrupt)
+    path = train(small, tmp_path / "root", lambda record: None)
+    assert path.read_bytes() == train(small, tmp_path / "other", lambda record: None).read_bytes()
+    description = read_description(path)
+    assert description.val_images == sum(max(1, round(0.3 * count)) for count in np.bincount(np.load(npz)["val_labels"].ravel()))
+    assert all(0 < epoch.val_auc <= 1 for epoch in description.history)
+
+
+def test_a_training_without_validation_images_keeps_its_last_epoch(tmp_path: Path):
+    write_npz(tmp_path / "a.npz", val_images=None, val_labels=None)
+    prepare(read_source(str(tmp_path / "a.npz")), 0, tmp_path / "data")
+    settings = SETTINGS | {"selection": "last"}
+    path = train(
+        Recipe("teacher", "simple_cnn", {}, settings, 0, tmp_path / "data", "cpu"), tmp_path / "root", lambda record: None
+    )
+    description = read_description(path)
+    assert (description.best_epoch, description.val_images, description.chance, description.best()) == (2, 0, 0, (0, 0))
+
+
+def test_images_are_not_mirrored_where_that_changes_their_meaning(tmp_path: Path):
+    prepare(read_source("mnist5k"), 0.1, tmp_path / "data")
+    recipe = Recipe("teacher", "simple_cnn", {}, SETTINGS, 0, tmp_path / "data", "cpu", augmentation="flips_and_shifts")
+    with pytest.raises(UserError, match="mnist5k mean something else when mirrored: take shifts"):
+        train(recipe, tmp_path / "root", lambda record: None)
