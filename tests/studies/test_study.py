@@ -114,7 +114,7 @@ def test_a_bad_study_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("name", "hidden", "message"),
     [
-        ("nothing", "", "mnist, pneumoniamnist"),
+        ("nothing", "", "mnist, original, pneumoniamnist, retinamnist"),
         pytest.param("mnist", "ray", "pip install -r requirements-ray.lock, or run <name> --one-by-one", marks=pytest.mark.slow),
         pytest.param("mnist", "", "RAY_ADDRESS=127.0.0.1:9: [Errno 111] Connection refused", marks=pytest.mark.slow),
     ],
