@@ -28,7 +28,7 @@ help:
 	@echo "  make study STUDY=mnist        run what is missing of studies/mnist.yaml on every core (JOBS=2: two tasks at a time)"
 	@echo "  make study-table STUDY=mnist  table and figure of what has finished, into metrics/studies/"
 	@echo "Serve"
-	@echo "  make register                 the exported student into MLflow's registry, champion if it is better than the present one"
+	@echo "  make register                 the exported student into MLflow's registry (TRACK=baselines: of that track), champion if it is better"
 	@echo "  make serve                    the champion on http://127.0.0.1:5001 (SERVE_PORT=5001)"
 	@echo "Develop"
 	@echo "  make test                     the tests to run before a commit; test-all: every test"

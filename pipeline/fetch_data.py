@@ -1,6 +1,6 @@
 """Stage fetch_data, alone to use the network: put a track's images, and the weights to start from, into data/<track>/.
 
-A network that cannot take such images is refused here, before anything is trained.
+A network that cannot take such images, or be exported as a student, is refused here, before anything is trained.
 """
 
 import sys
@@ -16,7 +16,7 @@ from pipeline.data.dataset import Dataset
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.pretrained import imagenet_weights
 from pipeline.fetching.sources import Source, own_file, read_source
-from pipeline.networks.architectures import check_architecture
+from pipeline.networks.architectures import ARCHITECTURES, check_architecture
 from pipeline.params import TRACKS, load_params
 
 
@@ -30,12 +30,17 @@ def main(track: str) -> None:
         if (file := params.teacher.file) and not file.is_file():
             raise UserError(f"teacher {file}: there is no such file (a relative path counts from {main_checkout()})")
     source, pretrained = read_source(block.dataset, block.size), params.pretrained(track)
+    shape, classes = source.splits["train"][0].shape[1:], len(source.classes)
     for model in (plan.teacher, plan.alone):
-        check_architecture(*params.network(track, model), source.splits["train"][0].shape[1:], len(source.classes))
+        check_architecture(*params.network(track, model), shape, classes)
+    student, arguments = params.network(track, plan.alone)
+    if student not in ARCHITECTURES:  # those are known to be exported
+        from pipeline.export.onnx_export import check_export
+
+        check_export(student, arguments, shape, classes)
     dataset = write(source, block.validation, pretrained, folder)
     images = " / ".join(f"{number:,}" for number in dataset.images.values())
-    shape = "x".join(map(str, dataset.image_shape))
-    print(f"{track}: {dataset.name}, {images} {' / '.join(dataset.images)} images of {shape}")
+    print(f"{track}: {dataset.name}, {images} {' / '.join(dataset.images)} images of {'x'.join(map(str, shape))}")
     if shared := ", ".join(f"{number:,} {splits}" for splits, number in dataset.shared_images.items()):
         print(f"warning: {dataset.name} has equal images in two splits ({shared}): results on them may flatter", file=sys.stderr)
 

@@ -5,6 +5,7 @@ import logging
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from torch import nn
 from pipeline.core.errors import user_error
 from pipeline.core.files import write_atomic
 from pipeline.export.onnx_model import batches, check_operators
-from pipeline.networks.architectures import Classifier
+from pipeline.networks.architectures import Classifier, build
 
 
 def export_onnx(
@@ -37,6 +38,16 @@ def export_onnx(
             verbose=False,
         )
     _save(program.model_proto, classes, path, resize)
+
+
+def check_export(architecture: str, arguments: dict[str, Any], image_shape: tuple[int, int, int], classes: int) -> None:
+    """Raises UserError if a student of that architecture could not be exported, when all training had been for nothing."""
+    *image_size, channels = image_shape
+    wrong = f"student: {architecture} cannot be exported as an ONNX file that this project opens"
+    with user_error(wrong, Exception, then="take another architecture"), tempfile.TemporaryDirectory() as folder:
+        network = build(architecture, **arguments, in_channels=channels, image_size=image_size, num_classes=classes)
+        names = [str(number) for number in range(classes)]
+        export_onnx(Classifier(network, 0.5, 0.5), image_shape, names, Path(folder) / "student.onnx")
 
 
 def quantize(source: Path, calibration: np.ndarray, classes: list[str], path: Path, resize: str | None = None) -> None:

@@ -107,7 +107,7 @@ def plot_reliability(bins_by_model: Mapping[str, pd.DataFrame]) -> Figure:
 def plot_gains(evaluation: Evaluation) -> Figure:
     """Each comparison's gain in the figure that verdicts are on, with its 95 % interval, every seed's, and the margin."""
     comparisons, models = evaluation.comparisons, evaluation.detail["models"]
-    figure = Figure(figsize=(7, 1.1 + 0.7 * len(comparisons)), layout="constrained")
+    figure = Figure(figsize=(7, 1.6 + 0.7 * len(comparisons)), layout="constrained")
     axes, answer = figure.subplots(), next(iter(comparisons.values()))
     metric, scale = answer["metric"], 1 if answer["metric"] == "nll" else 100
     sign = -1 if metric in LOWER_IS_BETTER else 1
@@ -120,13 +120,13 @@ def plot_gains(evaluation: Evaluation) -> Figure:
     axes.axvline(0, linestyle=":", color="black", linewidth=1)
     axes.set_yticks(range(len(comparisons)), [name.replace("_vs_", "\nagainst ") for name in comparisons])
     axes.set(ylim=(len(comparisons) - 0.5, -0.5), xlabel=f"gain on the test images ({unit(metric)})")
-    axes.legend([mean, seeds, margin], ["mean and 95 % interval", "one seed", "margin"], fontsize=8)
+    figure.legend([mean, seeds, margin], ["mean and 95 % interval", "one seed", "margin"], loc="outside lower center", ncols=3)
     return figure
 
 
 def plot_size(metrics: Mapping[str, Any], costs: Mapping[str, Any], exported: Mapping[str, Any]) -> Figure:
     """Accuracy (%) with its 95 % interval over the size of the file (kB, logarithmic), a marker per model."""
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    figure = Figure(figsize=(8.5, 4), layout="constrained")
     axes = figure.subplots()
     for marker, (model, cost) in zip(MARKERS, costs.items(), strict=False):
         figures = metrics.get(model) or exported[model.removesuffix(".onnx")]
@@ -134,6 +134,6 @@ def plot_size(metrics: Mapping[str, Any], costs: Mapping[str, Any], exported: Ma
         label = model if model in metrics else f"{model} (the exported seed)"
         options = {"fmt": marker, "capsize": 4, "markersize": 7, "label": label}
         axes.errorbar(cost["file_bytes"] / 1000, accuracy, yerr=spread or None, **options)
-    axes.set(xscale="log", xlabel="size of the file (kB)", ylabel="test accuracy (%)")
-    axes.legend(fontsize=8)
+    axes.set(xscale="log", xlabel="size of the file (kB)", ylabel="test accuracy (%), 95 % interval over seeds")
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure

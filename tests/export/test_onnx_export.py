@@ -14,7 +14,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.prepared import TrainingData
 from pipeline.export import onnx_model
 from pipeline.export.inference_cost import inference_cost
-from pipeline.export.onnx_export import export_onnx, quantize
+from pipeline.export.onnx_export import check_export, export_onnx, quantize
 from pipeline.export.onnx_model import Student, open_foreign
 from pipeline.networks.checkpoints import new_classifier
 from pipeline.networks.inference import predict
@@ -123,6 +123,13 @@ def test_an_exported_student_is_measured_without_pytorch(exported):
     assert 0 < cost["latency_ms"] <= cost["latency_p95_ms"]
     assert cost["images_per_second"] > 200 / cost["latency_ms"], "of images, not of batches"
     assert cost.get("peak_memory_mib", 100) < 150, "PyTorch alone takes more"
+
+
+@pytest.mark.slow
+def test_a_student_that_cannot_be_exported_is_refused_before_it_is_trained():
+    check_export("mobilenet_v3_small", {}, (64, 64, 1), 3)
+    with pytest.raises(UserError, match="student: vgg11 cannot be exported as an ONNX file that this project opens"):
+        check_export("vgg11", {}, (64, 64, 3), 3)
 
 
 def test_a_file_that_might_compute_forever_is_not_opened(exported, tmp_path: Path):
