@@ -3,6 +3,7 @@
 A network that cannot take such images, or be exported as a student, is refused here, before anything is trained.
 """
 
+import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +66,8 @@ def link_own_file(path: Path | None, folder: Path) -> None:
         if link.is_symlink():
             link.unlink()
     if path and path.is_file():
-        (folder / path.name).symlink_to(path)
+        # Named by its place, too: DVC would take equal files in two places for one, and watch the wrong one.
+        (folder / f"{hashlib.sha256(str(path).encode()).hexdigest()[:8]}-{path.name}").symlink_to(path)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class Training(Block):
     @model_validator(mode="after")
     def _can_select(self) -> "Training":
         if self.validation == 0 and self.selection != "last":
-            raise ValueError(f"without validation images, selection: last is wanted, not {self.selection}")
+            raise ValueError(f"validation: 0 wants selection: last, not {self.selection}")
         return self
 
 

@@ -18,12 +18,12 @@ FOLDER = Path("models/distillation") / MODEL
 
 def main() -> None:
     params = load_params()
-    linked = next(Path("data/own/distillation/teacher").glob("*"), None)
-    if (params.teacher.file and params.teacher.file.name) != (linked and linked.name):
+    linked = next((path for path in Path("data/own/distillation/teacher").glob("*") if path.is_symlink()), None)
+    if params.teacher.file != (linked and linked.readlink()):
         raise UserError("teacher.logits or teacher.features has changed: run dvc repro, which fetches the file first")
     settings = params.training("distillation", MODEL)
     if linked:
-        from_outside(linked, params, settings)
+        from_outside(params.teacher.file, params, settings)
         return
     recipes = [Recipe(**settings, seed=seed, data=DATA) for seed in params.seeds]
     records = train_seeds(recipes, trainings_folder(), params.jobs, FOLDER)

@@ -25,7 +25,7 @@ def check_augmentation(kind: str, dataset: str) -> None:
     `dataset` is the name of a public set, perhaps with its size (`pathmnist_64`), or that of a user's file (`name.npz`), of which
     only the user knows.
     """
-    if kind == "flips_and_shifts" and not dataset.endswith(".npz") and dataset.partition("_")[0] not in MIRRORED:
+    if kind == "flips_and_shifts" and "." not in dataset and dataset.partition("_")[0] not in MIRRORED:
         raise UserError(f"augmentation = {kind}: images of {dataset} mean something else when mirrored: take shifts")
 
 

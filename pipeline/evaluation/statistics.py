@@ -18,6 +18,10 @@ from pipeline.evaluation.jackknife import FIGURES, LOWER_IS_BETTER
 CONFIDENCE = 0.95
 POWER = 0.8
 FEWEST = 3  # seeds that say anything about how much training varies
+FEWEST_IMAGES = (
+    10  # of every class, for a figure that is a mean over classes: below, the jackknife does not see what one image decides
+)
+OF_CLASSES = ("auc", "balanced_accuracy")
 
 
 class Comparison(NamedTuple):
@@ -37,16 +41,22 @@ class Comparison(NamedTuple):
     detectable: float  # the smallest gain that as many seeds and images would show with a probability of 80 %; NaN for one seed
     seeds: int
     images: int
+    smallest_class: int  # of the test images' classes, the images of the rarest
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are seeds and images for a verdict."""
+        return self.seeds >= FEWEST and (self.metric not in OF_CLASSES or self.smallest_class >= FEWEST_IMAGES)
 
     @property
     def equivalent(self) -> bool:
         """Whether a difference as large as the margin, either way, is ruled out at 5 %."""
-        return self.seeds >= FEWEST and -self.margin < self.low_90 <= self.high_90 < self.margin
+        return self.enough and -self.margin < self.low_90 <= self.high_90 < self.margin
 
     @property
     def verdict(self) -> str:
-        """What may be said at 95 %. Of one or two seeds nothing: they do not show how much training varies."""
-        if self.seeds >= FEWEST and not self.low <= 0 <= self.high:
+        """What may be said at 95 %; without `enough` seeds and images, which would not show how much they vary, nothing."""
+        if self.enough and not self.low <= 0 <= self.high:
             return f"{'better' if self.gain > 0 else 'worse'}{', by less than the margin' if self.equivalent else ''}"
         return "equivalent" if self.equivalent else "undecided"
 
@@ -68,10 +78,10 @@ def compare(
         (value, values), (other, others) = figure(labels, of_ours), figure(labels, of_theirs)
         gains.append(sign * (value - other))
         without.append(sign * (values - others))
-    return analyse(gains, np.stack(without), metric, margin)
+    return analyse(gains, np.stack(without), metric, margin, int(np.unique(labels, return_counts=True)[1].min()))
 
 
-def analyse(gains: Sequence[float], without: np.ndarray, metric: str, margin: float) -> Comparison:
+def analyse(gains: Sequence[float], without: np.ndarray, metric: str, margin: float, smallest_class: int) -> Comparison:
     """The analysis of gains by seed, (S,), and of the same without each image, (S, N).
 
     The variance of the mean gain is s^2 / S + V: s^2 that of the seeds' gains, V the mean of the jackknife's covariances over
@@ -93,11 +103,17 @@ def analyse(gains: Sequence[float], without: np.ndarray, metric: str, margin: fl
         return float(t.ppf(share, df) if np.isfinite(df) else norm.ppf(share))
 
     wide, narrow = (error * quantile(share) for share in ((1 + CONFIDENCE) / 2, CONFIDENCE))
-    p = 1.0 if error == 0 else 2 * float(t.sf(abs(gain) / error, df) if np.isfinite(df) else norm.sf(abs(gain) / error))
+    p = (
+        float(gain == 0)
+        if error == 0
+        else 2 * float(t.sf(abs(gain) / error, df) if np.isfinite(df) else norm.sf(abs(gain) / error))
+    )
     low, high, low_90, high_90 = gain - wide, gain + wide, gain - narrow, gain + narrow
     detectable = error * _detectable(df, quantile((1 + CONFIDENCE) / 2)) if seeds > 1 else float("nan")
     seeds_low, seeds_high = gain - half, gain + half
-    return Comparison(metric, margin, gain, low, high, seeds_low, seeds_high, low_90, high_90, p, df, detectable, seeds, images)
+    return Comparison(
+        metric, margin, gain, low, high, seeds_low, seeds_high, low_90, high_90, p, df, detectable, seeds, images, smallest_class
+    )
 
 
 def _detectable(df: float, critical: float) -> float:

@@ -8,7 +8,7 @@ A patient (the table's column, DICOM's PatientID, or --group) is in one split al
 summary is printed, and written beside out.npz. docs/data.md says how images are read, resized and split.
 """
 
-import shlex
+import re
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.core.cli import run
-from pipeline.core.errors import UserError, user_error
+from pipeline.core.errors import UserError, one_line, user_error
 from pipeline.core.files import atomic_file, write_atomic
 from pipeline.data.dataset import SPLITS, Resize
 from pipeline.data.images import fit_image
@@ -73,12 +73,16 @@ def main(
     title = f"{out.name}: {kind}{f', window {window[0]:g} to {window[1]:g}' if window else ''}"
     summary = summarise(title, files, arrays["class_names"].tolist(), left_out, pairs)
     write_atomic(out.with_suffix(".md"), summary)
-    print(f"{summary}\nNext: dvc exp run --temp -S distillation.dataset={shlex.quote(str(out.resolve()))} report@distillation")
+    plain = re.fullmatch(r"[\w./-]+", path := str(out.resolve()), re.ASCII)
+    following = f"dvc exp run --temp -S distillation.dataset={path} report@distillation"
+    print(f"{summary}\nNext: {following if plain else 'put its path into params.yaml, as a dataset'}")
 
 
 def _check_arguments(source: Path, out: Path, size: int, window: Window | None, force: bool) -> None:
     if not source.is_dir():
         raise UserError(f"{source}: there is no such folder")
+    with user_error(f"{one_line(out)}: a name that is no Unicode", UnicodeEncodeError):
+        str(out).encode()
     if out.suffix != ".npz":
         raise UserError(f"{out}: a file name that ends in .npz is wanted")
     if size not in SIZES:
@@ -155,7 +159,8 @@ def _arrays(source: Path, files: list[ImageFile], images: np.ndarray, resize: Re
 
 def _number_first(name: str) -> tuple[bool, int, str]:
     """A key that orders numbers by value, and other names after them."""
-    return not name.isdecimal(), int(name) if name.isdecimal() else 0, name
+    number = name.isdecimal() and len(name) < 20
+    return not number, int(name) if number else 0, name
 
 
 def _equal_images(files: list[ImageFile], arrays: dict[str, np.ndarray]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from pipeline.core.errors import UserError, user_error
 from pipeline.data.dataset import SPLITS
 
 UNLABELLED = "unlabelled"  # the folder
+LIKE_SPLITS = {*SPLITS, "training", "valid", "validation", "testing"}  # in lower case
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
 
 
@@ -39,6 +41,8 @@ def list_folders(source: Path) -> tuple[list[ImageFile], list[LeftOut]]:
     """
     folders = {path.name for path in source.iterdir() if path.is_dir() and not _hidden(path.name)} - {UNLABELLED}
     split_first = bool(folders & {*SPLITS})
+    if alike := [name for name in folders - {*SPLITS} if name.lower() in LIKE_SPLITS]:
+        raise UserError(f"{source}: {min(alike)}/ looks like a split: call the folders {', '.join(SPLITS)}, or use --table")
     if others := folders - {*SPLITS} if split_first else None:
         raise UserError(f"{source}: {min(others)}/ stands beside {min(folders & {*SPLITS})}/: {', '.join(SPLITS)} are splits")
     files, left_out = [], []
@@ -48,6 +52,10 @@ def list_folders(source: Path) -> tuple[list[ImageFile], list[LeftOut]]:
             left_out.append(LeftOut("hidden", name))
         elif parts[0] == UNLABELLED and len(parts) > 1:
             files.append(ImageFile(path, name, ""))
+        elif split_first and parts[1] == UNLABELLED:
+            raise UserError(
+                f"{source}: {parts[0]}/{UNLABELLED}/ is in a split: unlabelled images belong into {source}/{UNLABELLED}/"
+            )
         elif depth < 1:
             left_out.append(LeftOut("in no folder of a class", name))
         else:
@@ -61,7 +69,8 @@ def list_table(source: Path, table: Path) -> tuple[list[ImageFile], list[LeftOut
     The column `label` is wanted, `split` and `patient` are read if they are there; others are not. Raises UserError for a table
     without these columns, with an empty cell in them, another split than train, val and test, or a file that stands twice.
     """
-    with user_error(f"{table}: cannot be read as a table", Exception):  # pandas raises a dozen types on malformed bytes
+    strict = warnings.catch_warnings(action="error", category=pd.errors.ParserWarning)  # of rows with more cells than columns
+    with strict, user_error(f"{table}: cannot be read as a table", Exception):  # pandas raises a dozen types on malformed bytes
         frame = pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
     if missing := {"path", "label"} - {*frame.columns}:
         raise UserError(f"{table}: no column {min(missing)!r}; its columns are {', '.join(map(str, frame.columns))}")
@@ -108,9 +117,12 @@ def patients_by_pattern(files: list[ImageFile], pattern: str) -> list[ImageFile]
 
 
 def _walk(source: Path) -> Iterator[tuple[Path, ...]]:
-    """Every file below `source`: its path, and its parts from there."""
+    """Every file below `source`: its path, and its parts from there. Of a folder that links lead to again, nothing."""
+    seen = {os.path.realpath(source)}
     for folder, folders, names in os.walk(source, followlinks=True):
-        folders.sort()
+        places = {name: os.path.realpath(Path(folder, name)) for name in sorted(folders)}
+        folders[:] = [name for name, place in places.items() if place not in seen]
+        seen |= {*places.values()}
         for name in sorted(names):
             path = Path(folder, name)
             yield path, *path.relative_to(source).parts

@@ -167,7 +167,7 @@ def as_source(path: Path, name: str, arrays: Mapping[str, np.ndarray], classes: 
         splits[split] = _check_split(f"{path}: {split}", *(arrays[key] for key in keys))
     shapes = {split: images.shape[1:] for split, (images, _) in splits.items()}
     if (unlabelled := arrays.get("unlabelled_images")) is not None:
-        unlabelled, _ = _check_split(f"{path}: unlabelled", unlabelled, np.zeros(len(unlabelled), np.int64))
+        unlabelled, _ = _check_split(f"{path}: unlabelled", unlabelled, np.zeros(unlabelled.shape[:1], np.int64))
         shapes["unlabelled"] = unlabelled.shape[1:]
     _require(len(set(shapes.values())) == 1, f"{path}: the splits' images differ in shape (H, W, C): {shapes}")
     train_labels, test_labels = splits["train"][1], splits["test"][1]

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from pipeline.evaluation.comparisons import Evaluation
-from pipeline.evaluation.statistics import CONFIDENCE, FEWEST, POWER
+from pipeline.evaluation.statistics import CONFIDENCE, FEWEST, FEWEST_IMAGES, OF_CLASSES, POWER
 from pipeline.reporting.tables import difference, escape, markdown_table, mean, points, unit
 
 HARDEST = 3  # classes named as hardest
@@ -59,6 +59,8 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     content["headroom"] = against_teacher[-1] if against_teacher else None
     pairs = [name.split("_vs_") for name in comparisons][1:]
     content["inferior"] = [(*pair, c["high"] >= c["margin"]) for pair, c in zip(pairs, against_teacher, strict=True)]
+    classes = evaluation.detail["dataset"]["classes"]
+    by_class = {classes[label]: by_class[classes[label]] for label in sorted({*evaluation.labels.tolist()})}  # with test images
     content["hardest"] = sorted(by_class, key=lambda name: by_class[name]["f1"])[:HARDEST]
     present = set().union(*evaluation.metrics.values())
     measured = {key: column for key, column in FIGURES.items() if key in present}
@@ -110,6 +112,7 @@ def _template(format: Format, name: str) -> jinja2.Template:
         "one_line": lambda text: type(text)(" ".join(text.split())),
     }
     environment.globals |= {"format": f"{format}.jinja", "sure": SURE, "fewest": FEWEST, "power": f"{100 * POWER:.0f} %"}
+    environment.globals |= {"fewest_images": FEWEST_IMAGES, "of_classes": OF_CLASSES}
     environment.globals["markdown_table"] = lambda headings, rows: Markup(markdown_table(headings, rows))  # noqa: S704 (escaped)
     return environment.get_template(f"{name}.jinja")
 

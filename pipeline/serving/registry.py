@@ -30,7 +30,7 @@ from pipeline.evaluation.statistics import compare
 from pipeline.export.onnx_model import Student, open_foreign
 from pipeline.networks.description import read_description
 from pipeline.params import TRACKS
-from pipeline.reporting.tables import points
+from pipeline.reporting.tables import difference, unit
 
 NAMES = {"baselines": "distilled-simple-cnn", "distillation": "distilled-student"}  # of the registered models, by track
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -78,7 +78,13 @@ def register(client: MlflowClient, track: str, checkout: Path) -> tuple[str, str
         if not path.is_file():
             raise UserError(f"{path}: missing: dvc repro report@{track}, or dvc exp apply an experiment that has run it")
     description, checksum = read_description(checkpoint), md5(checkpoint)
-    dataset = description.dataset
+    dataset, evaluation = description.dataset, read_json(checkout / f"metrics/detail/{track}.json")
+    with user_error(f"metrics/detail/{track}.json: damaged", KeyError, TypeError, StopIteration):
+        measured, answer = evaluation["models"][model]["checkpoints"], next(iter(evaluation["comparisons"].values()))
+        metric, margin = answer["metric"], answer["margin"]
+    if checksum not in measured:
+        raise UserError(f"{predictions}: of other checkpoints than {checkpoint}: dvc repro report@{track} first")
+    open_foreign(exported)  # or what the registry gets cannot be served
     accuracy = read_json(checkout / f"metrics/{track}_export.json")["student"]["accuracy"]
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, f"tags.training = '{description.digest}'", max_results=1)
@@ -93,7 +99,7 @@ def register(client: MlflowClient, track: str, checkout: Path) -> tuple[str, str
     if champion is None:
         alias, reason = CHAMPION, "the first version"
     else:
-        alias, reason = judge(client, champion, dataset.fingerprint, predictions, model)
+        alias, reason = judge(client, champion, dataset.fingerprint, predictions, model, metric, margin)
     tags = {
         "checkpoint_md5": checksum,
         ONNX: onnx_digest,
@@ -109,8 +115,13 @@ def register(client: MlflowClient, track: str, checkout: Path) -> tuple[str, str
     return version, alias, reason
 
 
-def judge(client: MlflowClient, champion: ModelVersion, fingerprint: str, predictions: Path, model: str) -> tuple[str, str]:
-    """The alias that a candidate `model`, measured on the data of `fingerprint`, gets beside the present champion, and why."""
+def judge(
+    client: MlflowClient, champion: ModelVersion, fingerprint: str, predictions: Path, model: str, metric: str, margin: float
+) -> tuple[str, str]:
+    """The alias that a candidate `model`, measured on the data of `fingerprint`, gets beside the present champion, and why.
+
+    `metric` and `margin` as in `statistics.Comparison`.
+    """
     against = f"version {champion.version}"
     if champion.tags.get("fingerprint") != fingerprint:
         return CHALLENGER, f"{against} was measured on other data: set the alias in MLflow's UI if this is to be served"
@@ -126,12 +137,13 @@ def judge(client: MlflowClient, champion: ModelVersion, fingerprint: str, predic
     if not seeds:
         return CHALLENGER, f"no seed in common with {against}: they cannot be compared in pairs"
     both = (np.stack([predictions[seed] for seed in seeds]) for predictions in (ours, theirs))
-    comparison = compare(labels, *both)
-    relation = f"{comparison.verdict} whether better than {against}" if comparison.verdict == "undecided" else ""
-    relation = relation or f"{comparison.verdict} than {against}"
-    gain, low, high = map(points, (comparison.gain, comparison.low, comparison.high))
+    comparison = compare(labels, *both, metric, margin)
+    words = {"undecided": "undecided whether better than", "equivalent": "equivalent to"}
+    relation = f"{words.get(comparison.verdict, f'{comparison.verdict} than')} {against}"
+    gain, low, high = (difference(metric, value) for value in (comparison.gain, comparison.low, comparison.high))
     extent = f"(95 % interval {low} to {high}), {comparison.seeds} seeds, {comparison.images} images"
-    return CHAMPION if comparison.verdict == "better" else CHALLENGER, f"{relation}: {gain} points {extent}"
+    alias = CHAMPION if comparison.verdict.startswith("better") else CHALLENGER
+    return alias, f"{relation}: {gain} {unit(metric)} {extent}"
 
 
 def read_predictions(path: Path, model: str) -> tuple[np.ndarray, dict[int, np.ndarray]]:

@@ -116,7 +116,7 @@ def _check(where: str, kind: Kind, array: np.ndarray, images: int, views: int | 
     if array.dtype.kind != "f":
         raise UserError(f"{where} has dtype {array.dtype}, not one of floats")
     for start in range(0, images, BATCH):
-        if not (np.abs(array[start : start + BATCH]) <= LARGEST).all():
+        if not (np.abs(array[start : start + BATCH].astype(np.float64)) <= LARGEST).all():
             rows = f"{start} to {min(start + BATCH, images) - 1}"
             raise UserError(f"{where} has a value that is no finite number of float32, in rows {rows}")
 

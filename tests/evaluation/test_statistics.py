@@ -129,6 +129,17 @@ def test_the_verdicts(gain: float, margin: float, verdict: str):
     assert compare(np.zeros(4000, int), *models, margin=margin).verdict == verdict
 
 
+@pytest.mark.parametrize(("positive", "verdict"), [(9, "undecided"), (10, "better")])
+def test_a_class_of_a_few_images_gives_no_verdict_on_means_over_classes(positive: int, verdict: str):
+    labels = np.repeat([0, 1], (400, positive))
+    random = np.random.default_rng(0)
+    ours, theirs = (one_hot((random.random((5, 400 + positive)) < share) == (labels == 0)) for share in (1, 0.6))
+    assert compare(labels, ours, theirs, "auc").verdict == compare(labels, ours, theirs, "balanced_accuracy").verdict == verdict
+    assert compare(labels, ours, theirs).verdict == "better", "accuracy has no such means"
+    right = np.stack([one_hot((labels == 0)[None])[0]] * 3)
+    assert compare(labels, right, 1 - right).p == 0, "right and wrong without exception"
+
+
 def test_less_is_better_of_a_loss():
     sure, unsure = (np.tile([share, 1 - share], (3, 50, 1)) for share in (0.9, 0.8))
     sure[:, 0] = [0.85, 0.15]

@@ -481,6 +481,36 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path: Path, options: dict,
         main(**arguments)
 
 
+@pytest.mark.parametrize("wrong", ["Training", "Test", "validation"])
+def test_a_folder_that_looks_like_a_split_is_no_class(tmp_path: Path, wrong: str):
+    write_classes(tmp_path / "images" / wrong)
+    write_classes(tmp_path / "images" / "a")
+    with refused(f"{wrong}/ looks like a split: call the folders train, val, test, or use --table", tmp_path / "images"):
+        make(tmp_path / "images", force=False)
+
+
+def test_unlabelled_images_in_a_split_are_no_class(tmp_path: Path):
+    source = write_splits(tmp_path / "images")
+    write_image(source / "train" / "unlabelled" / "a.png")
+    with refused("train/unlabelled/ is in a split", source):
+        make(source, force=False)
+
+
+def test_a_folder_that_links_lead_to_again_is_read_once(tmp_path: Path):
+    source = write_classes(tmp_path / "images")
+    for name in ("l1", "l2"):
+        (source / "a" / name).symlink_to(".")
+    arrays = make(source)
+    assert sum(len(arrays[f"{split}_labels"]) for split in ("train", "val", "test")) == 20
+
+
+def test_a_row_with_more_cells_than_columns_is_refused(tmp_path: Path):
+    source = write_classes(tmp_path / "images")
+    (tmp_path / "t.csv").write_text("path,label\na/0.png,a, mild\n")
+    with refused("cannot be read as a table", source):
+        make(source, table=tmp_path / "t.csv", force=False)
+
+
 @pytest.mark.slow
 def test_two_commands_make_a_report_and_prediction_resizes_as_the_import_did(tmp_path: Path):
     checkout = small_checkout(tmp_path / "checkout", distillation__dataset="mine.npz")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.core.files import write_atomic
+from pipeline.core.files import md5, write_atomic
 from pipeline.core.tracking_uri import tracking_uri
 from pipeline.data.prepared import TrainingData
 from pipeline.export.onnx_export import export_onnx
@@ -36,6 +36,9 @@ class Registry:
         save_checkpoint(student, self.classifier, describe(self.data.dataset.model_copy(update=changed), name))
         write_atomic(student.with_suffix(".onnx"), self.onnx.read_bytes())
         write_atomic(checkout / "metrics" / "distillation_export.json", json.dumps({"student": {"accuracy": accuracy}}))
+        detail = {"models": {"student_distilled": {"checkpoints": [md5(student)]}}}
+        detail["comparisons"] = {"student_distilled_vs_student_alone": {"metric": "accuracy", "margin": 0.0}}
+        write_atomic(checkout / "metrics/detail/distillation.json", json.dumps(detail))
         wrong = np.random.default_rng(0).random((5, 2000)) > accuracy  # the same images are hard for every student
         arrays = {"labels": np.zeros(2000, dtype=np.int64), "seeds": np.arange(5) + first_seed}
         predictions = checkout / "metrics" / "predictions" / "distillation.npz"

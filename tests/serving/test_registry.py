@@ -1,5 +1,6 @@
 """Registering the student, with the real MLflow."""
 
+import json
 import pickle
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from pipeline.core.errors import UserError
+from pipeline.core.files import write_atomic
 from pipeline.export.onnx_export import export_onnx
 from pipeline.export.onnx_model import Student
 from pipeline.serving.registry import NAMES, by_alias, open_champion, open_store, read_predictions, register
@@ -110,6 +112,20 @@ def save_pyfunc(folder: Path, code: object) -> None:
     data.write_bytes(pickle.dumps(code)) if isinstance(code, Malicious) else data.write_text(code)
     flavor = {"loader_module": "mlflow.sklearn" if isinstance(code, Malicious) else "model", "data": data.name, "code": "."}
     (folder / "MLmodel").write_text(yaml.safe_dump({"flavors": {"python_function": flavor}}))
+
+
+def test_a_student_is_judged_on_its_own_predictions_and_by_the_figure_of_the_report(registry: Registry):
+    registry.register("first", 0.9)
+    checkout = registry.student("second", 0.99)
+    path = checkout / "metrics/detail/distillation.json"
+    detail = json.loads(path.read_text())
+    detail["comparisons"]["student_distilled_vs_student_alone"] = {"metric": "nll", "margin": 0.0}
+    path.write_text(json.dumps(detail))
+    assert re.match(r"better than version 1: \+\S+ nats of", register(registry.client, "distillation", checkout)[2])
+    other = registry.student("third", 0.5)
+    write_atomic(other / "metrics/detail/distillation.json", json.dumps(detail))
+    with pytest.raises(UserError, match=r"distillation\.npz: of other checkpoints than .*student\.safetensors"):
+        register(registry.client, "distillation", other)
 
 
 def test_what_is_missing_is_one_clear_error(registry: Registry):

@@ -95,6 +95,7 @@ def test_a_file_of_features_needs_validation_rows_of_one_width(prepared: Trainin
         r"val_features has shape \(100, 6\), not \(100, 5\)": {"val_features": np.zeros((100, 6))},
         r"train_features has shape \(400, 0\)": {"train_features": np.zeros((400, 0))},
         "test_features has a value": {"test_features": np.full((200, 5), np.inf)},
+        "val_features has a value": {"val_features": np.full((100, 5), np.inf, np.float16)},
     }
     for message, replaced in cases.items():
         with pytest.raises(UserError, match=message):
