@@ -56,12 +56,13 @@ STAGES = (  # module and argument, in the order of the graph
     "train_baselines simple_cnn",
     "train_baselines resnet18",
     "train_teacher",
-    "distill_student",
     "train_student_alone",
+    "distill_student baselines",
+    "distill_student distillation",
     "evaluate baselines",
     "evaluate distillation",
-    "export_student",
-    "evaluate_export",
+    "export_student distillation",
+    "evaluate_export distillation",
     "measure_cost distillation",
     "report distillation",
 )
@@ -108,13 +109,13 @@ def cut(folder: Path, track: str, share: float) -> Path:
 def ours(way: str, model: str, data: Path, seeds: int, folder: Path, device: torch.device, epochs: int) -> dict[str, float]:
     """Train seeds 0 to `seeds` - 1 as a stage does, from the start of the first training to the end of the last."""
     track, architecture, arguments = ARCHITECTURES[model]
-    teacher = None
+    teachers = ()
     if model == "student_distilled":
-        teacher = checkpoint_path(folder / "c teacher", 0)
-        if not teacher.exists():
+        teachers = (checkpoint_path(folder / "c teacher", 0),)
+        if not teachers[0].exists():
             ours(way, "teacher", data, 1, folder, device, epochs)
     settings = {"epochs": epochs, "batch_size": BATCH[track], "lr": 1e-3, "precision": "auto"}
-    shared = {"data": data, "device": device.type, "threads": THREADS, "kd": KD if teacher else None, "teacher": teacher}
+    shared = {"data": data, "device": device.type, "threads": THREADS, "kd": KD if teachers else None, "teachers": teachers}
     recipes = [Recipe(model, architecture, arguments, settings, seed, **shared) for seed in range(seeds)]
     finished, peaks = [], []
     with tempfile.TemporaryDirectory(dir=folder) as root:
