@@ -246,7 +246,7 @@ def checkpoint(folder: Path) -> Reader:
 
 
 def saved_training(folder: Path) -> Reader:
-    entry = Entry(folder, "a")
+    entry = Entry(folder, RECORD.digest)
     entry.save(RECORD, {"weight": torch.arange(6.0)})
 
     def read(_: Path) -> object:
@@ -312,5 +312,9 @@ READERS: dict[str, Callable[[Path], Reader]] = {maker.__name__: maker for maker 
     "stage_json": _of("a.json", b'{"a": {"b": 0.9}, "seeds": [0, 1]}', read_json, [b"[1, 2]", b"[" * 100_000, b"\xff", b""]),
     "parameters": _of("params.yaml", (ROOT / "params.yaml").read_bytes(), load_params, YAML),
     "image": _of("a.png", png(28, 28, IDAT, IEND), functools.partial(read_image, shape=(28, 28, 1)), PNG),
-    "training_record": _of("a/record.json", RECORD.model_dump_json().encode(), lambda path: read_record(path.parents[1], "a")),
+    "training_record": _of(
+        f"{RECORD.digest}/record.json",
+        RECORD.model_dump_json().encode(),
+        lambda path: read_record(path.parents[1], RECORD.digest),
+    ),
 }
