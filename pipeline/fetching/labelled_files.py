@@ -52,7 +52,7 @@ def list_folders(source: Path) -> tuple[list[ImageFile], list[LeftOut]]:
             left_out.append(LeftOut("hidden", name))
         elif parts[0] == UNLABELLED and len(parts) > 1:
             files.append(ImageFile(path, name, ""))
-        elif split_first and parts[1] == UNLABELLED:
+        elif split_first and len(parts) > 2 and parts[1] == UNLABELLED:
             raise UserError(
                 f"{source}: {parts[0]}/{UNLABELLED}/ is in a split: unlabelled images belong into {source}/{UNLABELLED}/"
             )

@@ -496,6 +496,13 @@ def test_unlabelled_images_in_a_split_are_no_class(tmp_path: Path):
         make(source, force=False)
 
 
+def test_a_file_beside_the_splits_is_left_out(tmp_path: Path):
+    source = write_splits(tmp_path / "images")
+    (source / "readme.txt").write_text("who took these")
+    make(source)
+    assert "left out: in no folder of a class\n\n- readme.txt" in (tmp_path / "out.md").read_text()
+
+
 def test_a_folder_that_links_lead_to_again_is_read_once(tmp_path: Path):
     source = write_classes(tmp_path / "images")
     for name in ("l1", "l2"):
