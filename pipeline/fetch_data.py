@@ -24,10 +24,10 @@ from pipeline.params import TRACKS, load_params
 def main(track: str) -> None:
     params, plan, folder = load_params(), TRACKS[track], Path("data") / track
     block = getattr(params, track)
-    own = Path("data/own") / track
-    link_own_file(own_file(block.dataset), own)
+    links = Path("data/own") / track
+    link_own_file(own_file(block.dataset), links)
     if track == "distillation":
-        link_own_file(params.teacher.file, own / "teacher")
+        link_own_file(params.teacher.file, links / "teacher")
         if (file := params.teacher.file) and not file.is_file():
             raise UserError(f"teacher {file}: there is no such file (a relative path counts from {main_checkout()})")
     source, pretrained = read_source(block.dataset, block.size), params.pretrained(track)

@@ -194,12 +194,8 @@ class Params(Block):
             keys.append("teacher" if big else "student")
         if distilled:
             keys += ["teacher.ensemble", "kd"]
-        parameters = self.flat(*keys)
-        if big:
-            parameters.pop("teacher.ensemble", None)
-        else:
-            for name in (f"{track}.teacher_epochs", f"{track}.teacher_label_smoothing", *OF_RESNET18):
-                parameters.pop(name, None)
+        of_teacher = (f"{track}.teacher_epochs", f"{track}.teacher_label_smoothing", *OF_RESNET18)
+        of_others = ("teacher.ensemble",) if big else of_teacher
         return {
             "model": model,
             "architecture": architecture,
@@ -213,7 +209,7 @@ class Params(Block):
             "initial": "teacher" if big else "student",
             "device": self.device,
             "threads": self.threads,
-            "parameters": parameters,
+            "parameters": {name: value for name, value in self.flat(*keys).items() if name not in of_others},
         }
 
     def flat(self, *keys: str) -> dict[str, Any]:

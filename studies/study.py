@@ -27,7 +27,7 @@ from pipeline.core.errors import UserError, one_line
 from pipeline.core.files import read_json, read_yaml, write_atomic
 from pipeline.core.provenance import commit
 from pipeline.params import Block, Params, load_params, shown
-from pipeline.reporting.tables import difference, unit
+from pipeline.reporting.tables import difference, scale, unit
 from pipeline.tracking.mirror import Mirror
 from pipeline.training.cache import prune, read_record, trainings_folder
 from studies.tasks import MODELS, ROOT, Task, on_ray, one_by_one, plan, result_path, train_network
@@ -185,10 +185,10 @@ def markdown(name: str, frame: pd.DataFrame, settings: list[str], planned: int) 
     frame = (frame.sort_values(varied) if varied else frame).assign(holm=lambda rows: holm(rows["p"].astype(float)))
     metric = frame["metric"].iloc[0]
     gain = frame[["gain", "low", "high"]].astype(float).map(functools.partial(difference, metric))
-    table, scale = frame[varied].copy(), 1 if metric == "nll" else 100
+    table = frame[varied].copy()
     for model in MODELS:
         heading = f"{model.removeprefix('student_')} ({'nats' if metric == 'nll' else '%'})"
-        table[heading] = (scale * frame[f"{metric}_{model}"]).map("{:.2f}".format)
+        table[heading] = (scale(metric) * frame[f"{metric}_{model}"]).map("{:.2f}".format)
     table[f"gain ({unit(metric)})"], table["95 % interval"] = gain["gain"], gain["low"] + " to " + gain["high"]
     table["p, Holm"], table["distilled is"] = frame["holm"].map("{:.3f}".format), frame["verdict"]
     remain = sum(frame["holm"] < ALPHA)
@@ -218,8 +218,7 @@ def plot(frame: pd.DataFrame, points: list[Point]) -> Figure:
         lines = frame.loc[list(labels)].groupby(pd.Series(labels, dtype=str), sort=False)
         for number, (label, line) in enumerate(lines):
             x = line[grid.x] * 1.05 ** (number - (len(lines) - 1) / 2)  # side by side
-            scale = 1 if metric == "nll" else 100
-            gain, low, high = (scale * line[key].astype(float) for key in ("gain", "low", "high"))
+            gain, low, high = (scale(metric) * line[key].astype(float) for key in ("gain", "low", "high"))
             style = {"marker": "osD^vPX*"[number % 8], "linestyle": ("-", "--", ":", "-.")[number % 4], "linewidth": 1}
             axes.errorbar(x, gain, [gain - low, high - gain], capsize=3, markersize=5, label=label.replace("$", r"\$"), **style)
         axes.axhline(0, color="black", linewidth=0.8)

@@ -48,7 +48,12 @@ def ece(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
 
 
 def auc(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
-    """Area under the ROC curve, 0-1, as `metrics.auc`: DeLong, DeLong and Clarke-Pearson 1988 for the parts of each image."""
+    """Area under the ROC curve by MedMNIST's definition (`medmnist.Evaluator`), 0-1.
+
+    Two classes: that of the second class's probability. More: the mean over the classes of one against the rest, here over those
+    that the labels hold (MedMNIST's own sets hold them all). At least two classes must be among the labels. What each image
+    adds: DeLong, DeLong and Clarke-Pearson 1988.
+    """
     of_classes = [1] if probabilities.shape[1] == 2 else np.unique(labels)
     values, without = [], []
     for label in of_classes:
@@ -90,8 +95,9 @@ def _mean(values: np.ndarray) -> Figure:
 
 def _mean_of_classes(values: np.ndarray, all_images: float) -> np.ndarray:
     """Mean over the classes of values (classes, N), those that are NaN left out; `all_images` where all are."""
-    there = ~np.isnan(values)
-    return np.where(there.any(axis=0), np.where(there, values, 0).sum(axis=0) / np.maximum(there.sum(axis=0), 1), all_images)
+    present = ~np.isnan(values)
+    means = np.where(present, values, 0).sum(axis=0) / np.maximum(present.sum(axis=0), 1)
+    return np.where(present.any(axis=0), means, all_images)
 
 
 def _placements(scores: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -11,35 +11,15 @@ import pandas as pd
 from scipy.special import rel_entr
 from sklearn import metrics as sk
 
-from pipeline.evaluation.jackknife import CALIBRATION_BINS, TINY, calibration_bins
+from pipeline.evaluation.jackknife import CALIBRATION_BINS, FIGURES, TINY, calibration_bins
 from pipeline.evaluation.statistics import half_width
 
 
-def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Area under the ROC curve by MedMNIST's definition (`medmnist.Evaluator`), 0-1.
-
-    Two classes: the AUC of the second class's probability. More: the mean over the classes of one against the rest, here
-    over the classes that the labels hold (MedMNIST's own sets hold them all). At least two classes must be among the labels.
-    """
-    if probabilities.shape[1] == 2:
-        return float(sk.roc_auc_score(labels == 1, probabilities[:, 1]))
-    return fmean(sk.roc_auc_score(labels == label, probabilities[:, label]) for label in np.unique(labels))
-
-
 def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """Accuracy, balanced accuracy, AUC, weighted F1 (0-1), negative log-likelihood (nats per image), calibration error."""
-    predicted = probabilities.argmax(axis=1)
-    of_true_class = probabilities[np.arange(len(labels)), labels]
-    bins = reliability(labels, probabilities)
-    gap = (bins["accuracy"] - bins["confidence"]).abs()
-    return {
-        "accuracy": float(sk.accuracy_score(labels, predicted)),
-        "balanced_accuracy": fmean(float((predicted[labels == label] == label).mean()) for label in np.unique(labels)),
-        "auc": auc(labels, probabilities),
-        "f1_weighted": float(sk.f1_score(labels, predicted, average="weighted", zero_division=0)),
-        "nll": float(-np.log(np.maximum(of_true_class, TINY)).mean()),
-        "ece": float((gap * bins["images"]).sum() / len(labels)),  # Guo et al. 2017, eq. 3
-    }
+    """The figures of `jackknife.FIGURES`, of all images, and the weighted F1, 0-1."""
+    figures = {name: figure(labels, probabilities)[0] for name, figure in FIGURES.items()}
+    f1 = sk.f1_score(labels, probabilities.argmax(axis=1), average="weighted", zero_division=0)
+    return figures | {"f1_weighted": float(f1)}
 
 
 def reliability(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:

@@ -11,17 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import binomtest, nct, norm, t
+from scipy.stats import binomtest, nct, t
 
 from pipeline.evaluation.jackknife import FIGURES, LOWER_IS_BETTER
 
 CONFIDENCE = 0.95
 POWER = 0.8
 FEWEST = 3  # seeds that say anything about how much training varies
-FEWEST_IMAGES = (
-    10  # of every class, for a figure that is a mean over classes: below, the jackknife does not see what one image decides
-)
-OF_CLASSES = ("auc", "balanced_accuracy")
+OF_CLASSES = ("auc", "balanced_accuracy")  # means over the classes
+FEWEST_IMAGES = 10  # of every class, for these: below, the jackknife does not see how much one image decides
 
 
 class Comparison(NamedTuple):
@@ -98,18 +96,11 @@ def analyse(gains: Sequence[float], without: np.ndarray, metric: str, margin: fl
     else:
         total, df = covariance[0, 0], float("inf")
     error, half = float(total) ** 0.5, half_width(gains)
-
-    def quantile(share: float) -> float:
-        return float(t.ppf(share, df) if np.isfinite(df) else norm.ppf(share))
-
-    wide, narrow = (error * quantile(share) for share in ((1 + CONFIDENCE) / 2, CONFIDENCE))
-    p = (
-        float(gain == 0)
-        if error == 0
-        else 2 * float(t.sf(abs(gain) / error, df) if np.isfinite(df) else norm.sf(abs(gain) / error))
-    )
+    critical, one_sided = (float(t.ppf(share, df)) for share in ((1 + CONFIDENCE) / 2, CONFIDENCE))
+    wide, narrow = error * critical, error * one_sided
+    p = 2 * float(t.sf(abs(gain) / error, df)) if error else float(gain == 0)
     low, high, low_90, high_90 = gain - wide, gain + wide, gain - narrow, gain + narrow
-    detectable = error * _detectable(df, quantile((1 + CONFIDENCE) / 2)) if seeds > 1 else float("nan")
+    detectable = error * _detectable(df, critical) if seeds > 1 else float("nan")
     seeds_low, seeds_high = gain - half, gain + half
     return Comparison(
         metric, margin, gain, low, high, seeds_low, seeds_high, low_90, high_90, p, df, detectable, seeds, images, smallest_class
@@ -119,7 +110,7 @@ def analyse(gains: Sequence[float], without: np.ndarray, metric: str, margin: fl
 def _detectable(df: float, critical: float) -> float:
     """The true difference, in standard errors, that exceeds the critical value with a probability of POWER: non-central t."""
     if not np.isfinite(df):
-        return critical + float(norm.ppf(POWER))
+        return critical + float(t.ppf(POWER, df))
     return float(brentq(lambda shift: nct.sf(critical, df, shift) - POWER, 0, 10 * critical))
 
 

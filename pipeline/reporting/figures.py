@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pipeline.evaluation.comparisons import Evaluation, loss_curves
 from pipeline.evaluation.jackknife import LOWER_IS_BETTER
 from pipeline.evaluation.metrics import confusion, reliability
-from pipeline.reporting.tables import unit
+from pipeline.reporting.tables import scale, unit
 
 MARKERS = "osD^vPX"
 MOST_COUNTS = 30  # classes up to which the counts are written into a confusion matrix
@@ -109,14 +109,14 @@ def plot_gains(evaluation: Evaluation) -> Figure:
     comparisons, models = evaluation.comparisons, evaluation.detail["models"]
     figure = Figure(figsize=(7, 1.6 + 0.7 * len(comparisons)), layout="constrained")
     axes, answer = figure.subplots(), next(iter(comparisons.values()))
-    metric, scale = answer["metric"], 1 if answer["metric"] == "nll" else 100
+    metric, factor = answer["metric"], scale(answer["metric"])
     sign = -1 if metric in LOWER_IS_BETTER else 1
     for row, (name, comparison) in enumerate(comparisons.items()):
-        gain, low, high = (scale * comparison[key] for key in ("gain", "low", "high"))
+        gain, low, high = (factor * comparison[key] for key in ("gain", "low", "high"))
         mean = axes.errorbar(gain, row, xerr=[[gain - low], [high - gain]], fmt="D", color="black", capsize=5)
         ours, theirs = (np.array([seed[metric] for seed in models[model]["figures"]]) for model in name.split("_vs_"))
-        seeds = axes.scatter(scale * sign * (ours - theirs), [row + 0.22] * len(ours), marker="|", s=80, color="0.4")
-    margin = axes.axvspan(-scale * answer["margin"], scale * answer["margin"], color="0.9", zorder=0)
+        seeds = axes.scatter(factor * sign * (ours - theirs), [row + 0.22] * len(ours), marker="|", s=80, color="0.4")
+    margin = axes.axvspan(-factor * answer["margin"], factor * answer["margin"], color="0.9", zorder=0)
     axes.axvline(0, linestyle=":", color="black", linewidth=1)
     axes.set_yticks(range(len(comparisons)), [name.replace("_vs_", "\nagainst ") for name in comparisons])
     axes.set(ylim=(len(comparisons) - 0.5, -0.5), xlabel=f"gain on the test images ({unit(metric)})")

@@ -64,12 +64,12 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     content["hardest"] = sorted(by_class, key=lambda name: by_class[name]["f1"])[:HARDEST]
     present = set().union(*evaluation.metrics.values())
     measured = {key: column for key, column in FIGURES.items() if key in present}
-    parameters = {key.rpartition(".")[2]: value for key, value in models[model]["parameters"].items()}
+    chosen = models[model]["parameters"]
+    parameters = {key.rpartition(".")[2]: value for key, value in chosen.items()}
     unlabelled = "unlabelled" in evaluation.detail["dataset"]["images"]
     content["same_batches"] = parameters.get("label_fraction", 1) == 1 and not unlabelled
     content["selection"] = parameters.get("selection", "accuracy")
     content["ensemble"] = parameters.get("ensemble", False)
-    chosen = models[model]["parameters"]
     content["logits"], content["features"] = chosen.get("teacher.logits"), chosen.get("teacher.features")
     content["measured"] = any(entry["architecture"].startswith("outside") for entry in models.values())
     content["tables"] = {

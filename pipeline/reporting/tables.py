@@ -16,13 +16,13 @@ ORIGINAL = {
     "student_distilled": {"accuracy": 0.9872},
     "student_alone": {"accuracy": 0.9864},
 }
-# Its recipe, as far as it can be compared: it also kept the last epoch, and no images for validation.
-OF_BOTH = {"epochs": 5, "lr": 0.001, "schedule": "constant", "weight_decay": 0, "label_smoothing": 0, "class_weights": "none"}
-OF_BOTH |= {"augmentation": "none", "label_fraction": 1, "teacher_epochs": None, "teacher_label_smoothing": None}
-OF_BOTH |= {"temperature": 5, "alpha": 0.7, "ensemble": False}
-OF_TRACKS = {
-    "baselines": OF_BOTH | {"batch_size": 64, "pretrained": True, "stem": "imagenet"},
-    "distillation": OF_BOTH
+# Its recipe, by a parameter's last name, as far as it can be compared: it also kept the last epoch, and no validation images.
+RECIPE = {"epochs": 5, "lr": 0.001, "schedule": "constant", "weight_decay": 0, "label_smoothing": 0, "class_weights": "none"}
+RECIPE |= {"augmentation": "none", "label_fraction": 1, "teacher_epochs": None, "teacher_label_smoothing": None}
+RECIPE |= {"temperature": 5, "alpha": 0.7, "ensemble": False}
+RECIPES = {
+    "baselines": RECIPE | {"batch_size": 64, "pretrained": True, "stem": "imagenet"},
+    "distillation": RECIPE
     | {"batch_size": 128, "architecture": "compact_cnn", "pretrained": False, "logits": None, "features": None},
 }
 SIZES = {"teacher.width": 32, "teacher.hidden": 128, "student.width": 16, "student.hidden": 64}
@@ -50,6 +50,11 @@ def cell(figures: Mapping[str, float], key: str, factor: float, digits: int) -> 
 def points(share: float) -> str:
     """A difference of shares as text, in percentage points."""
     return f"{100 * share:+.2f}"
+
+
+def scale(metric: str) -> int:
+    """What a figure is multiplied by to be shown: nats of the negative log-likelihood stay, of any other it is percent."""
+    return 1 if metric == "nll" else 100
 
 
 def difference(metric: str, value: float) -> str:
@@ -100,7 +105,7 @@ def results_table(evaluation: Evaluation, original_dataset: str) -> str:
 
 
 def _by_original_recipe(evaluation: Evaluation) -> bool:
-    wanted = OF_TRACKS[evaluation.detail["track"]]
+    wanted = RECIPES[evaluation.detail["track"]]
     for entry in evaluation.detail["models"].values():
         for key, value in entry["parameters"].items():
             if SIZES.get(key, value) != value or wanted.get(key.rpartition(".")[2], value) != value:

@@ -19,7 +19,7 @@ from pipeline.core.provenance import committed_parameters, experiments, git
 from pipeline.evaluation.comparisons import Evaluation, read_evaluation
 from pipeline.evaluation.statistics import compare
 from pipeline.params import TRACKS
-from pipeline.reporting.tables import difference, unit
+from pipeline.reporting.tables import difference, scale, unit
 
 GAINS = ("gain", "gain_low", "gain_high")
 
@@ -60,8 +60,7 @@ def _headline(name: str, revision: str) -> dict[str, str]:
             gains = {key: headline.pop(key) for key in GAINS if key in headline}
             (metric, *_) = next(iter(headline.values()), {"accuracy": 0})
             gains = {key: difference(metric, value) for key, value in gains.items()}
-            scale = 1 if metric == "nll" else 100
-            accuracies = {model: f"{scale * of_model[metric]:.2f}" for model, of_model in headline.items()}
+            accuracies = {model: f"{scale(metric) * of_model[metric]:.2f}" for model, of_model in headline.items()}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             print(f"left out: {name}: metrics/{track}.json: {one_line(error)}", file=sys.stderr)
             continue

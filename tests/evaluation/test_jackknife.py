@@ -10,10 +10,21 @@ LITERAL = {
     "balanced_accuracy": lambda labels, probabilities: sk.recall_score(
         labels, probabilities.argmax(1), average="macro", labels=np.unique(labels)
     ),
-    "auc": metrics.auc,
-    "nll": lambda labels, probabilities: metrics.score(labels, probabilities)["nll"],
-    "ece": lambda labels, probabilities: metrics.score(labels, probabilities)["ece"],
+    "auc": lambda labels, probabilities: np.mean(
+        [
+            sk.roc_auc_score(labels == label, probabilities[:, label])
+            for label in ([1] if probabilities.shape[1] == 2 else np.unique(labels))
+        ]
+    ),
+    "nll": lambda labels, probabilities: sk.log_loss(labels, probabilities, labels=range(probabilities.shape[1])),
+    "ece": lambda labels, probabilities: expected_calibration_error(labels, probabilities),
 }
+
+
+def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    confidence, hits = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    inside = [(number / 15 < confidence) & (confidence <= (number + 1) / 15) for number in range(15)]
+    return sum(abs(hits[bin].mean() - confidence[bin].mean()) * bin.mean() for bin in inside if bin.any())
 
 
 @pytest.mark.parametrize("classes", [2, 5])
