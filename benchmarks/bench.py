@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 WAYS = {"a": "ordinary loop", "b": "careful loop", "c": "this pipeline"}
 THREADS = 1  # of a training of (c), the default of params.yaml
 BATCH = {"baselines": 64, "distillation": 128}
-KD = {"temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
+KD = {"name": "kd", "temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
 ARCHITECTURES = {  # track, architecture, arguments
     "simple_cnn": ("baselines", "simple_cnn", {}),
     "resnet18": ("baselines", "resnet18", {"stem": "imagenet"}),
@@ -115,7 +115,7 @@ def ours(way: str, model: str, data: Path, seeds: int, folder: Path, device: tor
         if not teachers[0].exists():
             ours(way, "teacher", data, 1, folder, device, epochs)
     settings = {"epochs": epochs, "batch_size": BATCH[track], "lr": 1e-3, "precision": "auto"}
-    shared = {"data": data, "device": device.type, "threads": THREADS, "kd": KD if teachers else None, "teachers": teachers}
+    shared = {"data": data, "device": device.type, "threads": THREADS, "method": KD if teachers else None, "teachers": teachers}
     recipes = [Recipe(model, architecture, arguments, settings, seed, **shared) for seed in range(seeds)]
     finished, peaks = [], []
     with tempfile.TemporaryDirectory(dir=folder) as root:

@@ -1,7 +1,7 @@
 """Stage distill_student: train a track's student on the labels and on its seed's teacher, once per seed.
 
 Weights and batches start as those of the lone student with the same seed, so that the two are compared in pairs. With
-`teacher.ensemble`, the students learn from the teachers of all seeds.
+`distill.ensemble`, the students learn from the teachers of all seeds.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ def main(track: str) -> None:
     params, plan, models = load_params(), TRACKS[track], Path("models") / track
     settings = params.training(track, plan.distilled)
     teachers = {seed: teacher_path(models / plan.teacher, seed) for seed in params.seeds}
-    if params.teacher.ensemble:
+    if params.distill.ensemble:
         teachers = dict.fromkeys(teachers, tuple(teachers.values()))
     else:
         teachers = {seed: (path,) for seed, path in teachers.items()}

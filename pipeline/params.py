@@ -15,6 +15,8 @@ Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Epochs = Annotated[int, Field(ge=1, le=100_000)]
 Smoothing = Annotated[float, Field(ge=0, lt=1)]
+Temperature = Annotated[float, Field(gt=0, le=1000)]
+Weight = Annotated[float, Field(ge=0, le=1000)]
 SETTINGS = ("epochs", "batch_size", "lr", "schedule", "weight_decay", "selection")  # of a track, as in training.loop.Settings
 OWN_FILES = (".dataset", "teacher.logits", "teacher.features")  # ends of the names of parameters that may be paths
 OF_RESNET18 = ("baselines.pretrained", "baselines.resnet18.stem")
@@ -89,6 +91,7 @@ class Training(Block):
     augmentation: Literal["none", "shifts", "flips_and_shifts"]
     selection: Literal["accuracy", "auc", "loss", "last"]
     teacher_epochs: Epochs | None
+    alone_epochs: Epochs | None
     teacher_label_smoothing: Smoothing | None
 
     @model_validator(mode="after")
@@ -118,7 +121,6 @@ class Network(Block):
 
 
 class Teacher(Network):
-    ensemble: bool
     logits: Text | None
     features: Text | None
 
@@ -135,10 +137,47 @@ class Teacher(Network):
         return self
 
 
+class Distill(Block):
+    """What the distilled students of both tracks learn from, and by which method: its parameters are the block of its name."""
+
+    method: Literal["kd", "dkd", "dist", "wttm", "rkd"]
+    ensemble: bool
+    answers: Literal["teacher", "permuted", "uniform", "hard"]
+
+
 class KD(Block):
-    temperature: Annotated[float, Field(gt=0, le=1000)]
+    temperature: Temperature
     alpha: Annotated[float, Field(ge=0, le=1)]
     divergence: Literal["forward", "reverse"]
+    logit_standardization: bool
+
+
+class DKD(Block):
+    weight: Weight
+    alpha: Weight
+    beta: Weight
+    temperature: Temperature
+    warm_up: Annotated[float, Field(ge=0, le=1)]
+    logit_standardization: bool
+
+
+class DIST(Block):
+    weight: Weight
+    beta: Weight
+    gamma: Weight
+    temperature: Temperature
+
+
+class WTTM(Block):
+    weight: Weight
+    beta: Weight
+    gamma: Annotated[float, Field(gt=0, le=1)]
+
+
+class RKD(Block):
+    weight: Weight
+    distance: Weight
+    angle: Weight
 
 
 class Verdicts(Block):
@@ -160,7 +199,12 @@ class Params(Block):
     distillation: Distillation
     teacher: Teacher
     student: Network
+    distill: Distill
     kd: KD
+    dkd: DKD
+    dist: DIST
+    wttm: WTTM
+    rkd: RKD
     evaluation: Verdicts
     tracking: Tracking
 
@@ -186,6 +230,8 @@ class Params(Block):
         architecture, arguments = self.network(track, model)
         settings = {name: getattr(block, name) for name in SETTINGS} | {"precision": self.precision}
         smoothing = block.label_smoothing
+        if model == plan.alone:
+            settings["epochs"] = block.alone_epochs or block.epochs
         if big:
             settings["epochs"] = block.teacher_epochs or block.epochs
             smoothing = smoothing if block.teacher_label_smoothing is None else block.teacher_label_smoothing
@@ -193,9 +239,9 @@ class Params(Block):
         if track == "distillation":
             keys.append("teacher" if big else "student")
         if distilled:
-            keys += ["teacher.ensemble", "kd"]
-        of_teacher = (f"{track}.teacher_epochs", f"{track}.teacher_label_smoothing", *OF_RESNET18)
-        of_others = ("teacher.ensemble",) if big else of_teacher
+            keys += ["distill", self.distill.method]
+        of_teacher = {f"{track}.teacher_epochs", f"{track}.teacher_label_smoothing", *OF_RESNET18}
+        of_others = (set() if big else of_teacher) | (set() if model == plan.alone else {f"{track}.alone_epochs"})
         return {
             "model": model,
             "architecture": architecture,
@@ -205,7 +251,8 @@ class Params(Block):
             "class_weights": block.class_weights,
             "augmentation": block.augmentation,
             "label_fraction": block.label_fraction,
-            "kd": self.kd.model_dump() if distilled else None,
+            "method": {"name": self.distill.method} | getattr(self, self.distill.method).model_dump() if distilled else None,
+            "answers": self.distill.answers if distilled else "teacher",
             "initial": "teacher" if big else "student",
             "device": self.device,
             "threads": self.threads,

@@ -6,14 +6,16 @@ from pipeline.core.cli import run
 from pipeline.params import TRACKS, load_params
 from pipeline.tracking.mirror import Mirror
 from pipeline.training.cache import trainings_folder
-from pipeline.training.recipe import Recipe
+from pipeline.training.recipe import Recipe, check_method
 from pipeline.training.seeds import train_seeds
 
 
 def main(model: str) -> None:
     params = load_params()
-    settings = params.training("baselines", model)
-    recipes = [Recipe(**settings, seed=seed, data=Path("data/baselines")) for seed in params.seeds]
+    settings, data = params.training("baselines", model), Path("data/baselines")
+    distilled = params.training("baselines", TRACKS["baselines"].distilled)
+    check_method(Recipe(**distilled, seed=0, data=data))  # before a teacher is paid for that cannot teach so
+    recipes = [Recipe(**settings, seed=seed, data=data) for seed in params.seeds]
     records = train_seeds(recipes, trainings_folder(), params.jobs, Path("models/baselines") / model)
     mirror = Mirror(params.tracking.experiment)
     for record in records:

@@ -73,7 +73,7 @@ def plan(params: Params) -> list[Task]:
     teachers = {seed: add(train_network, CODE, Recipe(**big, seed=seed, data=folder), needs=(data,)) for seed in params.seeds}
     checkpoints = []
     for seed, teacher in teachers.items():
-        of_student = tuple(teachers.values()) if params.teacher.ensemble else (teacher,)
+        of_student = tuple(teachers.values()) if params.distill.ensemble else (teacher,)
         lone = add(train_network, CODE, Recipe(**small, seed=seed, data=folder), needs=(data,))
         learner = add(train_network, CODE, Recipe(**distilled, seed=seed, data=folder), needs=(data, *of_student))
         checkpoints += [teacher, lone, learner]

@@ -18,7 +18,7 @@ def load_changed(tmp_path: Path, old: str, new: str):
 def test_defaults_are_those_of_the_original_course_project_and_five_seeds():
     params = load_params(Path(__file__).parents[1] / "params.yaml")
     assert params.seeds == [0, 1, 2, 3, 4]
-    assert params.kd.model_dump() == {"temperature": 5, "alpha": 0.7, "divergence": "forward"}
+    assert params.kd.model_dump() == {"temperature": 5, "alpha": 0.7, "divergence": "forward", "logit_standardization": False}
     assert (params.baselines.epochs, params.baselines.batch_size, params.baselines.lr) == (5, 64, 0.001)
     assert (params.distillation.epochs, params.distillation.batch_size, params.distillation.lr) == (5, 128, 0.001)
     assert params.network("distillation", "teacher") == ("compact_cnn", {"width": 32, "hidden": 128})
@@ -29,7 +29,7 @@ def test_defaults_are_those_of_the_original_course_project_and_five_seeds():
     ("old", "new", "named"),
     [
         ("temperature: 5 ", "temprature: 6 ", ["kd.temprature = 6", "kd.temperature is missing"]),
-        ("kd:", "extra: 1\nkd:", ["extra = 1 is not a parameter"]),
+        ("distill:", "extra: 1\ndistill:", ["extra = 1 is not a parameter"]),
         ("epochs: 5", "epochs: five", ["baselines.epochs = 'five'", "integer"]),
         ("epochs: 5", "epochs: 2.5", ["baselines.epochs = 2.5", "integer"]),
         ("epochs: 5", "epochs: 0", ["baselines.epochs = 0", "greater than or equal to 1"]),
@@ -80,6 +80,7 @@ def test_flat_names_every_value_of_a_block():
         "kd.temperature": 5,
         "kd.alpha": 0.7,
         "kd.divergence": "forward",
+        "kd.logit_standardization": False,
         "baselines.resnet18.stem": "imagenet",
         "device": "auto",
     }

@@ -88,12 +88,12 @@ def fit(
 
     `model` maps uint8 images (B, H, W, C) to logits (B, K). `train` and `val` are images, uint8 (N, H, W, C), and labels, int64
     (N,); a negative label in `train` is an unknown one. Labels, model, `targets` and `rows` are on one device. `loss` maps
-    (logits, labels, *targets of the batch) to its terms by name, scalars whose sum is minimised; `targets` have a row per
-    training image or, with a `view`, one for each of its `views` views, image by image. `rows`, int64: which training images an
-    epoch consists of; all, once each, by default. `batches` maps (images, rows of each batch) to an iterator of the batches'
-    images on that device, for images that are not there. `view` maps images and a number for each, below `views` and drawn anew
-    in every epoch, to what the model is trained on. `resume`: a progress to continue from; the result is, to the bit, that of a
-    training that was never interrupted.
+    (logits, labels, done, *targets of the batch) to its terms by name, scalars whose sum is minimised; `done` is a scalar
+    tensor, the epochs begun as a share of all. `targets` have a row per training image or, with a `view`, one for each of its
+    `views` views, image by image. `rows`, int64: which training images an epoch consists of; all, once each, by default.
+    `batches` maps (images, rows of each batch) to an iterator of the batches' images on that device, for images that are not
+    there. `view` maps images and a number for each, below `views` and drawn anew in every epoch, to what the model is trained on.
+    `resume`: a progress to continue from; the result is, to the bit, that of a training that was never interrupted.
 
     Raises NotFiniteError after an epoch in which the loss became infinite or no number.
     """
@@ -114,12 +114,14 @@ def fit(
         _set_rng_state(device, progress.state["rng"].cpu())
         best = copy.deepcopy(progress.state.get("best", progress.state["model"]))
     sums = {name: torch.zeros((), device=device, dtype=torch.int64) for name in ("correct", "labelled")}
-    step = full_step = _step(model, loss, optimizer, labels, targets, settings.precision, sums, view, views)
+    done = torch.zeros((), device=device)
+    step = full_step = _step(model, loss, optimizer, labels, done, targets, settings.precision, sums, view, views)
     if device.type == "cuda" and used >= settings.batch_size:
         batch_images = torch.empty_like(images[: settings.batch_size], device=device)
         full_step = _captured(step, model, optimizer, sums, batch_images, view is not None)
     for number in range(len(progress.history) + 1, settings.epochs + 1):
         model.train()
+        done.fill_(number / settings.epochs)
         indices = torch.randperm(count, generator=order, device=device)[:used]
         slices = (indices if rows is None else rows[indices]).split(settings.batch_size)
         drawn = [()] * len(slices)
@@ -242,6 +244,7 @@ def _step(
     loss: Loss,
     optimizer: torch.optim.Optimizer,
     labels: Tensor,
+    done: Tensor,
     targets: Sequence[Tensor],
     precision: str,
     sums: dict[str, Tensor],
@@ -256,7 +259,7 @@ def _step(
             images, places = view(images, numbers), rows * views + numbers
         with _autocast(images.device, precision):
             logits = model(images).float()
-        terms = loss(logits, batch_labels, *(values[places] for values in targets))
+        terms = loss(logits, batch_labels, done, *(values[places] for values in targets))
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()

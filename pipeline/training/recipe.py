@@ -19,18 +19,18 @@ from pipeline.core.files import md5
 from pipeline.core.provenance import code_digest
 from pipeline.data.dataset import load_dataset
 from pipeline.networks.description import Description, Epoch
-from pipeline.networks.outside import read_outside_logits, read_teacher
+from pipeline.networks.outside import read_teacher
 from pipeline.training.cache import Entry, Record, open_entry, working_place
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from pipeline.data.prepared import TrainingData
     from pipeline.networks.architectures import Classifier
     from pipeline.training.loop import Progress
 
 CODE = ("data", "networks", "training")  # the packages that decide a training's bytes
+LARGEST_RKD = 512  # images of a batch: half a gigabyte of angles
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Recipe:
     label_smoothing: float = 0.0  # as in losses.hard_labels
     class_weights: str = "none"  # or balanced, as in labels.balanced
     augmentation: str = "none"  # a kind of views in augmentation.view_indices
-    kd: dict[str, Any] | None = None  # for a student with a teacher: arguments of losses.distillation
+    method: dict[str, Any] | None = None  # for a student with a teacher: the `name` in losses.METHODS and its parameters
+    answers: str = "teacher"  # what such a student learns from, or a control in its place, as in answers.answers
     teachers: tuple[Path, ...] = ()  # checkpoints, or files of networks.outside; of several, the mean of their probabilities
     initial: str = ""  # of the prepared set's initial weights, those to start from, as in architectures.load_initial
     parameters: dict[str, Any] = field(default_factory=dict)  # of params.yaml, by dotted name: for the record
@@ -73,6 +74,7 @@ def train(recipe: Recipe, root: Path, report: Callable[[Record | None], None], p
 
     from pipeline.networks.inference import choose_device, choose_precision
 
+    check_method(recipe)
     torch.set_num_threads(recipe.threads)
     device = choose_device(recipe.device, gpu)
     precision = choose_precision(recipe.settings["precision"], device)
@@ -87,6 +89,35 @@ def train(recipe: Recipe, root: Path, report: Callable[[Record | None], None], p
                 _carry_out(recipe, device, entry, record, report)
         report(entry.record)
         return entry.checkpoint
+
+
+def check_method(recipe: Recipe) -> None:
+    """Raises UserError if a student's method cannot be had on the recipe's data or of its teachers: what, and why."""
+    method, dataset = recipe.method or {"name": ""}, load_dataset(recipe.data)
+    name, standardized = method["name"], method.get("logit_standardization", False)
+    two, labelled = len(dataset.classes) == 2, recipe.label_fraction == 1 and not dataset.images.get("unlabelled")
+    plain = method.get("divergence") == "forward" and not standardized
+    one = len(recipe.teachers) < 2 and not any(path.suffix == ".npz" for path in recipe.teachers)
+    for wrong, reason in (
+        (name == "dkd" and two, "dkd wants three classes or more: of two, it is dkd.alpha times kd"),
+        (
+            standardized and two,
+            "logit_standardization wants three classes or more: of two, it takes away how sure the teacher is",
+        ),
+        (name == "dkd" and not labelled, "dkd wants the label of every training image"),
+        (name == "rkd" and not one, "rkd wants one network's embeddings, neither an ensemble's nor a file"),
+        (name == "rkd" and recipe.settings["batch_size"] > LARGEST_RKD, f"rkd wants batches of at most {LARGEST_RKD} images"),
+        (
+            name == "rkd" and recipe.answers == "permuted" and not labelled,
+            "rkd, permuted, wants the label of every training image",
+        ),
+        (
+            name and recipe.answers in ("uniform", "hard") and not plain,
+            "uniform and hard answers want kd, forward, unstandardized",
+        ),
+    ):
+        if wrong:
+            raise UserError(f"distill.method: {name}, distill.answers: {recipe.answers}, {dataset.name}: {reason}")
 
 
 def _new_record(recipe: Recipe) -> Record:
@@ -162,8 +193,9 @@ def _training(
     from pipeline.data.streaming import fits, streamed
     from pipeline.networks.architectures import load_initial
     from pipeline.networks.checkpoints import load_initial_weights, new_classifier
+    from pipeline.training.answers import answers, with_own_embeddings
     from pipeline.training.loop import Settings, fit, resident
-    from pipeline.training.losses import distillation, hard_labels
+    from pipeline.training.losses import METHODS, ON_EMBEDDINGS, hard_labels
 
     check_augmentation(recipe.augmentation, data.dataset.name)
     classifier = new_classifier(recipe.architecture, recipe.arguments, data.dataset, recipe.seed)
@@ -176,44 +208,20 @@ def _training(
         options = {"views": len(indices), "view": functools.partial(view, indices=indices)}
     known = hide_unknown(train, recipe.label_fraction, recipe.seed)
     weights = balanced(known.labels, len(data.dataset.classes)) if recipe.class_weights == "balanced" else None
-    if recipe.kd is None:
+    if recipe.method is None:
         rows = only_known(train.labels, recipe.label_fraction, recipe.seed)
         loss = hard_labels(recipe.label_smoothing, weights)
     else:
         train, share = known, (known.labels != UNKNOWN).float().mean().item()
-        loss = distillation(hard_labels(recipe.label_smoothing, weights, share), **recipe.kd)
-        targets = (_teacher_logits(recipe, device, train.images, indices),)
+        arguments = dict(recipe.method)
+        method = METHODS[name := arguments.pop("name")](hard_labels(recipe.label_smoothing, weights, share), **arguments)
+        loss = with_own_embeddings(method, classifier) if name in ON_EMBEDDINGS else method
+        targets = (answers(recipe, device, train, indices, name in ON_EMBEDDINGS),)
     images = train.images
     on_device = images.device == device and (device.type != "cpu" or fits(images.nbytes, device))
     batches = resident if on_device else functools.partial(streamed, device=device)
     options |= {"rows": rows, "batches": batches, "resume": resume}
     return classifier, fit(classifier, train, data.val, loss, Settings(**recipe.settings), recipe.seed, *targets, **options)
-
-
-def _teacher_logits(recipe: Recipe, device: "torch.device", images: "Tensor", indices: "Tensor | None") -> "Tensor":
-    """The teacher's logits, float32 (N, K) or, where there are V views of an image, (N * V, K): it does not change.
-
-    Of several teachers, the logarithm of the mean of their probabilities.
-    """
-    import torch
-
-    from pipeline.data.augmentation import single_view
-    from pipeline.networks.checkpoints import load_checkpoint
-    from pipeline.networks.inference import ensemble, predict
-
-    transforms = [None] if indices is None else [single_view(number, indices) for number in range(len(indices))]
-    of_teachers = []
-    for path in recipe.teachers:
-        if path.suffix == ".npz":
-            logits = torch.tensor(read_outside_logits(path, "train", load_dataset(recipe.data)))
-            if logits.shape[1:-1] != (() if indices is None else (len(indices),)):
-                raise UserError(f"{path}: not the views of augmentation = {recipe.augmentation}: run dvc repro")
-            of_teachers.append(logits.flatten(0, -2).to(device))
-            continue
-        teacher, _ = load_checkpoint(path, device)
-        views = [predict(teacher, images, recipe.settings["precision"], transform) for transform in transforms]
-        of_teachers.append(torch.stack(views, dim=1).flatten(0, 1))
-    return ensemble(of_teachers)
 
 
 def _machine_load() -> dict[str, float]:

@@ -63,7 +63,7 @@ def test_the_report_says_what_is_particular_about_data_and_recipe(tmp_path: Path
     for words in ("8 in train/test. Results on them may flatter", "1,234 unlabelled", "also sees the images without a label"):
         assert words in text
     for entry in evaluation.detail["models"].values():
-        entry["parameters"] |= {"distillation.selection": "last", "teacher.ensemble": True}
+        entry["parameters"] |= {"distillation.selection": "last", "distill.ensemble": True}
     text = rendered("markdown", evaluation)
     assert "the weights of the last epoch" in text
     assert "the intervals hold for these teachers" in text

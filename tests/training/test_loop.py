@@ -18,7 +18,7 @@ from pipeline.networks.checkpoints import new_classifier
 from pipeline.networks.inference import choose_precision, predict
 from pipeline.training import loop
 from pipeline.training.loop import NotFiniteError, Progress, Settings, auc, fit, validate
-from pipeline.training.losses import distillation, hard_labels
+from pipeline.training.losses import hard_labels, kd
 
 SETTINGS = Settings(epochs=2, batch_size=64, lr=0.003)
 STUDENT = {"width": 8, "hidden": 32}
@@ -41,7 +41,7 @@ def equal(model: torch.nn.Module, other: torch.nn.Module) -> bool:
 def spying(spy: Callable) -> Callable:
     """Cross-entropy that calls `spy` with its arguments."""
 
-    def loss(logits, labels, *targets):
+    def loss(logits, labels, done, *targets):
         spy(logits, labels, *targets)
         return {"hard": F.cross_entropy(logits, labels)}
 
@@ -82,7 +82,7 @@ def test_batches_depend_on_the_seed_and_not_on_the_model(data: TrainingData):
 def test_alpha_one_gives_the_weights_of_training_alone(data: TrainingData):
     lone, distilled = student(data), student(data)
     run(lone, data, hard_labels(), seed=3)
-    run(distilled, data, distillation(hard_labels(), 5.0, 1.0, "forward"), torch.randn(400, 10), seed=3)
+    run(distilled, data, kd(hard_labels(), 5.0, 1.0, "forward"), torch.randn(400, 10), seed=3)
     assert equal(lone, distilled)
 
 
@@ -90,7 +90,7 @@ def test_accuracy_is_that_of_the_labelled_images(data: TrainingData):
     hidden = data._replace(train=hide_unknown(data.train, 0.5, seed=0))
     model = student(data)
     predicted = predict(model, data.train.images).argmax(1)
-    loss = distillation(hard_labels(), 5.0, 0.7, "forward")
+    loss = kd(hard_labels(), 5.0, 0.7, "forward")
     history = run(model, hidden, loss, torch.randn(400, 10), settings=Settings(1, 64, 0.0)).history
     labelled = hidden.train.labels >= 0
     expected = (predicted[labelled] == hidden.train.labels[labelled]).float().mean().item()
@@ -98,7 +98,7 @@ def test_accuracy_is_that_of_the_labelled_images(data: TrainingData):
 
 
 def test_the_terms_of_the_loss_add_up_to_it(data: TrainingData):
-    (epoch, _) = run(student(data), data, distillation(hard_labels(), 5.0, 0.7, "forward"), torch.randn(400, 10)).history
+    (epoch, _) = run(student(data), data, kd(hard_labels(), 5.0, 0.7, "forward"), torch.randn(400, 10)).history
     assert set(epoch.terms) == {"hard", "soft"}
     assert epoch.train_loss == sum(epoch.terms.values())
 
@@ -107,7 +107,7 @@ def test_the_terms_of_the_loss_add_up_to_it(data: TrainingData):
 def test_a_loss_that_is_not_finite_stops_the_training_and_says_what_to_try(data: TrainingData, wrong: float):
     losses = []
 
-    def breaks(logits, labels):
+    def breaks(logits, labels, done):
         losses.append(F.cross_entropy(logits, labels) * (wrong if len(losses) == 9 else 1))
         return {"hard": losses[-1]}
 
@@ -119,7 +119,7 @@ def test_the_weights_of_the_best_epoch_on_validation_images_are_kept(data: Train
     model = student(data)
     states = []
 
-    def spoilt_after_two_epochs(logits, labels):
+    def spoilt_after_two_epochs(logits, labels, done):
         return {"hard": F.cross_entropy(logits, labels) * (1 if len(states) < 2 else -1)}
 
     for progress in fit(model, data.train, data.val, spoilt_after_two_epochs, Settings(4, 64, 0.003), 0):  # noqa: B007

@@ -24,12 +24,13 @@ from pipeline.networks.description import read_description
 from pipeline.networks.inference import ensemble, predict
 from pipeline.networks.outside import read_outside, read_outside_logits
 from pipeline.networks.write_logits import main as write_logits
+from pipeline.training.answers import answers
 from pipeline.training.outside import STRENGTHS, write_teachers
-from pipeline.training.recipe import Recipe, _teacher_logits, train
+from pipeline.training.recipe import Recipe, train
 from tests.conftest import digits, write_npz
 
 CPU = torch.device("cpu")
-KD = {"temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
+KD = {"name": "kd", "temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
 UNLABELLED = digits(750)[0][700:]  # 50 images
 RANDOM = np.random.default_rng(0)
 
@@ -184,10 +185,10 @@ def test_the_written_logits_of_checkpoints_are_what_a_student_of_them_learns_fro
     paths = [train(dataclasses.replace(teacher, seed=seed), tmp_path / "root", lambda record: None) for seed in (0, 1)]
     write_logits(data, tmp_path / "two.npz", paths, augmentation, "cpu")
     folder = make(tmp_path / "two.npz", load_training_data(data, CPU), augmentation=augmentation)
-    student = dataclasses.replace(teacher, model="student_distilled", kd=KD, augmentation=augmentation)
+    student = dataclasses.replace(teacher, model="student_distilled", method=KD, augmentation=augmentation)
     of_networks, of_file = (dataclasses.replace(student, teachers=of) for of in (tuple(paths), (folder / "seed0.npz",)))
-    images, indices = load_training_data(data, CPU).train.images, view_indices(augmentation, 8, 8)
-    logits = [_teacher_logits(recipe, CPU, images, indices) for recipe in (of_networks, of_file)]
+    train_split, indices = load_training_data(data, CPU).train, view_indices(augmentation, 8, 8)
+    logits = [answers(recipe, CPU, train_split, indices, False) for recipe in (of_networks, of_file)]
     assert torch.equal(*logits)
     assert len(logits[0]) == 450 * (9 if augmentation == "shifts" else 1)
     first, second = (read_description(train(recipe, tmp_path / "root", lambda record: None)) for recipe in (of_networks, of_file))

@@ -8,15 +8,17 @@ import torch
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
 from pipeline.data.augmentation import view_indices
-from pipeline.data.prepared import load_split
+from pipeline.data.prepared import Split, load_split
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import read_source
 from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.description import read_description
 from pipeline.networks.inference import predict
 from pipeline.training import recipe as module
+from pipeline.training.answers import answers, permuted
 from pipeline.training.cache import Record, read_record
-from pipeline.training.recipe import Recipe, train
+from pipeline.training.losses import METHODS
+from pipeline.training.recipe import Recipe, check_method, train
 from tests.conftest import write_npz
 from tests.training.conftest import SETTINGS
 
@@ -74,7 +76,7 @@ def test_a_loss_that_is_not_finite_is_recorded_and_told(teacher: Recipe, tmp_pat
 
 def test_the_digest_changes_with_whatever_decides_the_training(teacher: Recipe, tmp_path: Path, monkeypatch):
     root = tmp_path / "root"
-    student = {"kd": {"temperature": 5.0, "alpha": 0.7, "divergence": "forward"}, "model": "student_distilled"}
+    student = {"method": {"name": "kd", "temperature": 5.0, "alpha": 0.7, "divergence": "forward"}, "model": "student_distilled"}
     path = train(teacher, root, lambda record: None)
     other = train(dataclasses.replace(teacher, seed=1), root, lambda record: None)
     distilled = dataclasses.replace(teacher, **student, teachers=(path,))
@@ -89,7 +91,7 @@ def test_the_digest_changes_with_whatever_decides_the_training(teacher: Recipe, 
         dataclasses.replace(teacher, settings=SETTINGS | {"lr": 0.02}),
         dataclasses.replace(teacher, arguments={"width": 5, "hidden": 8}),
         distilled,
-        dataclasses.replace(distilled, kd=student["kd"] | {"temperature": 6.0}),
+        dataclasses.replace(distilled, method=student["method"] | {"temperature": 6.0}),
         dataclasses.replace(distilled, teachers=(other,)),
         dataclasses.replace(distilled, teachers=(path, other)),
         dataclasses.replace(teacher, label_smoothing=0.1),
@@ -106,9 +108,9 @@ def test_the_digest_changes_with_whatever_decides_the_training(teacher: Recipe, 
 def test_seeds_of_one_setting_share_its_name(teacher: Recipe, tmp_path: Path):
     root = tmp_path / "root"
     paths = [train(dataclasses.replace(teacher, seed=seed), root, lambda record: None) for seed in (0, 1)]
-    kd = {"temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
+    kd = {"name": "kd", "temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
     students = [
-        train(dataclasses.replace(teacher, model="s", seed=seed, kd=kd, teachers=(path,)), root, lambda record: None)
+        train(dataclasses.replace(teacher, model="s", seed=seed, method=kd, teachers=(path,)), root, lambda record: None)
         for seed, path in enumerate(paths)
     ]
     for checkpoints in (paths, students):
@@ -118,14 +120,15 @@ def test_seeds_of_one_setting_share_its_name(teacher: Recipe, tmp_path: Path):
     assert read_description(students[1]).teachers_md5 == [md5(paths[1])]
 
 
-KD = {"temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
+KD = {"name": "kd", "temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
 
 
 def test_the_teachers_answer_to_a_view_is_that_to_the_image_shifted(teacher: Recipe, tmp_path: Path):
     path = train(teacher, tmp_path / "root", lambda record: None)
-    augmented = dataclasses.replace(teacher, kd=KD, teachers=(path,), augmentation="shifts")
+    augmented = dataclasses.replace(teacher, method=KD, teachers=(path,), augmentation="shifts")
     images, device = load_split(teacher.data, "train", torch.device("cpu")).images[:20], torch.device("cpu")
-    logits = module._teacher_logits(augmented, device, images, view_indices("shifts", 8, 8)).unflatten(0, (20, 9))
+    logits = answers(augmented, device, Split(images, torch.zeros(20, dtype=int)), view_indices("shifts", 8, 8), False)
+    logits = logits.unflatten(0, (20, 9))
     classifier, _ = load_checkpoint(path, device)
     assert torch.equal(logits[:, 0], predict(classifier, images))
     padded = torch.from_numpy(np.pad(images.numpy(), ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge"))
@@ -134,9 +137,10 @@ def test_the_teachers_answer_to_a_view_is_that_to_the_image_shifted(teacher: Rec
 
 def test_an_ensemble_is_the_mean_of_its_probabilities(teacher: Recipe, tmp_path: Path):
     paths = tuple(train(dataclasses.replace(teacher, seed=seed), tmp_path / "root", lambda record: None) for seed in (0, 1))
-    images, device = load_split(teacher.data, "val", torch.device("cpu")).images, torch.device("cpu")
-    logits = module._teacher_logits(dataclasses.replace(teacher, teachers=paths), device, images, None)
-    expected = sum(predict(load_checkpoint(path, device)[0], images).softmax(1) for path in paths) / 2
+    device = torch.device("cpu")
+    val = load_split(teacher.data, "val", device)
+    logits = answers(dataclasses.replace(teacher, teachers=paths), device, val, None, False)
+    expected = sum(predict(load_checkpoint(path, device)[0], val.images).softmax(1) for path in paths) / 2
     torch.testing.assert_close(logits.softmax(1), expected)
 
 
@@ -148,7 +152,7 @@ def test_every_part_of_a_recipe_trains_resumes_and_gives_the_same_bytes(npz: Pat
     strong = {"augmentation": "flips_and_shifts", "label_smoothing": 0.1, "class_weights": "balanced", "label_fraction": 0.3}
     big = Recipe("teacher", "simple_cnn", {}, SETTINGS | options, 0, tmp_path / "more", "cpu", **strong)
     small = dataclasses.replace(
-        big, model="student_distilled", kd=KD, teachers=(train(big, tmp_path / "root", lambda record: None),)
+        big, model="student_distilled", method=KD, teachers=(train(big, tmp_path / "root", lambda record: None),)
     )
 
     def interrupt(record: Record) -> None:
@@ -180,3 +184,94 @@ def test_images_are_not_mirrored_where_that_changes_their_meaning(tmp_path: Path
     recipe = Recipe("teacher", "simple_cnn", {}, SETTINGS, 0, tmp_path / "data", "cpu", augmentation="flips_and_shifts")
     with pytest.raises(UserError, match="mnist5k mean something else when mirrored: take shifts"):
         train(recipe, tmp_path / "root", lambda record: None)
+
+
+DKD = {"name": "dkd", "weight": 1, "alpha": 1, "beta": 8, "temperature": 4, "warm_up": 0.5, "logit_standardization": True}
+RKD = {"name": "rkd", "weight": 1, "distance": 25, "angle": 50}
+DIST = {"name": "dist", "weight": 1, "beta": 2, "gamma": 2, "temperature": 4}
+WTTM = {"name": "wttm", "weight": 1, "beta": 4, "gamma": 0.2}
+HALF = {"label_fraction": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (DKD, {}),
+        (DIST, HALF),
+        (WTTM, HALF),
+        (RKD, HALF),
+        (KD, HALF | {"answers": "permuted"}),
+        (RKD, {"answers": "permuted"}),
+        (KD, {"answers": "uniform"}),
+        (KD, {"answers": "hard"}),
+    ],
+)
+def test_every_method_and_control_trains_resumes_and_gives_the_same_bytes(method: dict, options: dict, teacher: Recipe, tmp_path):
+    big = train(dataclasses.replace(teacher, architecture="resnet18", arguments={"stem": "cifar"}), tmp_path, lambda record: None)
+    options |= {"augmentation": "shifts", "model": "student_distilled"}
+    student = dataclasses.replace(teacher, method=method, teachers=(big,), **options)
+
+    def interrupt(record: Record) -> None:
+        if len(record.history) == 1:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(student, tmp_path / "root", interrupt)
+    path = train(student, tmp_path / "root", lambda record: None)
+    assert path.read_bytes() == train(student, tmp_path / "other", lambda record: None).read_bytes()
+    plain = train(dataclasses.replace(student, method=KD, answers="teacher"), tmp_path / "root", lambda record: None)
+    assert path.read_bytes() != plain.read_bytes()
+
+
+def test_a_method_is_a_function(teacher: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def agree(hard, weight):
+        return lambda logits, labels, done, said: {"apart": weight * (logits.softmax(1) - said.softmax(1)).abs().mean()}
+
+    monkeypatch.setitem(METHODS, "agree", agree)
+    paths = (train(teacher, tmp_path / "root", lambda record: None),)
+    student = dataclasses.replace(teacher, method={"name": "agree", "weight": 3.0}, teachers=paths)
+    first, last = read_description(train(student, tmp_path / "root", lambda record: None)).history
+    assert first.terms["apart"] > last.terms["apart"] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "wrong"),
+    [
+        (DKD, {"data": "two"}, "dkd wants three classes or more: of two, it is dkd.alpha times kd"),
+        (KD | {"logit_standardization": True}, {"data": "two"}, "logit_standardization wants three classes or more"),
+        (DKD, HALF, "dkd wants the label of every training image"),
+        (RKD, {"teachers": (Path("a"), Path("b"))}, "rkd wants one network's embeddings"),
+        (RKD, {"teachers": (Path("seed0.npz"),)}, "rkd wants one network's embeddings"),
+        (RKD, {"settings": SETTINGS | {"batch_size": 513}}, "rkd wants batches of at most 512 images"),
+        (RKD, HALF | {"answers": "permuted"}, "rkd, permuted, wants the label of every training image"),
+        (WTTM, {"answers": "hard"}, "uniform and hard answers want kd"),
+    ],
+)
+def test_a_method_that_cannot_be_had_is_refused_in_a_line(
+    method: dict, options: dict, wrong: str, teacher: Recipe, tmp_path: Path
+):
+    if "data" in options:
+        labels = {
+            f"{split}_labels": np.arange(count)[:, None] % 2 for split, count in (("train", 400), ("val", 100), ("test", 200))
+        }
+        write_npz(tmp_path / "two.npz", **labels)
+        options = {"data": tmp_path / "two"}
+        prepare(read_source(str(tmp_path / "two.npz")), 0.1, tmp_path / "two")
+    check_method(dataclasses.replace(teacher, method=KD))
+    with pytest.raises(UserError, match=wrong):
+        train(dataclasses.replace(teacher, method=method, **options), tmp_path / "root", lambda record: None)
+
+
+def test_permuted_answers_stay_within_a_class_and_keep_their_views():
+    labels = torch.tensor([0, 0, 1, 1, 1, 0, -1, -1])
+    named = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1])  # what the teacher names: the class of an image without a label
+    said = torch.stack([torch.arange(16.0) // 2, torch.arange(16) % 2], dim=1)  # the image, its view
+    said[::2, 1], said[1::2, 1] = torch.where(named == 1, 100.0, -1.0), 7.0
+    images = permuted(said, labels, 0).unflatten(0, (8, 2))
+    assert (images[:, 0, 0] == images[:, 1, 0]).all()
+    assert (images[:, 1, 1] == 7).all()
+    classes = torch.where(labels < 0, named, labels)
+    source = images[:, 0, 0].long()
+    assert torch.equal(classes[source], classes)
+    assert source.sort().values.tolist() == list(range(8))
+    assert not torch.equal(permuted(said, labels, 1), permuted(said, labels, 0))
