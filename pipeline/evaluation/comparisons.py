@@ -39,6 +39,8 @@ class Evaluation(NamedTuple):
     detail: dict[str, Any]
     labels: np.ndarray  # int64, (N,)
     probabilities: dict[str, np.ndarray]  # by model, float32, (S, N, K): in the order of the seeds, test images and classes
+    val_labels: np.ndarray  # int64, (M,), of the validation images; (0,) where there are none, and from an older file
+    val_probabilities: dict[str, np.ndarray]  # by model, float32, (S, M, K), of those that answered for validation images
 
     def pooled(self, model: str) -> tuple[np.ndarray, np.ndarray]:
         """Labels (S * N,) and probabilities (S * N, K) of one model, all seeds."""
@@ -55,11 +57,13 @@ def evaluate_track(
     teachers: Mapping[str, str],
     metric: str = "accuracy",
     margin: float = 0.0,
+    validation: "Split | None" = None,
 ) -> Evaluation:
     """Evaluate every checkpoint in `folder`/<model>, and teachers from outside by their logits of the test images.
 
     `comparisons` are pairs of models, `teachers` the model that a student's fidelity is measured by, seed by seed. A teacher from
     outside without such logits is left out of all. `metric` and `margin`, as in `statistics.Comparison`: what verdicts are on.
+    The images of `validation` are predicted too.
 
     Raises UserError if a checkpoint is missing, damaged or trained on other data than `dataset`, and if the models' seeds differ.
     """
@@ -69,10 +73,16 @@ def evaluate_track(
 
     models = [model for model in models if is_measured(folder / model)]
     comparisons = [pair for pair in comparisons if set(pair) <= set(models)]
-    labels = test.labels.cpu().numpy()
-    details, parameters, probabilities = {}, {}, {}
+    labels, splits = test.labels.cpu().numpy(), {"test": test}
+    val_labels = np.empty(0, np.int64) if validation is None else validation.labels.cpu().numpy()
+    if len(val_labels):
+        splits["val"] = validation
+    details, parameters, answers = {}, {}, {}
     for model in models:
-        details[model], parameters[model], probabilities[model] = _predict(folder / model, dataset, test)
+        details[model], parameters[model], answers[model] = _predict(folder / model, dataset, splits)
+    probabilities, val_probabilities = (
+        {model: by_split[split] for model, by_split in answers.items() if split in by_split} for split in ("test", "val")
+    )
     seeds = {model: detail["seeds"] for model, detail in details.items()}
     if len(set(map(tuple, seeds.values()))) > 1:
         raise UserError(f"{folder}: the models were trained with different seeds, {seeds}: run dvc repro")
@@ -94,32 +104,40 @@ def evaluate_track(
         others = {name: compare(*data, name).as_json() for name in FIGURES if name != metric}
         compared[f"{model}_vs_{other}"] = compare(*data, metric, margin).as_json() | {"others": others}
     detail = {"track": track, "dataset": dataset.model_dump(mode="json"), "models": details}
-    return Evaluation(metrics, compared, detail, labels, {model: p.astype(np.float32) for model, p in probabilities.items()})
+    stored = ({model: p.astype(np.float32) for model, p in of.items()} for of in (probabilities, val_probabilities))
+    return Evaluation(metrics, compared, detail, labels, next(stored), val_labels, next(stored))
 
 
-Predictions = tuple[dict[str, Any], int | None, np.ndarray]
+Predictions = tuple[dict[str, Any], int | None, dict[str, np.ndarray]]
 
 
-def _predict(folder: Path, dataset: Dataset, test: "Split") -> Predictions:
-    """One model's `Evaluation.detail` (without `figures`), number of parameters, and probabilities, float64 (S, N, K).
+def _predict(folder: Path, dataset: Dataset, splits: Mapping[str, "Split"]) -> Predictions:
+    """One model's `Evaluation.detail` (without `figures`), number of parameters, and by split probabilities, float64 (S, N, K).
 
-    Of a teacher that is a file of logits, the number is not known.
+    Of a teacher that is a file of logits, the number is not known, and splits that it has no logits of are left out.
     """
     from pipeline.evaluation.metrics import by_class, over_seeds
 
     outside = outside_in(folder)
-    detail, parameters, probabilities = _of_outside(outside, dataset) if outside else _of_checkpoints(folder, dataset, test)
-    classes = [by_class(test.labels.cpu().numpy(), of_seed, dataset.classes) for of_seed in probabilities]
+    detail, parameters, probabilities = (
+        _of_outside(outside, dataset, splits) if outside else _of_checkpoints(folder, dataset, splits)
+    )
+    labels = splits["test"].labels.cpu().numpy()
+    classes = [by_class(labels, of_seed, dataset.classes) for of_seed in probabilities["test"]]
     detail["by_class"] = {name: over_seeds([figures[name] for figures in classes]) for name in dataset.classes}
     return detail, parameters, probabilities
 
 
-def _of_outside(paths: Mapping[int, Path], dataset: Dataset) -> Predictions:
+def _of_outside(paths: Mapping[int, Path], dataset: Dataset, splits: Mapping[str, "Split"]) -> Predictions:
     """As `_predict`, without `by_class`, from the files of a teacher from outside by seed."""
     from scipy.special import softmax
 
     first, checksums = read_outside(next(iter(paths.values()))), [md5(path) for path in paths.values()]
-    logits = np.stack([read_outside_logits(path, "test", dataset) for path in paths.values()])
+    logits = {
+        split: np.stack([read_outside_logits(path, split, dataset) for path in paths.values()])
+        for split in splits
+        if split in first.splits
+    }
     network = {
         "architecture": f"outside: {first.kind}",
         "arguments": {},
@@ -128,21 +146,23 @@ def _of_outside(paths: Mapping[int, Path], dataset: Dataset) -> Predictions:
     }
     files = {"seeds": list(paths), "digests": checksums, "checkpoints": checksums}
     nothing = {"best_epochs": [], "at_chance": [], "histories": [[] for _ in paths]}
-    return network | files | nothing, first.weights, softmax(logits.astype(np.float64), axis=2)
+    probabilities = {split: softmax(of_split.astype(np.float64), axis=2) for split, of_split in logits.items()}
+    return network | files | nothing, first.weights, probabilities
 
 
-def _of_checkpoints(folder: Path, dataset: Dataset, test: "Split") -> Predictions:
+def _of_checkpoints(folder: Path, dataset: Dataset, splits: Mapping[str, "Split"]) -> Predictions:
     """As `_predict`, without `by_class`, from the checkpoints in `folder`."""
     from pipeline.networks.checkpoints import load_checkpoint
     from pipeline.networks.inference import predict
 
-    paths, descriptions, probabilities = checkpoints_in(folder), [], []
+    paths, descriptions, probabilities = checkpoints_in(folder), [], {split: [] for split in splits}
     for path in paths:
-        classifier, description = load_checkpoint(path, test.labels.device)
+        classifier, description = load_checkpoint(path, splits["test"].labels.device)
         if description.dataset != dataset:
             raise UserError(f"{path}: trained on other data ({description.dataset.name}) than is in data/: run dvc repro")
         descriptions.append(description)
-        probabilities.append(predict(classifier, test.images).cpu().double().softmax(dim=1).numpy())
+        for split, (images, _) in splits.items():
+            probabilities[split].append(predict(classifier, images).cpu().double().softmax(dim=1).numpy())
     first = descriptions[0]
     detail = {
         **{key: getattr(first, key) for key in ("architecture", "arguments", "parameters", "setting")},
@@ -153,7 +173,8 @@ def _of_checkpoints(folder: Path, dataset: Dataset, test: "Split") -> Prediction
         "at_chance": [description.seed for description in descriptions if _at_chance(description)],
         "histories": [[epoch.model_dump() for epoch in description.history] for description in descriptions],
     }
-    return detail, sum(weight.numel() for weight in classifier.parameters()), np.stack(probabilities)
+    weights = sum(weight.numel() for weight in classifier.parameters())
+    return detail, weights, {split: np.stack(of_seeds) for split, of_seeds in probabilities.items()}
 
 
 def _at_chance(description: Description) -> bool:
@@ -190,7 +211,7 @@ def write_evaluation(evaluation: Evaluation, root: Path) -> None:
 
     from pipeline.evaluation.metrics import confusion
 
-    metrics, comparisons, detail, labels, probabilities = evaluation
+    metrics, comparisons, detail, labels, probabilities, val_labels, val_probabilities = evaluation
     (answer, *_) = comparisons.values()
     metric = answer["metric"]
     headline = {model: {metric: figures[metric]} for model, figures in metrics.items()}
@@ -205,7 +226,8 @@ def write_evaluation(evaluation: Evaluation, root: Path) -> None:
     in_detail, in_predictions = (root / path.format(track) for path in FILES)
     write_json(in_detail, detail | {"metrics": metrics, "comparisons": comparisons})
     arrays, seeds = io.BytesIO(), next(iter(detail["models"].values()))["seeds"]
-    np.savez_compressed(arrays, labels=labels, seeds=np.array(seeds), **probabilities)
+    validation = {f"val_{model}": of_model for model, of_model in val_probabilities.items()}
+    np.savez_compressed(arrays, labels=labels, seeds=np.array(seeds), **probabilities, val_labels=val_labels, **validation)
     write_atomic(in_predictions, arrays.getvalue())
 
 
@@ -218,11 +240,14 @@ def read_evaluation(track: str, read: Callable[[str], bytes]) -> Evaluation:
         models, classes = detail["models"], detail["dataset"]["classes"]
         with tempfile.NamedTemporaryFile() as file:
             Path(file.name).write_bytes(read(path := in_predictions))
-            arrays = read_npz(Path(file.name), ["labels", *models])
+            arrays = read_npz(Path(file.name), ["labels", *models, "val_labels", *(f"val_{model}" for model in models)])
         labels, probabilities = arrays["labels"], {model: arrays[model] for model in models}
-        for model, entry in models.items():
-            if probabilities[model].shape != (len(entry["seeds"]), len(labels), len(classes)):
-                raise ValueError(f"{model}: probabilities of shape {probabilities[model].shape}")
+        val_labels = arrays.get("val_labels", np.empty(0, np.int64))
+        validation = {model: arrays[f"val_{model}"] for model in models if f"val_{model}" in arrays}
+        for images, of_models in ((len(labels), probabilities), (len(val_labels), validation)):
+            for model, of_model in of_models.items():
+                if of_model.shape != (len(models[model]["seeds"]), images, len(classes)):
+                    raise ValueError(f"{model}: probabilities of shape {of_model.shape}")
     except Exception as error:  # of a dozen types, on whatever anybody's experiment has in these files
         raise UserError(f"{path}: missing or damaged: {error}: run dvc repro evaluate@{track}") from error
-    return Evaluation(metrics, comparisons, detail, labels, probabilities)
+    return Evaluation(metrics, comparisons, detail, labels, probabilities, val_labels, validation)

@@ -9,8 +9,9 @@ from sklearn.metrics import accuracy_score
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
-from pipeline.data.prepared import TrainingData
+from pipeline.data.prepared import Split, TrainingData
 from pipeline.evaluation.comparisons import FILES, Evaluation, loss_curves, read_evaluation, write_evaluation
+from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.description import checkpoint_path
 from tests.evaluation.samples import PLAN, SEEDS, evaluate, save
 
@@ -28,7 +29,7 @@ def read(folder: Path) -> Evaluation:
 
 
 def test_figures_are_those_of_the_checkpoints(tmp_path: Path, data: TrainingData):
-    metrics, comparisons, detail, labels, probabilities = evaluate(tmp_path / "models", data)
+    metrics, comparisons, detail, labels, probabilities, *_ = evaluate(tmp_path / "models", data)
     for model, entry in detail["models"].items():
         assert (entry["seeds"], entry["digests"]) == (SEEDS, [f"{model}0", f"{model}3"])
         assert entry["checkpoints"] == [md5(checkpoint_path(tmp_path / "models" / model, seed)) for seed in SEEDS]
@@ -61,7 +62,25 @@ def test_the_files_hold_the_evaluation_and_are_the_same_bytes_again(written: Pat
     for model, probabilities in evaluation.probabilities.items():
         assert probabilities.dtype == np.float32
         assert np.array_equal(again.probabilities[model], probabilities)
+        assert np.array_equal(again.val_probabilities[model], evaluation.val_probabilities[model])
     assert np.load(written / PATHS[1])["seeds"].tolist() == SEEDS
+
+
+def test_validation_images_are_predicted_too_where_there_are_some(written: Path, tmp_path: Path, data: TrainingData):
+    evaluation = evaluate(tmp_path / "models", data)
+    assert np.array_equal(evaluation.val_labels, data.val.labels)
+    for model, probabilities in evaluation.val_probabilities.items():
+        path = checkpoint_path(tmp_path / "models" / model, SEEDS[1])
+        logits = load_checkpoint(path, data.val.labels.device)[0](data.val.images)
+        np.testing.assert_allclose(probabilities[1], logits.softmax(dim=1).detach(), atol=1e-6)
+        assert (len(probabilities), probabilities.dtype) == (len(SEEDS), np.float32)
+    without = data._replace(val=Split(data.val.images[:0], data.val.labels[:0]))
+    write_evaluation(evaluate(tmp_path / "models", without), tmp_path)
+    arrays = {name: array for name, array in np.load(written / PATHS[1]).items() if not name.startswith("val_")}
+    np.savez(written / PATHS[1], **arrays)  # as before validation images were predicted
+    for path in (tmp_path, written):
+        again = read(path)
+        assert (again.val_labels.tolist(), again.val_probabilities) == ([], {})
 
 
 def test_the_plots_values(written: Path):
