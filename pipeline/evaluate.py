@@ -6,6 +6,7 @@ import torch
 
 from pipeline.core.cli import run
 from pipeline.data.dataset import load_dataset
+from pipeline.data.npy import read_npy
 from pipeline.data.prepared import load_split
 from pipeline.evaluation.comparisons import evaluate_track, write_evaluation
 from pipeline.networks.inference import choose_device
@@ -28,6 +29,7 @@ def main(track: str) -> None:
         metric=params.evaluation.primary,
         margin=params.evaluation.margin,
         validation=load_split(data, "val", device),
+        train_labels=read_npy(data / "train" / "labels.npy"),
     )
     write_evaluation(evaluation, Path())
     for model, figures in evaluation.metrics.items():

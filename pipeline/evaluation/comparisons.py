@@ -28,9 +28,12 @@ class Evaluation(NamedTuple):
     """A track's results, as the stage evaluate writes them.
 
     `detail` holds `track`, `dataset` (a Dataset) and by model, under `models`: the training's `architecture`, `arguments`,
-    `parameters` and `setting`; by seed, `seeds`, `digests`, `checkpoints` (MD5), `best_epochs`, `figures` and `histories` (a dict
-    per epoch); `at_chance` (the seeds that learned nothing); `by_class` (means over the seeds). Of a teacher from outside,
-    `architecture` is "outside: " and its kind, and the digests are those of the files; it has no epochs and no histories.
+    `parameters` and `setting`; by seed, `seeds`, `digests`, `checkpoints` (MD5), `best_epochs`, `figures`, `validation_figures`
+    (those of `metrics.operating_points`) and `histories` (a dict per epoch); `at_chance` (the seeds that learned nothing);
+    `by_class` (means over the seeds). Of a teacher from outside, `architecture` is "outside: " and its kind, and the digests are
+    those of the files; it has no epochs and no histories. `train_images` holds, by class, how many training images have its
+    label; `recalls` the `statistics.recall_gains` of the first comparison's student, over the other model and over its teacher
+    (by model, then by class, rarest in training first).
     """
 
     metrics: dict[str, dict[str, float]]  # by model: `over_seeds` of its figures, and `parameters` (their number)
@@ -58,18 +61,19 @@ def evaluate_track(
     metric: str = "accuracy",
     margin: float = 0.0,
     validation: "Split | None" = None,
+    train_labels: np.ndarray | None = None,
 ) -> Evaluation:
     """Evaluate every checkpoint in `folder`/<model>, and teachers from outside by their logits of the test images.
 
     `comparisons` are pairs of models, `teachers` the model that a student's fidelity is measured by, seed by seed. A teacher from
     outside without such logits is left out of all. `metric` and `margin`, as in `statistics.Comparison`: what verdicts are on.
-    The images of `validation` are predicted too.
+    The images of `validation` are predicted too. `train_labels`, int64 (N,), say which classes are rare.
 
     Raises UserError if a checkpoint is missing, damaged or trained on other data than `dataset`, and if the models' seeds differ.
     """
     from pipeline.evaluation.jackknife import FIGURES
-    from pipeline.evaluation.metrics import fidelity, over_seeds, score
-    from pipeline.evaluation.statistics import compare
+    from pipeline.evaluation.metrics import fidelity, over_seeds
+    from pipeline.evaluation.statistics import compare, recall_gains
 
     models = [model for model in models if is_measured(folder / model)]
     comparisons = [pair for pair in comparisons if set(pair) <= set(models)]
@@ -88,7 +92,10 @@ def evaluate_track(
         raise UserError(f"{folder}: the models were trained with different seeds, {seeds}: run dvc repro")
     metrics = {}
     for model, detail in details.items():
-        figures = [score(labels, of_seed) for of_seed in probabilities[model]]
+        validated = val_probabilities.get(model, [None] * len(seeds[model]))
+        pairs = zip(probabilities[model], validated, strict=True)
+        both = [_figures(labels, of_seed, val_labels, of_val, dataset.ordered) for of_seed, of_val in pairs]
+        figures, detail["validation_figures"] = map(list, zip(*both, strict=True))
         if teachers.get(model) in probabilities:
             pairs = zip(figures, probabilities[model], probabilities[teachers[model]], strict=True)
             figures = [values | fidelity(of_student, of_teacher) for values, of_student, of_teacher in pairs]
@@ -104,8 +111,37 @@ def evaluate_track(
         others = {name: compare(*data, name).as_json() for name in FIGURES if name != metric}
         compared[f"{model}_vs_{other}"] = compare(*data, metric, margin).as_json() | {"others": others}
     detail = {"track": track, "dataset": dataset.model_dump(mode="json"), "models": details}
+    counts = np.bincount(labels if train_labels is None else train_labels[train_labels >= 0], minlength=len(dataset.classes))
+    if train_labels is not None:
+        detail["train_images"] = dict(zip(dataset.classes, counts.tolist(), strict=True))
+    (student, *others), *_ = comparisons
+    detail["recalls"] = {}
+    for other in (*others, teachers.get(student)):
+        if other in probabilities:
+            gains = recall_gains(labels, probabilities[student], probabilities[other])
+            rarest_first = sorted(gains, key=lambda label: counts[label])
+            detail["recalls"][other] = {dataset.classes[label]: gains[label] for label in rarest_first}
     stored = ({model: p.astype(np.float32) for model, p in of.items()} for of in (probabilities, val_probabilities))
     return Evaluation(metrics, compared, detail, labels, next(stored), val_labels, next(stored))
+
+
+def _figures(
+    labels: np.ndarray, probabilities: np.ndarray, val_labels: np.ndarray, val_probabilities: np.ndarray | None, ordered: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The figures of one seed's model, some only where `val_probabilities` are given; and those of the validation images."""
+    from pipeline.evaluation.calibration import calibrated, fit_temperature
+    from pipeline.evaluation.metrics import operating_points, score, youden_threshold
+
+    figures, of_validation = score(labels, probabilities, ordered), {}
+    if probabilities.shape[1] == 2:
+        threshold = None if val_probabilities is None else youden_threshold(val_labels, val_probabilities)
+        figures |= operating_points(labels, probabilities, threshold)
+        if threshold is not None:
+            figures["youden_threshold"] = threshold
+            of_validation = operating_points(val_labels, val_probabilities, threshold)
+    if val_probabilities is not None:
+        figures |= calibrated(labels, probabilities, fit_temperature(val_labels, val_probabilities))
+    return figures, of_validation
 
 
 Predictions = tuple[dict[str, Any], int | None, dict[str, np.ndarray]]

@@ -31,4 +31,6 @@ def evaluate(folder: Path, data: TrainingData) -> Evaluation:
         for seed in SEEDS:
             save(folder, data.dataset, model, seed)
     plan = PLAN.models, PLAN.comparisons, PLAN.teachers
-    return evaluate_track("distillation", folder, data.dataset, data.train, *plan, validation=data.val)
+    return evaluate_track(
+        "distillation", folder, data.dataset, data.train, *plan, validation=data.val, train_labels=data.val.labels.numpy()
+    )
