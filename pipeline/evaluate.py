@@ -1,4 +1,4 @@
-"""Stage evaluate: predict the test images with every checkpoint of a track and compare its models."""
+"""Stage evaluate: predict the validation and test images with every checkpoint of a track and compare its models on test."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import torch
 
 from pipeline.core.cli import run
 from pipeline.data.dataset import load_dataset
+from pipeline.data.npy import read_npy
 from pipeline.data.prepared import load_split
 from pipeline.evaluation.comparisons import evaluate_track, write_evaluation
 from pipeline.networks.inference import choose_device
@@ -16,17 +17,19 @@ from pipeline.tracking.mirror import Mirror
 def main(track: str) -> None:
     params, data, plan = load_params(), Path("data") / track, TRACKS[track]
     torch.set_num_threads(params.threads)
-    mirror = Mirror(params.tracking.experiment)
+    mirror, device = Mirror(params.tracking.experiment), choose_device(params.device)
     evaluation = evaluate_track(
         track,
         Path("models") / track,
         load_dataset(data),
-        load_split(data, "test", choose_device(params.device)),
+        load_split(data, "test", device),
         models=plan.models,
         comparisons=plan.comparisons,
         teachers=plan.teachers,
         metric=params.evaluation.primary,
         margin=params.evaluation.margin,
+        validation=load_split(data, "val", device),
+        train_labels=read_npy(data / "train" / "labels.npy"),
     )
     write_evaluation(evaluation, Path())
     for model, figures in evaluation.metrics.items():

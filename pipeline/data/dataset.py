@@ -29,6 +29,7 @@ class Dataset(BaseModel):
     fingerprint: str  # SHA-256 over every split's images and labels
     # Left out where there is nothing to say: most sets are described, and their trainings named, without these.
     resize: Annotated[Resize | None, _ABSENT] = None  # how the images got their size, if it is known
+    ordered: Annotated[bool, _ABSENT] = False  # whether the classes are grades, from the lowest to the highest
     shared_images: Annotated[dict[str, int], _ABSENT] = {}  # "train/test": test images that are training images too, if any
 
 

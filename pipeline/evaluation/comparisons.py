@@ -28,9 +28,12 @@ class Evaluation(NamedTuple):
     """A track's results, as the stage evaluate writes them.
 
     `detail` holds `track`, `dataset` (a Dataset) and by model, under `models`: the training's `architecture`, `arguments`,
-    `parameters` and `setting`; by seed, `seeds`, `digests`, `checkpoints` (MD5), `best_epochs`, `figures` and `histories` (a dict
-    per epoch); `at_chance` (the seeds that learned nothing); `by_class` (means over the seeds). Of a teacher from outside,
-    `architecture` is "outside: " and its kind, and the digests are those of the files; it has no epochs and no histories.
+    `parameters` and `setting`; by seed, `seeds`, `digests`, `checkpoints` (MD5), `best_epochs`, `figures`, `validation_figures`
+    (those of `metrics.operating_points`) and `histories` (a dict per epoch); `at_chance` (the seeds that learned nothing);
+    `by_class` (means over the seeds). Of a teacher from outside, `architecture` is "outside: " and its kind, and the digests are
+    those of the files; it has no epochs and no histories. `train_images` holds, by class, how many training images have its
+    label; `recalls` the `statistics.recall_gains` of the first comparison's student, over the other model and over its teacher
+    (by model, then by class, rarest in training first).
     """
 
     metrics: dict[str, dict[str, float]]  # by model: `over_seeds` of its figures, and `parameters` (their number)
@@ -39,6 +42,8 @@ class Evaluation(NamedTuple):
     detail: dict[str, Any]
     labels: np.ndarray  # int64, (N,)
     probabilities: dict[str, np.ndarray]  # by model, float32, (S, N, K): in the order of the seeds, test images and classes
+    val_labels: np.ndarray  # int64, (M,), of the validation images; (0,) where there are none, and from an older file
+    val_probabilities: dict[str, np.ndarray]  # by model, float32, (S, M, K), of those that answered for validation images
 
     def pooled(self, model: str) -> tuple[np.ndarray, np.ndarray]:
         """Labels (S * N,) and probabilities (S * N, K) of one model, all seeds."""
@@ -55,30 +60,42 @@ def evaluate_track(
     teachers: Mapping[str, str],
     metric: str = "accuracy",
     margin: float = 0.0,
+    validation: "Split | None" = None,
+    train_labels: np.ndarray | None = None,
 ) -> Evaluation:
     """Evaluate every checkpoint in `folder`/<model>, and teachers from outside by their logits of the test images.
 
     `comparisons` are pairs of models, `teachers` the model that a student's fidelity is measured by, seed by seed. A teacher from
     outside without such logits is left out of all. `metric` and `margin`, as in `statistics.Comparison`: what verdicts are on.
+    The images of `validation` are predicted too. `train_labels`, int64 (N,), say which classes are rare.
 
     Raises UserError if a checkpoint is missing, damaged or trained on other data than `dataset`, and if the models' seeds differ.
     """
     from pipeline.evaluation.jackknife import FIGURES
-    from pipeline.evaluation.metrics import fidelity, over_seeds, score
-    from pipeline.evaluation.statistics import compare
+    from pipeline.evaluation.metrics import fidelity, over_seeds
+    from pipeline.evaluation.statistics import compare, recall_gains
 
     models = [model for model in models if is_measured(folder / model)]
     comparisons = [pair for pair in comparisons if set(pair) <= set(models)]
-    labels = test.labels.cpu().numpy()
-    details, parameters, probabilities = {}, {}, {}
+    labels, splits = test.labels.cpu().numpy(), {"test": test}
+    val_labels = np.empty(0, np.int64) if validation is None else validation.labels.cpu().numpy()
+    if len(val_labels):
+        splits["val"] = validation
+    details, parameters, answers = {}, {}, {}
     for model in models:
-        details[model], parameters[model], probabilities[model] = _predict(folder / model, dataset, test)
+        details[model], parameters[model], answers[model] = _predict(folder / model, dataset, splits)
+    probabilities, val_probabilities = (
+        {model: by_split[split] for model, by_split in answers.items() if split in by_split} for split in ("test", "val")
+    )
     seeds = {model: detail["seeds"] for model, detail in details.items()}
     if len(set(map(tuple, seeds.values()))) > 1:
         raise UserError(f"{folder}: the models were trained with different seeds, {seeds}: run dvc repro")
     metrics = {}
     for model, detail in details.items():
-        figures = [score(labels, of_seed) for of_seed in probabilities[model]]
+        validated = val_probabilities.get(model, [None] * len(seeds[model]))
+        pairs = zip(probabilities[model], validated, strict=True)
+        both = [_figures(labels, of_seed, val_labels, of_val, dataset.ordered) for of_seed, of_val in pairs]
+        figures, detail["validation_figures"] = map(list, zip(*both, strict=True))
         if teachers.get(model) in probabilities:
             pairs = zip(figures, probabilities[model], probabilities[teachers[model]], strict=True)
             figures = [values | fidelity(of_student, of_teacher) for values, of_student, of_teacher in pairs]
@@ -94,32 +111,69 @@ def evaluate_track(
         others = {name: compare(*data, name).as_json() for name in FIGURES if name != metric}
         compared[f"{model}_vs_{other}"] = compare(*data, metric, margin).as_json() | {"others": others}
     detail = {"track": track, "dataset": dataset.model_dump(mode="json"), "models": details}
-    return Evaluation(metrics, compared, detail, labels, {model: p.astype(np.float32) for model, p in probabilities.items()})
+    counts = np.bincount(labels if train_labels is None else train_labels[train_labels >= 0], minlength=len(dataset.classes))
+    if train_labels is not None:
+        detail["train_images"] = dict(zip(dataset.classes, counts.tolist(), strict=True))
+    (student, *others), *_ = comparisons
+    detail["recalls"] = {}
+    for other in (*others, teachers.get(student)):
+        if other in probabilities:
+            gains = recall_gains(labels, probabilities[student], probabilities[other])
+            rarest_first = sorted(gains, key=lambda label: counts[label])
+            detail["recalls"][other] = {dataset.classes[label]: gains[label] for label in rarest_first}
+    stored = ({model: p.astype(np.float32) for model, p in of.items()} for of in (probabilities, val_probabilities))
+    return Evaluation(metrics, compared, detail, labels, next(stored), val_labels, next(stored))
 
 
-Predictions = tuple[dict[str, Any], int | None, np.ndarray]
+def _figures(
+    labels: np.ndarray, probabilities: np.ndarray, val_labels: np.ndarray, val_probabilities: np.ndarray | None, ordered: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The figures of one seed's model, some only where `val_probabilities` are given; and those of the validation images."""
+    from pipeline.evaluation.calibration import calibrated, fit_temperature
+    from pipeline.evaluation.metrics import operating_points, score, youden_threshold
+
+    figures, of_validation = score(labels, probabilities, ordered), {}
+    if probabilities.shape[1] == 2:
+        threshold = None if val_probabilities is None else youden_threshold(val_labels, val_probabilities)
+        figures |= operating_points(labels, probabilities, threshold)
+        if threshold is not None:
+            figures["youden_threshold"] = threshold
+            of_validation = operating_points(val_labels, val_probabilities, threshold)
+    if val_probabilities is not None:
+        figures |= calibrated(labels, probabilities, fit_temperature(val_labels, val_probabilities))
+    return figures, of_validation
 
 
-def _predict(folder: Path, dataset: Dataset, test: "Split") -> Predictions:
-    """One model's `Evaluation.detail` (without `figures`), number of parameters, and probabilities, float64 (S, N, K).
+Predictions = tuple[dict[str, Any], int | None, dict[str, np.ndarray]]
 
-    Of a teacher that is a file of logits, the number is not known.
+
+def _predict(folder: Path, dataset: Dataset, splits: Mapping[str, "Split"]) -> Predictions:
+    """One model's `Evaluation.detail` (without `figures`), number of parameters, and by split probabilities, float64 (S, N, K).
+
+    Of a teacher that is a file of logits, the number is not known, and splits that it has no logits of are left out.
     """
     from pipeline.evaluation.metrics import by_class, over_seeds
 
     outside = outside_in(folder)
-    detail, parameters, probabilities = _of_outside(outside, dataset) if outside else _of_checkpoints(folder, dataset, test)
-    classes = [by_class(test.labels.cpu().numpy(), of_seed, dataset.classes) for of_seed in probabilities]
+    detail, parameters, probabilities = (
+        _of_outside(outside, dataset, splits) if outside else _of_checkpoints(folder, dataset, splits)
+    )
+    labels = splits["test"].labels.cpu().numpy()
+    classes = [by_class(labels, of_seed, dataset.classes) for of_seed in probabilities["test"]]
     detail["by_class"] = {name: over_seeds([figures[name] for figures in classes]) for name in dataset.classes}
     return detail, parameters, probabilities
 
 
-def _of_outside(paths: Mapping[int, Path], dataset: Dataset) -> Predictions:
+def _of_outside(paths: Mapping[int, Path], dataset: Dataset, splits: Mapping[str, "Split"]) -> Predictions:
     """As `_predict`, without `by_class`, from the files of a teacher from outside by seed."""
     from scipy.special import softmax
 
     first, checksums = read_outside(next(iter(paths.values()))), [md5(path) for path in paths.values()]
-    logits = np.stack([read_outside_logits(path, "test", dataset) for path in paths.values()])
+    logits = {
+        split: np.stack([read_outside_logits(path, split, dataset) for path in paths.values()])
+        for split in splits
+        if split in first.splits
+    }
     network = {
         "architecture": f"outside: {first.kind}",
         "arguments": {},
@@ -128,21 +182,23 @@ def _of_outside(paths: Mapping[int, Path], dataset: Dataset) -> Predictions:
     }
     files = {"seeds": list(paths), "digests": checksums, "checkpoints": checksums}
     nothing = {"best_epochs": [], "at_chance": [], "histories": [[] for _ in paths]}
-    return network | files | nothing, first.weights, softmax(logits.astype(np.float64), axis=2)
+    probabilities = {split: softmax(of_split.astype(np.float64), axis=2) for split, of_split in logits.items()}
+    return network | files | nothing, first.weights, probabilities
 
 
-def _of_checkpoints(folder: Path, dataset: Dataset, test: "Split") -> Predictions:
+def _of_checkpoints(folder: Path, dataset: Dataset, splits: Mapping[str, "Split"]) -> Predictions:
     """As `_predict`, without `by_class`, from the checkpoints in `folder`."""
     from pipeline.networks.checkpoints import load_checkpoint
     from pipeline.networks.inference import predict
 
-    paths, descriptions, probabilities = checkpoints_in(folder), [], []
+    paths, descriptions, probabilities = checkpoints_in(folder), [], {split: [] for split in splits}
     for path in paths:
-        classifier, description = load_checkpoint(path, test.labels.device)
+        classifier, description = load_checkpoint(path, splits["test"].labels.device)
         if description.dataset != dataset:
             raise UserError(f"{path}: trained on other data ({description.dataset.name}) than is in data/: run dvc repro")
         descriptions.append(description)
-        probabilities.append(predict(classifier, test.images).cpu().double().softmax(dim=1).numpy())
+        for split, (images, _) in splits.items():
+            probabilities[split].append(predict(classifier, images).cpu().double().softmax(dim=1).numpy())
     first = descriptions[0]
     detail = {
         **{key: getattr(first, key) for key in ("architecture", "arguments", "parameters", "setting")},
@@ -153,7 +209,8 @@ def _of_checkpoints(folder: Path, dataset: Dataset, test: "Split") -> Prediction
         "at_chance": [description.seed for description in descriptions if _at_chance(description)],
         "histories": [[epoch.model_dump() for epoch in description.history] for description in descriptions],
     }
-    return detail, sum(weight.numel() for weight in classifier.parameters()), np.stack(probabilities)
+    weights = sum(weight.numel() for weight in classifier.parameters())
+    return detail, weights, {split: np.stack(of_seeds) for split, of_seeds in probabilities.items()}
 
 
 def _at_chance(description: Description) -> bool:
@@ -190,7 +247,7 @@ def write_evaluation(evaluation: Evaluation, root: Path) -> None:
 
     from pipeline.evaluation.metrics import confusion
 
-    metrics, comparisons, detail, labels, probabilities = evaluation
+    metrics, comparisons, detail, labels, probabilities, val_labels, val_probabilities = evaluation
     (answer, *_) = comparisons.values()
     metric = answer["metric"]
     headline = {model: {metric: figures[metric]} for model, figures in metrics.items()}
@@ -205,7 +262,8 @@ def write_evaluation(evaluation: Evaluation, root: Path) -> None:
     in_detail, in_predictions = (root / path.format(track) for path in FILES)
     write_json(in_detail, detail | {"metrics": metrics, "comparisons": comparisons})
     arrays, seeds = io.BytesIO(), next(iter(detail["models"].values()))["seeds"]
-    np.savez_compressed(arrays, labels=labels, seeds=np.array(seeds), **probabilities)
+    validation = {f"val_{model}": of_model for model, of_model in val_probabilities.items()}
+    np.savez_compressed(arrays, labels=labels, seeds=np.array(seeds), **probabilities, val_labels=val_labels, **validation)
     write_atomic(in_predictions, arrays.getvalue())
 
 
@@ -218,11 +276,14 @@ def read_evaluation(track: str, read: Callable[[str], bytes]) -> Evaluation:
         models, classes = detail["models"], detail["dataset"]["classes"]
         with tempfile.NamedTemporaryFile() as file:
             Path(file.name).write_bytes(read(path := in_predictions))
-            arrays = read_npz(Path(file.name), ["labels", *models])
+            arrays = read_npz(Path(file.name), ["labels", *models, "val_labels", *(f"val_{model}" for model in models)])
         labels, probabilities = arrays["labels"], {model: arrays[model] for model in models}
-        for model, entry in models.items():
-            if probabilities[model].shape != (len(entry["seeds"]), len(labels), len(classes)):
-                raise ValueError(f"{model}: probabilities of shape {probabilities[model].shape}")
+        val_labels = arrays.get("val_labels", np.empty(0, np.int64))
+        validation = {model: arrays[f"val_{model}"] for model in models if f"val_{model}" in arrays}
+        for images, of_models in ((len(labels), probabilities), (len(val_labels), validation)):
+            for model, of_model in of_models.items():
+                if of_model.shape != (len(models[model]["seeds"]), images, len(classes)):
+                    raise ValueError(f"{model}: probabilities of shape {of_model.shape}")
     except Exception as error:  # of a dozen types, on whatever anybody's experiment has in these files
         raise UserError(f"{path}: missing or damaged: {error}: run dvc repro evaluate@{track}") from error
-    return Evaluation(metrics, comparisons, detail, labels, probabilities)
+    return Evaluation(metrics, comparisons, detail, labels, probabilities, val_labels, validation)

@@ -15,11 +15,45 @@ from pipeline.evaluation.jackknife import CALIBRATION_BINS, FIGURES, TINY, calib
 from pipeline.evaluation.statistics import half_width
 
 
-def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """The figures of `jackknife.FIGURES`, of all images, and the weighted F1, 0-1."""
+def score(labels: np.ndarray, probabilities: np.ndarray, ordered: bool = False) -> dict[str, float]:
+    """The figures of `jackknife.FIGURES`, of all images, macro and weighted F1, and average precision, 0-1.
+
+    Of ordered classes also Cohen's kappa with quadratic weights (1968), at most 1. Means over classes are over those that the
+    labels hold; of two classes, average precision is that of the second.
+    """
     figures = {name: figure(labels, probabilities)[0] for name, figure in FIGURES.items()}
-    f1 = sk.f1_score(labels, probabilities.argmax(axis=1), average="weighted", zero_division=0)
-    return figures | {"f1_weighted": float(f1)}
+    named, present, classes = probabilities.argmax(axis=1), np.unique(labels), range(probabilities.shape[1])
+    for average in ("macro", "weighted"):
+        figures[f"f1_{average}"] = float(sk.f1_score(labels, named, labels=present, average=average, zero_division=0))
+    positive = [1] if len(classes) == 2 else present
+    precisions = [sk.average_precision_score(labels == label, probabilities[:, label]) for label in positive]
+    figures["average_precision"] = float(np.mean(precisions))
+    if ordered:
+        figures["kappa"] = float(sk.cohen_kappa_score(labels, named, labels=classes, weights="quadratic"))
+    return figures
+
+
+def youden_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
+    """Of two classes, the second's probability from which it is named so that sensitivity + specificity is largest (Youden 1950).
+
+    None unless both classes are among the labels.
+    """
+    if len(np.unique(labels)) < 2:
+        return None
+    false, true, thresholds = (array[1:] for array in sk.roc_curve(labels, probabilities[:, 1]))  # the first is infinite
+    return float(thresholds[np.argmax(true - false)])
+
+
+def operating_points(labels: np.ndarray, probabilities: np.ndarray, threshold: float | None) -> dict[str, float]:
+    """Of two classes, `sensitivity`, the recall of the second, and `specificity`, of the first, 0-1; `_youden` at `threshold`."""
+    named = {"": probabilities.argmax(axis=1)}
+    if threshold is not None:
+        named["_youden"] = probabilities[:, 1] >= threshold
+    return {
+        f"{name}{at}": float(sk.recall_score(labels, positive, pos_label=label))
+        for at, positive in named.items()
+        for name, label in (("sensitivity", 1), ("specificity", 0))
+    }
 
 
 def reliability(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:

@@ -56,6 +56,7 @@ def prepare(source: Source, validation: float, folder: Path) -> Dataset:
         validation=origin,
         fingerprint=digest.hexdigest(),
         resize=source.resize,
+        ordered=source.ordered,
         shared_images=dict(Counter(f"{pair.other_split}/{pair.split}" for pair in pairs)),
     )
     write_atomic(folder / "dataset.json", dataset.model_dump_json(indent=2) + "\n")

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -42,6 +42,7 @@ class Source:
     std: float = 0.5
     unlabelled: np.ndarray | None = None  # images, uint8 (N, H, W, C), to learn from through a teacher
     resize: Resize | None = None  # how the images got their size, if the file says so
+    ordered: bool = False  # whether the classes are grades, from the lowest to the highest
 
 
 def own_file(dataset: str) -> Path | None:
@@ -142,12 +143,13 @@ def _medmnist(flag: str, size: int) -> Source:
     _require(flag in usable, f"dataset {flag!r} {reason}; usable: {', '.join(usable)}")
     name, checksum = f"{flag}{suffix}", Checksum("md5", info[f"MD5{suffix}"])
     path = locate(f"{name}.npz", checksum, lambda path: download([info[f"url{suffix}"]], path, checksum))
-    return _read(path, name, [info["label"][str(label)] for label in range(len(info["label"]))])
+    source = _read(path, name, [info["label"][str(label)] for label in range(len(info["label"]))])
+    return replace(source, ordered=info["task"] == "ordinal-regression")
 
 
 def _read(path: Path, name: str, classes: list[str] | None = None) -> Source:
     parts = [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")]
-    return as_source(path, name, read_npz(path, [*parts, "unlabelled_images", "class_names", "resize"]), classes)
+    return as_source(path, name, read_npz(path, [*parts, "unlabelled_images", "class_names", "resize", "ordered"]), classes)
 
 
 def as_source(path: Path, name: str, arrays: Mapping[str, np.ndarray], classes: list[str] | None = None) -> Source:
@@ -190,7 +192,9 @@ def as_source(path: Path, name: str, arrays: Mapping[str, np.ndarray], classes: 
     _require(len(set(test_labels.tolist())) > 1, f"{path}: test_labels are all of one class: there is nothing to measure")
     resize = str(arrays["resize"]) if "resize" in arrays else None
     _require(resize in (None, *get_args(Resize)), f"{path}: resize: one of {', '.join(get_args(Resize))} is wanted")
-    return Source(name, classes, splits, unlabelled=unlabelled, resize=resize)
+    ordered = arrays.get("ordered", np.array(False))
+    _require((ordered.dtype, ordered.shape) == (bool, ()), f"{path}: ordered: True or False is wanted")
+    return Source(name, classes, splits, unlabelled=unlabelled, resize=resize, ordered=bool(ordered))
 
 
 def _check_split(where: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,19 +13,37 @@ import jinja2
 from markupsafe import Markup
 
 from pipeline.evaluation.comparisons import Evaluation
+from pipeline.evaluation.metrics import over_seeds
 from pipeline.evaluation.statistics import CONFIDENCE, FEWEST, FEWEST_IMAGES, OF_CLASSES, POWER
 from pipeline.reporting.tables import difference, escape, markdown_table, mean, points, unit
 
 HARDEST = 3  # classes named as hardest
+MOST_LOST = 10  # classes named as lost
 FIGURES = {  # of Evaluation.metrics: heading, factor, digits
     "accuracy": ("accuracy (%)", 100, 2),
     "balanced_accuracy": ("balanced accuracy (%)", 100, 2),
     "auc": ("AUC", 1, 4),
+    "average_precision": ("average precision", 1, 4),
+    "f1_macro": ("macro F1 (%)", 100, 2),
     "f1_weighted": ("weighted F1 (%)", 100, 2),
+    "kappa": ("quadratic weighted kappa", 1, 4),
     "nll": ("NLL (nats)", 1, 4),
     "ece": ("ECE (%)", 100, 2),
     "agreement_with_teacher": ("agrees with teacher (%)", 100, 2),
     "kl_from_teacher": ("KL(teacher, student) (nats)", 1, 4),
+}
+CALIBRATION = {
+    "temperature": ("temperature", 1, 3),
+    "nll": ("NLL (nats)", 1, 4),
+    "nll_calibrated": ("NLL, scaled", 1, 4),
+    "ece": ("ECE (%)", 100, 2),
+    "ece_calibrated": ("ECE, scaled (%)", 100, 2),
+}
+OPERATING_POINTS = {  # also of detail's validation_figures
+    "sensitivity": "sensitivity at 0.5",
+    "specificity": "specificity at 0.5",
+    "sensitivity_youden": "sensitivity at Youden's threshold",
+    "specificity_youden": "specificity at Youden's threshold",
 }
 COSTS = {  # of metrics/<track>_costs.json
     "parameters": ("parameters", 1, 0),
@@ -52,15 +70,19 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     """
     models, comparisons = evaluation.detail["models"], evaluation.comparisons
     model, other = next(iter(comparisons)).split("_vs_")
-    by_class = models[model]["by_class"]
     content = {"title": title, "evaluation": evaluation, "costs": costs, "exported": exported, "figures": figures, "model": model}
     content["verdicts"] = [sentence(name, comparison, format) for name, comparison in comparisons.items()]
     content["answer"], *against_teacher = comparisons.values()
     content["headroom"] = against_teacher[-1] if against_teacher else None
     pairs = [name.split("_vs_") for name in comparisons][1:]
     content["inferior"] = [(*pair, c["high"] >= c["margin"]) for pair, c in zip(pairs, against_teacher, strict=True)]
-    classes = evaluation.detail["dataset"]["classes"]
-    by_class = {classes[label]: by_class[classes[label]] for label in sorted({*evaluation.labels.tolist()})}  # with test images
+    classes, recalls = evaluation.detail["dataset"]["classes"], evaluation.detail["recalls"]
+    rarest_first = recalls[other]  # those with test images
+    by_class = {name: models[model]["by_class"][name] for name in rarest_first}
+    content["lost"] = {
+        against: [name for name, row in rows.items() if row.get("high", 0) < 0] for against, rows in recalls.items()
+    }
+    content["tested"], content["most_lost"] = sum("high" in row for row in rarest_first.values()), MOST_LOST
     content["hardest"] = sorted(by_class, key=lambda name: by_class[name]["f1"])[:HARDEST]
     present = set().union(*evaluation.metrics.values())
     measured = {key: column for key, column in FIGURES.items() if key in present}
@@ -76,10 +98,17 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
         "gains": _gains(comparisons),
         "others": _others(comparisons),
         "models": _by_model(evaluation.metrics, measured),
-        "classes": _classes(by_class, models[other]["by_class"], model, other),
+        "classes": _classes(evaluation, model, other),
+        "calibration": _by_model(evaluation.metrics, CALIBRATION) if "temperature" in evaluation.metrics[model] else None,
         "costs": _by_model(costs["models"], COSTS),
         "parameters": _parameters(models),
     }
+    content["tables"]["operating_points"] = None
+    if len(classes) == 2:
+        content["tables"]["operating_points"], content["shift"] = _operating_points(evaluation)
+        content["of_class"] = [
+            [int((labels == k).sum()) for labels in (evaluation.val_labels, evaluation.labels)] for k in (0, 1)
+        ]
     text = _template(format, "report").render(content)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -166,13 +195,38 @@ def _by_model(models: Json, columns: Mapping[str, tuple[str, float, int]]) -> Ta
     return ["model", *(heading for heading, _, _ in columns.values())], rows
 
 
-def _classes(ours: Json, theirs: Json, model: str, other: str) -> Table:
-    headings = [f"{key}, {name} (%)" for name in (model, other) for key in ("precision", "recall", "F1")]
+def _classes(evaluation: Evaluation, model: str, other: str) -> Table:
+    """By class, rarest in training first: the student, and its gains over the other model and, in recall, its teacher."""
+    detail = evaluation.detail
+    (ours, theirs), recalls = (detail["models"][name]["by_class"] for name in (model, other)), detail["recalls"]
+    headings = ["class", "training images", "test images", "precision (%)", "recall (%)", "F1 (%)", f"F1 - {other} (points)"]
     rows = []
-    for name in ours:
-        cells = [f"{100 * figures[name][key]:.2f}" for figures in (ours, theirs) for key in ("precision", "recall", "f1")]
-        rows.append([name, *cells, points(ours[name]["f1"] - theirs[name]["f1"])])
-    return ["class", *headings, "F1 gained (points)"], rows
+    for name, row in recalls[other].items():
+        cells = [f"{100 * ours[name][key]:.2f}" for key in ("precision", "recall", "f1")]
+        gains = [_recall_gain(of_class[name]) for of_class in recalls.values()]
+        images = detail.get("train_images", {}).get(name, ""), row["images"]
+        rows.append([name, *images, *cells, points(ours[name]["f1"] - theirs[name]["f1"]), *gains])
+    return [*headings, *(f"recall - {against} (points)" for against in recalls)], rows
+
+
+def _recall_gain(row: Json) -> str:
+    return points(row["gain"]) + (f" ({points(row['low'])} to {points(row['high'])})" if "low" in row else "")
+
+
+def _operating_points(evaluation: Evaluation) -> tuple[Table, dict[str, Any] | None]:
+    """Of two classes, validation -> test, and where the two differ most, if there are validation images."""
+    rows, changes = [], []
+    for model, entry in evaluation.detail["models"].items():
+        test, cells = evaluation.metrics[model], []
+        validation = over_seeds(entry["validation_figures"])
+        for key, heading in OPERATING_POINTS.items():
+            pair = [mean(figures, key, 100, 2) for figures in (validation, test) if key in figures]
+            cells.append(" → ".join(pair))
+            if key in validation:
+                changes.append({"model": model, "figure": heading, "val": 100 * validation[key], "test": 100 * test[key]})
+        rows.append([model, *cells, mean(test, "youden_threshold", 1, 3)])
+    largest = max(changes, key=lambda change: abs(change["test"] - change["val"]), default=None)
+    return (["model", *(f"{heading} (%)" for heading in OPERATING_POINTS.values()), "Youden's threshold"], rows), largest
 
 
 def _parameters(models: Json) -> Table:

@@ -26,8 +26,11 @@ def save(folder: Path, dataset: Dataset, model: str, seed: int, parameters: Mapp
 
 
 def evaluate(folder: Path, data: TrainingData) -> Evaluation:
-    """The evaluation, on the 400 training images, of the checkpoints in `folder`; of new ones if it has none."""
+    """The evaluation, the 400 training images for test images, of the checkpoints in `folder`; of new ones if it has none."""
     for model in () if folder.exists() else PLAN.models:
         for seed in SEEDS:
             save(folder, data.dataset, model, seed)
-    return evaluate_track("distillation", folder, data.dataset, data.train, PLAN.models, PLAN.comparisons, PLAN.teachers)
+    plan = PLAN.models, PLAN.comparisons, PLAN.teachers
+    return evaluate_track(
+        "distillation", folder, data.dataset, data.train, *plan, validation=data.val, train_labels=data.val.labels.numpy()
+    )

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, recall_score
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
-from pipeline.data.prepared import TrainingData
+from pipeline.data.prepared import Split, TrainingData
+from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.comparisons import FILES, Evaluation, loss_curves, read_evaluation, write_evaluation
+from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.description import checkpoint_path
 from tests.evaluation.samples import PLAN, SEEDS, evaluate, save
 
@@ -28,7 +30,7 @@ def read(folder: Path) -> Evaluation:
 
 
 def test_figures_are_those_of_the_checkpoints(tmp_path: Path, data: TrainingData):
-    metrics, comparisons, detail, labels, probabilities = evaluate(tmp_path / "models", data)
+    metrics, comparisons, detail, labels, probabilities, *_ = evaluate(tmp_path / "models", data)
     for model, entry in detail["models"].items():
         assert (entry["seeds"], entry["digests"]) == (SEEDS, [f"{model}0", f"{model}3"])
         assert entry["checkpoints"] == [md5(checkpoint_path(tmp_path / "models" / model, seed)) for seed in SEEDS]
@@ -42,6 +44,12 @@ def test_figures_are_those_of_the_checkpoints(tmp_path: Path, data: TrainingData
     assert "agreement_with_teacher" not in metrics["teacher"]
     assert metrics["teacher"]["parameters"] > metrics["student_alone"]["parameters"]
     assert metrics["teacher"]["final_train_loss"] == 3
+    assert list(detail["recalls"]) == ["student_alone", "teacher"]
+    of_class, rarest = labels == 2, [str(number) for number in np.argsort(np.bincount(data.val.labels), kind="stable")]
+    recalls = [(probabilities[model].argmax(axis=2)[:, of_class] == 2).mean() for model in ("student_distilled", "teacher")]
+    assert detail["recalls"]["teacher"]["2"] == {"images": of_class.sum(), "gain": pytest.approx(recalls[0] - recalls[1])}
+    assert list(detail["recalls"]["teacher"]) == rarest
+    assert detail["train_images"]["2"] == (data.val.labels == 2).sum()
     gain = metrics["student_distilled"]["accuracy"] - metrics["student_alone"]["accuracy"]
     assert comparisons["student_distilled_vs_student_alone"]["gain"] == pytest.approx(gain)
 
@@ -61,7 +69,42 @@ def test_the_files_hold_the_evaluation_and_are_the_same_bytes_again(written: Pat
     for model, probabilities in evaluation.probabilities.items():
         assert probabilities.dtype == np.float32
         assert np.array_equal(again.probabilities[model], probabilities)
+        assert np.array_equal(again.val_probabilities[model], evaluation.val_probabilities[model])
     assert np.load(written / PATHS[1])["seeds"].tolist() == SEEDS
+
+
+def test_validation_images_are_predicted_too_where_there_are_some(written: Path, tmp_path: Path, data: TrainingData):
+    evaluation = evaluate(tmp_path / "models", data)
+    assert np.array_equal(evaluation.val_labels, data.val.labels)
+    for model, probabilities in evaluation.val_probabilities.items():
+        path = checkpoint_path(tmp_path / "models" / model, SEEDS[1])
+        logits = load_checkpoint(path, data.val.labels.device)[0](data.val.images)
+        np.testing.assert_allclose(probabilities[1], logits.softmax(dim=1).detach(), atol=1e-6)
+        assert (len(probabilities), probabilities.dtype) == (len(SEEDS), np.float32)
+        figures = evaluation.detail["models"][model]["figures"][1]
+        assert figures["temperature"] == pytest.approx(fit_temperature(evaluation.val_labels, probabilities[1]), rel=1e-4)
+        assert figures["nll_calibrated"] < figures["nll"], "of random weights"
+    without = data._replace(val=Split(data.val.images[:0], data.val.labels[:0]))
+    write_evaluation(evaluate(tmp_path / "models", without), tmp_path)
+    arrays = {name: array for name, array in np.load(written / PATHS[1]).items() if not name.startswith("val_")}
+    np.savez(written / PATHS[1], **arrays)  # as before validation images were predicted
+    for path in (tmp_path, written):
+        again = read(path)
+        assert (again.val_labels.tolist(), again.val_probabilities) == ([], {})
+
+
+def test_of_two_classes_the_operating_points_of_test_and_validation_images(tmp_path: Path, data: TrainingData):
+    splits = {name: Split(split.images, split.labels % 2) for name, split in (("train", data.train), ("val", data.val))}
+    even_odd = data._replace(dataset=data.dataset.model_copy(update={"classes": ["even", "odd"]}), **splits)
+    evaluation = evaluate(tmp_path / "models", even_odd)
+    for model, entry in evaluation.detail["models"].items():
+        test, validation = entry["figures"][1], entry["validation_figures"][1]
+        named = evaluation.val_probabilities[model][1].argmax(axis=1)
+        assert validation["sensitivity"] == recall_score(evaluation.val_labels, named)
+        assert validation["specificity"] == recall_score(evaluation.val_labels, named, pos_label=0)
+        named = evaluation.probabilities[model][1, :, 1] >= np.float32(test["youden_threshold"])
+        assert test["sensitivity_youden"] == pytest.approx(recall_score(evaluation.labels, named), abs=0.01)
+        assert set(validation) | {"youden_threshold"} == {key for key in test if key.startswith(("sens", "spec", "youden"))}
 
 
 def test_the_plots_values(written: Path):

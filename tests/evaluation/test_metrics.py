@@ -2,9 +2,18 @@ import numpy as np
 import pytest
 from medmnist.evaluator import getACC, getAUC
 from scipy.stats import entropy
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, log_loss, roc_auc_score
 
-from pipeline.evaluation.metrics import by_class, confusion, fidelity, over_seeds, report, score
+from pipeline.evaluation.metrics import (
+    by_class,
+    confusion,
+    fidelity,
+    operating_points,
+    over_seeds,
+    report,
+    score,
+    youden_threshold,
+)
 
 
 def predictions(classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -29,11 +38,44 @@ def test_the_figures_are_medmnists_scikit_learns_and_those_of_a_plain_loop(class
     assert figures["ece"] == pytest.approx(sum(gaps), abs=1e-9)
 
 
-def test_auc_is_over_the_classes_that_the_labels_hold():
+def test_means_over_classes_are_over_those_that_the_labels_hold():
     labels, probabilities = predictions(4)
-    keep = labels != 2
-    each = [roc_auc_score(labels[keep] == label, probabilities[keep][:, label]) for label in (0, 1, 3)]
-    assert score(labels[keep], probabilities[keep])["auc"] == pytest.approx(np.mean(each))
+    labels, probabilities = labels[labels != 2], probabilities[labels != 2]
+    named, figures = probabilities.argmax(axis=1), score(labels, probabilities)
+    for name, figure in (("auc", roc_auc_score), ("average_precision", average_precision_score)):
+        assert figures[name] == pytest.approx(np.mean([figure(labels == k, probabilities[:, k]) for k in (0, 1, 3)]))
+    assert figures["f1_macro"] == pytest.approx(np.mean([f1_score(labels == k, named == k) for k in (0, 1, 3)]))
+    assert "kappa" not in figures
+
+
+def test_average_precision_of_two_classes_is_the_seconds():
+    labels = np.array([0, 1, 0, 1])
+    probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.65, 0.35], [0.2, 0.8]])  # the second's, from the highest: 1, 1, 0, 0
+    assert score(labels, probabilities)["average_precision"] == 1
+    assert score(1 - labels, probabilities)["average_precision"] == pytest.approx((1 / 3 + 2 / 4) / 2)
+
+
+def test_kappa_weighs_errors_by_the_square_of_their_distance():
+    labels, named = np.array([0, 0, 1, 1, 2, 3]), np.array([0, 1, 1, 3, 2, 3])
+    expected = ((labels[:, None] - named) ** 2).mean()  # if the two were independent
+    kappa = score(labels, np.eye(5)[named], ordered=True)["kappa"]
+    assert kappa == pytest.approx(1 - ((labels - named) ** 2).mean() / expected)
+
+
+def test_youdens_threshold_and_the_operating_points_by_hand():
+    def of(positive: list[float]) -> np.ndarray:
+        return np.stack([1 - np.array(positive), positive], axis=1)
+
+    val_labels = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    threshold = youden_threshold(val_labels, of([0.1, 0.2, 0.3, 0.7, 0.65, 0.6, 0.75, 0.9]))
+    assert threshold == 0.6  # 4/4 + 3/4; from 0.75: 2/4 + 4/4
+    points = operating_points(np.array([0, 0, 1, 1, 1]), of([0.55, 0.6, 0.58, 0.9, 0.2]), threshold)
+    assert points == pytest.approx(
+        {"sensitivity": 2 / 3, "specificity": 0, "sensitivity_youden": 1 / 3, "specificity_youden": 1 / 2}
+    )
+    assert youden_threshold(np.array([1, 1]), of([0.1, 0.9])) is None
+    assert set(operating_points(np.array([0, 1]), of([0.1, 0.9]), None)) == {"sensitivity", "specificity"}
+    assert np.isfinite(youden_threshold(np.array([1, 0]), of([0.1, 0.9]))), "of a model that is always wrong"
 
 
 def test_precision_recall_and_f1_by_hand():

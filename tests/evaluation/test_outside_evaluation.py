@@ -30,8 +30,10 @@ def evaluate(folder: Path, data: TrainingData, splits: list[str], kind: str = "l
     for seed in SEEDS:
         for model in (PLAN.distilled, PLAN.alone):
             save(folder, dataset, model, seed, parameters if model == PLAN.distilled else {})
-        write_outside(folder / f"teacher/seed{seed}.npz", OutsideTeacher(**described), dict.fromkeys(splits, LOGITS))
-    return evaluate_track("distillation", folder, dataset, data.train, PLAN.models, PLAN.comparisons, PLAN.teachers)
+        logits = {split: LOGITS[: dataset.images[split]] for split in splits}
+        write_outside(folder / f"teacher/seed{seed}.npz", OutsideTeacher(**described), logits)
+    plan = PLAN.models, PLAN.comparisons, PLAN.teachers
+    return evaluate_track("distillation", folder, dataset, data.train, *plan, validation=data.val)
 
 
 def costs() -> dict:
@@ -39,12 +41,13 @@ def costs() -> dict:
 
 
 def test_with_test_logits_it_is_measured_like_a_model(tmp_path: Path, data: TrainingData):
-    evaluation = evaluate(tmp_path / "models", data, ["train", "test"])
+    evaluation = evaluate(tmp_path / "models", data, ["train", "val", "test"])
     entry = evaluation.detail["models"]["teacher"]
     checksum = md5(tmp_path / "models/teacher/seed0.npz")
     assert (entry["architecture"], entry["arguments"], entry["seeds"]) == ("outside: logits", {}, SEEDS)
     assert (entry["checkpoints"], entry["histories"], entry["best_epochs"]) == ([checksum, checksum], [[], []], [])
     np.testing.assert_allclose(evaluation.probabilities["teacher"][1], softmax(LOGITS, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(evaluation.val_probabilities["teacher"][1], softmax(LOGITS[:100], axis=1), rtol=1e-5)
     assert evaluation.metrics["teacher"]["accuracy"] == (LOGITS.argmax(1) == evaluation.labels).mean()
     assert "parameters" not in evaluation.metrics["teacher"]
     assert "agreement_with_teacher" in evaluation.metrics["student_alone"]
@@ -70,6 +73,7 @@ def flat(text: str) -> str:
 def test_without_test_logits_it_is_left_out_and_the_report_says_so(tmp_path: Path, data: TrainingData):
     evaluation = evaluate(tmp_path / "models", data, ["train"])
     assert set(evaluation.metrics) == set(evaluation.detail["models"]) == {PLAN.distilled, PLAN.alone}
+    assert set(evaluation.val_probabilities) == {PLAN.distilled, PLAN.alone}
     assert list(evaluation.comparisons) == [f"{PLAN.distilled}_vs_{PLAN.alone}"]
     assert "agreement_with_teacher" not in evaluation.metrics["student_alone"]
     write_evaluation(evaluation, tmp_path)

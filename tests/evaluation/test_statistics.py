@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from scipy.stats import f, norm
+from scipy.stats import f, norm, t
 from sklearn.metrics import roc_auc_score
 
-from pipeline.evaluation.statistics import Comparison, above_chance, compare, half_width, share_interval
+from pipeline.evaluation.statistics import Comparison, above_chance, compare, half_width, recall_gains, share_interval
 
 AUC = {  # of 624 images, 390 of them positive: deviations of the scores, in units of the noise that is new in each training
     "images vary": {"seeds": 5, "of_image": 1.0, "of_image_and_model": 0.7, "of_seed": 0.0},
@@ -138,6 +138,49 @@ def test_a_class_of_a_few_images_gives_no_verdict_on_means_over_classes(positive
     assert compare(labels, ours, theirs).verdict == "better", "accuracy has no such means"
     right = np.stack([one_hot((labels == 0)[None])[0]] * 3)
     assert compare(labels, right, 1 - right).p == 0, "right and wrong without exception"
+
+
+def test_gains_of_recall_are_those_of_accuracy_on_a_class_with_intervals_that_hold_together():
+    random, labels = np.random.default_rng(7), np.repeat([0, 2, 3], (300, 100, 9))
+    shares = np.array([[0.6], [0.7], [0.8], [0.9]])  # seeds vary more than images alone make them
+    ours, theirs = (random.dirichlet(np.ones(4), (4, 409)) for _ in range(2))
+    right = random.random((4, 409)) < shares
+    ours[right, np.broadcast_to(labels, (4, 409))[right]] += 1
+    gains = recall_gains(labels, ours, theirs)
+    assert [(label, row["images"]) for label, row in gains.items()] == [(0, 300), (2, 100), (3, 9)]
+    assert set(gains[3]) == {"images", "gain"}, "of nine images"
+    for label in (0, 2):
+        of_class = labels == label
+        whole, row = compare(labels[of_class], ours[:, of_class], theirs[:, of_class]), gains[label]
+        wider = t.ppf(1 - 0.025 / 2, whole.df) / t.ppf(0.975, whole.df)
+        assert row["gain"] == pytest.approx(whole.gain)
+        assert [row["low"], row["high"]] == pytest.approx(
+            [whole.gain + sign * wider * (whole.high - whole.gain) for sign in (-1, 1)]
+        )
+    assert set(recall_gains(labels, ours[:2], theirs[:2])[0]) == {"images", "gain"}, "of two seeds"
+
+
+def test_seeds_that_differ_as_little_by_chance_do_not_make_a_class_lost():
+    right, labels = np.ones((3, 10), bool), np.zeros(10, int)
+    wrong_once = ~np.eye(3, 10, dtype=bool)  # each seed another image: the seeds' gains are equal, their covariance negative
+    row = recall_gains(labels, one_hot(wrong_once), one_hot(right))[0]
+    half = norm.ppf(0.975) * ((0.01 + 0.01 / 9) / 3) ** 0.5
+    assert [row["gain"], row["low"], row["high"]] == pytest.approx([-0.1, -0.1 - half, -0.1 + half])
+    lost = recall_gains(labels, one_hot(~right), one_hot(right))[0]
+    assert (lost["low"], lost["high"]) == (-1, -1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("images", [10, 100])
+def test_of_equal_models_no_class_is_lost_in_nearly_all_trials(seeds: int, images: int):
+    random, labels, trials = np.random.default_rng(seeds), np.repeat(np.arange(20), images), 0
+    for _ in range(400):
+        hard = random.beta(8, 2, (1, len(labels)))
+        ours, theirs = (random.random((seeds, len(labels))) < hard + random.normal(0, 0.15, (1, len(labels))) for _ in range(2))
+        both = (np.where(right[..., None], np.eye(21)[labels], np.eye(21)[20]) for right in (ours, theirs))
+        trials += any(row["high"] < 0 for row in recall_gains(labels, *both).values())
+    assert trials / 400 <= 0.025 + 2 * (0.025 / 400) ** 0.5
 
 
 def test_less_is_better_of_a_loss():

@@ -34,12 +34,14 @@ def test_mnist_is_the_official_one(mirror: Path):
     assert images.std() / 255 == pytest.approx(source.std, abs=1e-4)
 
 
-def test_a_medmnist_set_has_its_official_splits_and_class_names(mirror: Path):
+def test_a_medmnist_set_has_its_official_splits_and_class_names(mirror: Path, monkeypatch: pytest.MonkeyPatch):
     source = read_source("pneumoniamnist")
     images = {split: len(images) for split, (images, _) in source.splits.items()}
     assert images == {"train": 4708, "val": 524, "test": 624}
     assert source.splits["train"][0].shape[1:] == (28, 28, 1)
-    assert source.classes == ["normal", "pneumonia"]
+    assert (source.classes, source.ordered) == (["normal", "pneumonia"], False)
+    monkeypatch.setitem(PNEUMONIA, "task", "ordinal-regression")  # RetinaMNIST's
+    assert read_source("pneumoniamnist").ordered
 
 
 def test_the_embedded_set_needs_no_network_and_is_refused_if_it_changes(no_mirror: Path, monkeypatch: pytest.MonkeyPatch):
@@ -59,7 +61,8 @@ def test_an_own_file_is_read_with_or_without_its_optional_parts_by_a_path_from_t
     names = np.array([f"digit {digit}" for digit in range(10)])
     bare = read_source(str(write_npz(no_mirror / "bare.npz", val_images=None, val_labels=None, class_names=names)))
     assert set(bare.splits) == {"train", "test"}
-    assert bare.classes[3] == "digit 3"
+    assert (bare.classes[3], bare.ordered) == ("digit 3", False)
+    assert read_source(str(write_npz(no_mirror / "grades.npz", ordered=np.array(True)))).ordered
 
 
 @pytest.mark.parametrize(
@@ -91,6 +94,7 @@ def test_an_own_file_is_read_with_or_without_its_optional_parts_by_a_path_from_t
         ({"train_images": IMAGES[:0], "train_labels": LABELS[:0]}, "train_images are empty"),
         ({"resize": np.array("squeeze")}, "resize: one of pad, crop, stretch is wanted"),
         ({"resize": np.arange(3)}, "resize: one of"),
+        ({"ordered": np.arange(3)}, "ordered: True or False is wanted"),
         ({"train_labels": np.array([object()] * 400)}, "truncated, or not an .npz file of plain arrays"),
     ],
 )

@@ -5,11 +5,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pipeline.report
 from pipeline.core.files import write_json
-from pipeline.data.prepared import TrainingData
+from pipeline.data.prepared import Split, TrainingData
 from pipeline.evaluation.comparisons import Evaluation, write_evaluation
 from pipeline.reporting.report import data_uri, render, sentence
 from tests.conftest import ROOT
@@ -81,6 +82,64 @@ def test_headroom_and_inferiority_are_said(evaluation: Evaluation):
     text = rendered("markdown", evaluation._replace(comparisons=enough))
     assert "cannot tell" not in text
     assert "student_distilled is non-inferior to teacher by the margin of 30.00 points of accuracy; student_alone is" in text
+
+
+def test_lost_classes_are_named_beside_the_verdict_rarest_first(evaluation: Evaluation):
+    recalls = {other: {name: dict(row) for name, row in rows.items()} for other, rows in evaluation.detail["recalls"].items()}
+    enough = {name: comparison | {"seeds": 3} for name, comparison in evaluation.comparisons.items()}
+    changed = evaluation._replace(comparisons=enough, detail=evaluation.detail | {"recalls": recalls})
+    assert "No class has 10 test images: whether student_distilled loses one was not tested." in rendered("markdown", changed)
+    rarest, second, *_ = recalls["teacher"]
+    for rows in recalls.values():
+        rows[rarest] |= {"low": -0.2, "high": -0.1}
+        rows[second] |= {"low": -0.2, "high": 0.1}
+    recalls["student_alone"][rarest]["high"] = 0.0
+    text = rendered("markdown", changed)
+    assert f"loses** against student_alone: none was shown; against teacher: {rarest}. A class is lost if" in text
+    assert text.index("A class is lost") < text.index("## How much") < text.index("(-20.00 to +10.00)")
+    assert "tested were those with 10 test images or more, 2 of 10." in text
+    for row in recalls["teacher"].values():
+        row |= {"low": -0.2, "high": -0.1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.reporting.report, "MOST_LOST", 2)
+        assert f"teacher: {rarest}, {second} and 8 more." in rendered("markdown", changed)
+
+
+def test_two_classes_have_operating_points_that_show_a_shifted_test_split(tmp_path: Path, data: TrainingData):
+    splits = {name: Split(split.images, split.labels % 2) for name, split in (("train", data.train), ("val", data.val))}
+    even_odd = data._replace(dataset=data.dataset.model_copy(update={"classes": ["even", "odd"]}), **splits)
+    evaluation = evaluate(tmp_path / "models", even_odd)
+    for row in (0, 1):
+        figures = evaluation.detail["models"]["teacher"]["validation_figures"][row]
+        figures |= {"specificity_youden": 0.5 + evaluation.metrics["teacher"]["specificity_youden"]}
+    text = rendered("markdown", evaluation)
+    val, test = (np.bincount(labels).tolist() for labels in (evaluation.val_labels, evaluation.labels))
+    assert (
+        f"on the validation images ({val[1]} of odd, {val[0]} of even); after it: on the test images ({test[1]} and {test[0]})"
+        in text
+    )
+    assert "differ most in specificity at Youden's threshold, teacher: " in text
+    assert re.search(r"\| teacher +\| \d+\.\d\d ± \d+\.\d\d → \d", text)
+    without = evaluate(tmp_path / "models", even_odd._replace(val=Split(splits["val"].images[:0], splits["val"].labels[:0])))
+    text = rendered("markdown", without)
+    assert "no validation images of both classes to choose a threshold on" in text
+    assert re.search(r"\| teacher +\| \d+\.\d\d ± \d+\.\d\d +\| [^→]*\|\n", text)
+
+
+def test_calibration_before_and_after_scaling_and_what_cannot_be_judged_without_validation_images(
+    tmp_path: Path, evaluation: Evaluation, data: TrainingData
+):
+    exported = EXPORTED | {"student": EXPORTED["student"] | {"temperature": 1.25}}
+    text, figures = rendered("markdown", evaluation, exported), evaluation.metrics["teacher"]
+    cells = [f"{figures[key]:.4f} ± {figures[f'{key}_sd']:.4f}" for key in ("nll", "nll_calibrated")]
+    assert re.search(rf"\| teacher +\| {figures['temperature']:.3f} ± \S+ +\| {cells[0]} +\| {cells[1]} ", text)
+    assert "its logits are divided by the temperature 1.250, fitted on those images. On the test images" in text
+    images = data.dataset.images | {"val": 0}
+    without = data._replace(val=Split(data.val.images[:0], data.val.labels[:0]))
+    without = without._replace(dataset=data.dataset.model_copy(update={"images": images}))
+    text = rendered("html", evaluate(tmp_path / "models", without))
+    assert "There are no validation images: whether a training learned anything was not judged." in text
+    assert "No temperature was fitted" in text
 
 
 def test_names_from_the_data_are_text(tmp_path: Path, data: TrainingData):
