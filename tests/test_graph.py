@@ -170,9 +170,9 @@ def test_any_entry_left_out_of_deps_params_or_outs_is_found(declared: dict[str, 
                 assert problems(replace(stage, **{kind: rest}), observed[name]) or covers(rest, entry), (name, entry)
 
 
-def test_only_evaluations_read_a_test_split(observed: dict[str, Observed]):
+def test_only_evaluations_and_reports_read_a_test_split(observed: dict[str, Observed]):
     readers = {name for name, did in observed.items() if any("/test/" in path for path in did.read - did.written)}
-    assert readers == {stage for stage in STAGES if stage.startswith("evaluate")}
+    assert readers == {stage for stage in STAGES if stage.startswith(("evaluate", "report"))}
 
 
 def test_every_parameter_is_read_by_some_stage(checkout: Checkout, observed: dict[str, Observed]):

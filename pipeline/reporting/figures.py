@@ -1,6 +1,5 @@
-"""Figures. They can be read in greyscale: what differs, differs in shape or line as well as in colour."""
+"""The report's figures."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,106 +7,132 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
+from scipy.stats import t
 
 from pipeline.evaluation.comparisons import Evaluation, loss_curves
 from pipeline.evaluation.jackknife import LOWER_IS_BETTER
 from pipeline.evaluation.metrics import confusion, reliability
+from pipeline.evaluation.statistics import CONFIDENCE
+from pipeline.reporting.curves import plot_curves
+from pipeline.reporting.report import FIGURES
+from pipeline.reporting.style import STYLES, SURE, add_legend, literal, png
 from pipeline.reporting.tables import scale, unit
 
-MARKERS = "osD^vPX"
+SIDE_BY_SIDE = 10  # classes up to which the confusion matrices of several models stand side by side
 MOST_COUNTS = 30  # classes up to which the counts are written into a confusion matrix
+MOST_CURVES = 30  # classes up to which ROC and precision-recall curves are drawn
 MOST_NAMES = 100  # classes up to which an axis names every one
-LONGEST_NAME = 32  # characters
 
 
 def draw_figures(evaluation: Evaluation, costs: Mapping[str, Any], exported: Mapping[str, Any]) -> dict[str, bytes]:
     """Every figure of a track's report, as PNG by file name.
 
-    `costs` and `exported` are the contents of metrics/<track>_costs.json and metrics/<track>_export.json.
+    `costs` and `exported` are the contents of metrics/<track>_costs.json and metrics/<track>_export.json. Of more than 30 classes
+    there is no curves.png.
     """
-    pooled = {model: evaluation.pooled(model) for model in evaluation.metrics}
-    classes = evaluation.detail["dataset"]["classes"]
+    labels, probabilities, classes = evaluation.labels, evaluation.probabilities, evaluation.detail["dataset"]["classes"]
+    bins = {model: [reliability(labels, of_seed) for of_seed in of_model] for model, of_model in probabilities.items()}
     figures = {
         "loss_curves": plot_loss_curves(loss_curves(evaluation)),
-        "reliability": plot_reliability({model: reliability(*predictions) for model, predictions in pooled.items()}),
+        "reliability": plot_reliability(bins),
         "gains": plot_gains(evaluation),
-        "size": plot_size(evaluation.metrics, costs["models"], exported),
+        "size": plot_size(evaluation, costs["models"], exported),
+        "confusion": plot_confusion({model: confusion(*evaluation.pooled(model)) for model in bins}, classes),
     }
-    for model, predictions in pooled.items():
-        figures[f"confusion_{model}"] = plot_confusion(confusion(*predictions), classes, f"{model}, all seeds")
-    pngs = {}
-    for name, figure in figures.items():
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=100)
-        pngs[f"{name}.png"] = content.getvalue()
-    return pngs
+    if len(classes) <= MOST_CURVES:
+        figures["curves"] = plot_curves(evaluation)
+    return {f"{name}.png": png(figure) for name, figure in figures.items()}
 
 
 def plot_loss_curves(losses: pd.DataFrame) -> Figure:
     """A panel per model of `comparisons.loss_curves`: the mean over the seeds with their range."""
     models = losses["model"].unique()
-    figure = Figure(figsize=(4 * len(models), 3.2), layout="constrained")
+    figure = Figure(figsize=(4 * len(models), 3.5), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False)[0]
+    entries = {}
     for axes, model in zip(panels, models, strict=True):
-        for split, style in (("train", "-"), ("val", "--")):
+        for split, style in zip(("train", "val"), STYLES, strict=False):
             curve = losses[(losses["model"] == model) & (losses["split"] == split)]
             if curve.empty:
                 continue  # no validation images
-            axes.plot(curve["epoch"], curve["loss"], style, marker="o", markersize=3, label=f"{split}_loss")
-            axes.fill_between(curve["epoch"], curve["low"], curve["high"], alpha=0.2)
+            (line,) = axes.plot(curve["epoch"], curve["loss"], markersize=4, **style)
+            band = axes.fill_between(curve["epoch"], curve["low"], curve["high"], alpha=0.2, color=style["color"])
+            entries[f"{split}_loss, mean and range over the seeds"] = (line, band)
         axes.set(title=model, xlabel="epoch", ylabel="loss (nats per image)")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend()
+    add_legend(figure, entries)
     return figure
 
 
-def plot_confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """A heat map of a confusion matrix (K, K): colour is the share of the true class, the number in a cell the count."""
-    few = len(classes) <= MOST_COUNTS
-    size = 2.5 + 0.55 * len(classes) if few else 12
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axes = figure.subplots()
-    names, colours = [_literal(name) for name in classes], {"cmap": "Blues", "vmin": 0, "vmax": 1}
-    shares = pd.DataFrame(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), names, names)
-    bar = {"label": "share of the true class", "shrink": 0.8}
-    if few:
-        sns.heatmap(shares, annot=counts, fmt="d", annot_kws={"size": 8}, square=True, cbar_kws=bar, ax=axes, **colours)
-        axes.tick_params("y", labelrotation=0)
-    else:  # an image: a heat map takes over a gigabyte
-        figure.colorbar(axes.imshow(shares, **colours), ax=axes, **bar)
-        places = range(0, len(names), -(-len(names) // MOST_NAMES))
-        axes.set_xticks(places, [names[place] for place in places], rotation=90, fontsize=6)
-        axes.set_yticks(places, [names[place] for place in places], fontsize=6)
-    axes.set(title=_literal(title), xlabel="predicted", ylabel="true")
+def plot_confusion(counts: Mapping[str, np.ndarray], classes: Sequence[str]) -> Figure:
+    """Confusion matrices (K, K) by title: colour is the share of the true class, the number in a cell the count."""
+    few, across = len(classes) <= MOST_COUNTS, len(classes) <= SIDE_BY_SIDE
+    names = [literal(name) for name in classes]
+    digits = len(str(max(matrix.max() for matrix in counts.values())))
+    cell = max(0.36, 0.075 * digits, 1.6 / len(classes)) if few else 10 / len(classes)  # inches, as are the next three
+    longest, side = 0.075 * max(map(len, names)), cell * len(classes)
+    columns, rows = (len(counts), 1) if across else (1, len(counts))
+    size = 1.2 + longest + (side + 0.2) * columns, (0.8 + side + (longest if longest > cell else 0.2)) * rows
+    figure = Figure(figsize=size, layout="compressed")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    named = range(0, len(names), -(-len(names) // MOST_NAMES))
+    places, shown = np.array(named) + 0.5 * few, [names[number] for number in named]
+    options = {"cmap": "Blues", "vmin": 0, "vmax": 1}
+    for axes, (title, matrix) in zip(panels, counts.items(), strict=True):
+        shares, own_names = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1), not across or axes is panels[0]
+        if few:
+            cells = {"annot": matrix, "fmt": "d", "annot_kws": {"size": 7}, "linewidths": 0.5, "linecolor": "0.85"}
+            sns.heatmap(shares, square=True, cbar=False, ax=axes, **cells, **options)
+            for text in axes.texts:
+                text.set_in_layout(False)  # measuring hundreds of them takes seconds
+        else:  # an image: a heat map takes over a gigabyte
+            axes.imshow(shares, **options)
+        axes.set_xticks(places, shown, rotation=90 if longest > cell else 0, fontsize=8 if few else 6)
+        axes.set_yticks(*((places, shown) if own_names else ([], [])), rotation=0, fontsize=8 if few else 6)
+        axes.set_title(literal(title), fontsize=10)
+        axes.set(xlabel="predicted", ylabel="true" if own_names else "")
+    drawn = (panels[0].collections or panels[0].images)[0]
+    figure.colorbar(drawn, ax=panels.tolist(), label="share of the true class", aspect=30, fraction=0.03, pad=0.01, shrink=0.8)
     return figure
 
 
-def _literal(name: str) -> str:
-    """A name from the user's data as a short text in which Matplotlib finds no mathematics."""
-    text = " ".join(name.split())
-    return (text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…").replace("$", r"\$")
+def plot_reliability(bins: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
+    """`metrics.reliability` by model and seed: accuracy by confidence of all seeds, and how many predictions each bin holds.
 
-
-def plot_reliability(bins_by_model: Mapping[str, pd.DataFrame]) -> Figure:
-    """`metrics.reliability` per model: accuracy by confidence, and below it how many predictions each bin holds."""
-    figure = Figure(figsize=(3.6 * len(bins_by_model), 4.4), layout="constrained")
-    rows = figure.subplots(2, len(bins_by_model), squeeze=False, sharex=True, height_ratios=[3, 1])
-    for (upper, lower), (model, frame) in zip(rows.T, bins_by_model.items(), strict=True):
-        filled = frame[frame["images"] > 0]
-        upper.plot([0, 1], [0, 1], ":", color="black", linewidth=1, label="perfectly calibrated")
-        upper.plot(filled["confidence"], filled["accuracy"], "-o", markersize=4, label="observed")
-        upper.set(title=model, ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
-        upper.legend(loc="upper left", fontsize=8)
-        width = frame["bin"].iloc[0]
-        lower.bar(frame["bin"] - width / 2, np.maximum(frame["images"], 0.5), width=width, color="0.5", edgecolor="white")
-        lower.set(yscale="log", ylim=(0.5, None), xlabel="confidence", ylabel="predictions")
+    The interval is over the seeds, by the variance of a ratio of sums (Cochran 1977, Sampling Techniques, eq. 2.46), in bins
+    that no seed leaves empty.
+    """
+    figure = Figure(figsize=(3.7 * len(bins), 4.8), layout="constrained")
+    rows = figure.subplots(2, len(bins), squeeze=False, sharex=True, sharey="row", height_ratios=[3, 1])
+    for (upper, lower), (model, frames) in zip(rows.T, bins.items(), strict=True):
+        images, correct, confidence = (np.stack([frame[key] for frame in frames]) for key in ("images", "accuracy", "confidence"))
+        correct, total, seeds = correct * images, images.sum(axis=0), len(frames)
+        mean = {"accuracy": correct.sum(axis=0), "confidence": (confidence * images).sum(axis=0)}
+        accuracy, confidence = (values / np.maximum(total, 1) for values in mean.values())
+        residuals = ((correct - accuracy * images) ** 2).sum(axis=0) * seeds / max(seeds - 1, 1)
+        half = t.ppf((1 + CONFIDENCE) / 2, max(seeds - 1, 1)) * np.sqrt(residuals) / np.maximum(total, 1)
+        every, filled = (images > 0).all(axis=0) & (seeds > 1), total > 0
+        (diagonal,) = upper.plot([0, 1], [0, 1], ":", color="black", linewidth=1)
+        upper.plot(confidence[filled], accuracy[filled], "-", color="0.6", linewidth=1)
+        (hollow,) = upper.plot(confidence[filled], accuracy[filled], "o", color="black", markerfacecolor="white", markersize=5)
+        bar = upper.errorbar(confidence[every], accuracy[every], half[every], fmt="o", color="black", capsize=3, markersize=5)
+        upper.set(title=model, xlim=(0, 1.02), ylim=(-0.02, 1.02))
+        edges = frames[0]["bin"]
+        lower.bar(edges - edges[0] / 2, np.maximum(total, 0.5), width=edges[0], color="0.5", edgecolor="white")
+        lower.set(yscale="log", ylim=(0.5, None), xlabel="confidence")
+    rows[0, 0].set(ylabel="accuracy")
+    rows[1, 0].set(ylabel="predictions")
+    entries = {"perfectly calibrated": diagonal, f"all seeds, {SURE} over them": bar, "not every seed has predictions": hollow}
+    add_legend(figure, entries)
     return figure
 
 
 def plot_gains(evaluation: Evaluation) -> Figure:
     """Each comparison's gain in the figure that verdicts are on, with its 95 % interval, every seed's, and the margin."""
     comparisons, models = evaluation.comparisons, evaluation.detail["models"]
-    figure = Figure(figsize=(7, 1.6 + 0.7 * len(comparisons)), layout="constrained")
+    figure = Figure(figsize=(8, 1.6 + 0.6 * len(comparisons)), layout="constrained")
     axes, answer = figure.subplots(), next(iter(comparisons.values()))
     metric, factor = answer["metric"], scale(answer["metric"])
     sign = -1 if metric in LOWER_IS_BETTER else 1
@@ -115,25 +140,40 @@ def plot_gains(evaluation: Evaluation) -> Figure:
         gain, low, high = (factor * comparison[key] for key in ("gain", "low", "high"))
         mean = axes.errorbar(gain, row, xerr=[[gain - low], [high - gain]], fmt="D", color="black", capsize=5)
         ours, theirs = (np.array([seed[metric] for seed in models[model]["figures"]]) for model in name.split("_vs_"))
-        seeds = axes.scatter(factor * sign * (ours - theirs), [row + 0.22] * len(ours), marker="|", s=80, color="0.4")
+        seeds = axes.scatter(factor * sign * (ours - theirs), [row + 0.25] * len(ours), marker="|", s=80, color="0.4")
     margin = axes.axvspan(-factor * answer["margin"], factor * answer["margin"], color="0.9", zorder=0)
     axes.axvline(0, linestyle=":", color="black", linewidth=1)
     axes.set_yticks(range(len(comparisons)), [name.replace("_vs_", "\nagainst ") for name in comparisons])
     axes.set(ylim=(len(comparisons) - 0.5, -0.5), xlabel=f"gain on the test images ({unit(metric)})")
-    figure.legend([mean, seeds, margin], ["mean and 95 % interval", "one seed", "margin"], loc="outside lower center", ncols=3)
+    add_legend(figure, {f"mean, {SURE} over seeds and images": mean, "one seed": seeds, "within the margin": margin})
     return figure
 
 
-def plot_size(metrics: Mapping[str, Any], costs: Mapping[str, Any], exported: Mapping[str, Any]) -> Figure:
-    """Accuracy (%) with its 95 % interval over the size of the file (kB, logarithmic), a marker per model."""
-    figure = Figure(figsize=(8.5, 4), layout="constrained")
+def plot_size(evaluation: Evaluation, costs: Mapping[str, Any], exported: Mapping[str, Any]) -> Figure:
+    """The figure that verdicts are on, with its 95 % interval, over the size of the file (kB, logarithmic), a marker per model.
+
+    It is the accuracy if an exported student has not got that figure. Of models of one size, the later ones stand a bit aside.
+    """
+    figures = {model: evaluation.metrics.get(model) or exported[model.removesuffix(".onnx")] for model in costs}
+    metric = next(iter(evaluation.comparisons.values()))["metric"]
+    metric = metric if all(metric in of_model for of_model in figures.values()) else "accuracy"
+    heading, factor, _ = FIGURES[metric]
+    figure, entries, sizes = Figure(figsize=(9, 4), layout="constrained"), {}, []
     axes = figure.subplots()
-    for marker, (model, cost) in zip(MARKERS, costs.items(), strict=False):
-        figures = metrics.get(model) or exported[model.removesuffix(".onnx")]
-        accuracy, spread = 100 * figures["accuracy"], 100 * figures.get("accuracy_ci95", 0)
-        label = model if model in metrics else f"{model} (the exported seed)"
-        options = {"fmt": marker, "capsize": 4, "markersize": 7, "label": label}
-        axes.errorbar(cost["file_bytes"] / 1000, accuracy, yerr=spread or None, **options)
-    axes.set(xscale="log", xlabel="size of the file (kB)", ylabel="test accuracy (%), 95 % interval over seeds")
-    figure.legend(loc="outside right upper", fontsize=8)
+    axes.set(xscale="log", xlabel="size of the file (kB)", ylabel=f"{heading} on the test images")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    for style, (model, cost) in zip(STYLES, costs.items(), strict=False):
+        size, value = cost["file_bytes"] / 1000, factor * figures[model][metric]
+        half = factor * figures[model].get(f"{metric}_ci95", 0)
+        aside = ScaledTranslation(sum(0.9 < other / size < 1.1 for other in sizes) / 8, 0, figure.dpi_scale_trans)  # inches
+        options = style | {"linestyle": "none", "markersize": 7, "capsize": 4, "transform": axes.transData + aside}
+        label = f"{model}, {SURE} over seeds" if half else f"{model}, the exported seed" if ".onnx" in model else model
+        entries[label] = axes.errorbar(size, value, half or None, **options)
+        axes.update_datalim([(size, value - half), (size, value + half)])
+        sizes.append(size)
+    axes.margins(0.15)
+    axes.autoscale_view()
+    add_legend(figure, entries, columns=2)
     return figure

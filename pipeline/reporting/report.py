@@ -15,6 +15,7 @@ from markupsafe import Markup
 from pipeline.evaluation.comparisons import Evaluation
 from pipeline.evaluation.metrics import over_seeds
 from pipeline.evaluation.statistics import CONFIDENCE, FEWEST, FEWEST_IMAGES, OF_CLASSES, POWER
+from pipeline.reporting.gallery import confidently_wrong, gallery_table
 from pipeline.reporting.tables import difference, escape, markdown_table, mean, points, unit
 
 HARDEST = 3  # classes named as hardest
@@ -94,12 +95,15 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     content["ensemble"] = parameters.get("ensemble", False)
     content["logits"], content["features"] = chosen.get("teacher.logits"), chosen.get("teacher.features")
     content["measured"] = any(entry["architecture"].startswith("outside") for entry in models.values())
+    wrong = confidently_wrong(evaluation)
+    content["wrong"] = len(wrong)
     content["tables"] = {
         "gains": _gains(comparisons),
         "others": _others(comparisons),
         "models": _by_model(evaluation.metrics, measured),
         "classes": _classes(evaluation, model, other),
         "calibration": _by_model(evaluation.metrics, CALIBRATION) if "temperature" in evaluation.metrics[model] else None,
+        "gallery": gallery_table(wrong, classes),
         "costs": _by_model(costs["models"], COSTS),
         "parameters": _parameters(models),
     }

@@ -175,7 +175,7 @@ class Mirror:
             while key in f1:
                 key += "_"
             f1[key] = of_class["f1"]
-        figure = plot_confusion(matrix, classes, f"{record.model}, seed {record.seed}")
+        figure = plot_confusion({f"{record.model}, seed {record.seed}": matrix}, classes)
         self._write(self.client.log_figure, run.info.run_id, figure, "confusion_matrix.png")
         self._write(self.client.log_text, run.info.run_id, report(labels, probabilities, classes), "classification_report.txt")
         self._log_input(run, record, "test")

@@ -57,7 +57,6 @@ def test_with_test_logits_it_is_measured_like_a_model(tmp_path: Path, data: Trai
     again = read_evaluation("distillation", lambda path: (tmp_path / path).read_bytes())
     assert again[:3] == evaluation[:3]
     figures = draw_figures(again, costs(), EXPORTED)
-    assert "confusion_teacher.png" in figures
     text = render("markdown", "Q", again, costs(), EXPORTED, dict.fromkeys(figures, "f"))
     assert "learned from one teacher from outside, the logits in `giant.npz`: the intervals are conditional on" in flat(text)
     assert "was not measured" not in text

@@ -8,31 +8,45 @@ import pytest
 from dvc_render.vega import VegaRenderer
 
 from pipeline.evaluation.comparisons import Evaluation, loss_curves, write_evaluation
+from pipeline.evaluation.statistics import half_width
 from pipeline.params import TRACKS
-from pipeline.reporting.figures import draw_figures, plot_confusion, plot_gains, plot_loss_curves
+from pipeline.reporting.curves import GRID, mean_curves, plot_curves
+from pipeline.reporting.figures import draw_figures, plot_confusion, plot_gains, plot_loss_curves, plot_reliability, plot_size
+from pipeline.reporting.gallery import confidently_wrong, gallery_table, plot_gallery
 from tests.conftest import ROOT
 from tests.reporting.conftest import COSTS, EXPORTED
+from tests.tracking.samples import make_evaluation, make_record
 
 
 def test_every_figure_of_the_report_is_drawn_and_drawn_alike(evaluation: Evaluation):
     figures = draw_figures(evaluation, COSTS, EXPORTED)
-    names = ("loss_curves", "reliability", "gains", "size", *(f"confusion_{model}" for model in evaluation.metrics))
-    assert list(figures) == [f"{name}.png" for name in names]
+    assert list(figures) == [f"{name}.png" for name in ("loss_curves", "reliability", "gains", "size", "confusion", "curves")]
     assert all(png.startswith(b"\x89PNG") for png in figures.values())
     assert draw_figures(evaluation, COSTS, EXPORTED) == figures
 
 
-@pytest.mark.parametrize(("classes", "counts", "names"), [(30, 900, 30), (31, 0, 31), (250, 0, 84)])
-def test_a_confusion_matrix_of_many_classes_has_no_counts_and_not_every_name(classes: int, counts: int, names: int):
-    axes = plot_confusion(np.eye(classes, dtype=int), [f"class {number}" for number in range(classes)], "title").axes[0]
-    assert (len(axes.texts), len(axes.get_xticks()), len(axes.get_yticks())) == (counts, names, names)
+@pytest.mark.parametrize(
+    ("classes", "counts", "names", "own_names"), [(10, 100, 10, 0), (11, 121, 11, 11), (30, 900, 30, 30), (250, 0, 84, 84)]
+)
+def test_confusion_matrices_of_few_classes_have_counts_and_share_names(classes: int, counts: int, names: int, own_names: int):
+    matrices = dict.fromkeys("ab", np.eye(classes, dtype=int))
+    first, second, _ = plot_confusion(matrices, [f"class {number}" for number in range(classes)]).axes
+    assert (len(first.texts), len(first.get_xticks()), len(first.get_yticks())) == (counts, names, names)
+    assert (len(second.get_xticks()), len(second.get_yticks())) == (names, own_names)
+
+
+def test_the_colour_of_a_confusion_matrix_is_the_share_of_the_true_class_and_its_text_contrasts():
+    axes = plot_confusion({"a": np.array([[300, 100], [0, 0]])}, ["x", "y"]).axes[0]
+    assert axes.collections[0].get_array().ravel().tolist() == [0.75, 0.25, 0, 0]
+    assert [text.get_text() for text in axes.texts] == ["300", "100", "0", "0"]
+    assert [text.get_color() for text in axes.texts] == ["w", ".15", ".15", ".15"]
 
 
 def test_names_are_no_mathematics():
-    names = [r"$\frac{$", "a $x^2$\nb", "n" * 500]
-    figure = plot_confusion(np.eye(3, dtype=int), names, r"$\bad{$")
+    names = [r"$\frac{$", "a $x^2$\nb", "n" * 40 + "$end"]
+    figure = plot_confusion({r"$\bad{$": np.eye(3, dtype=int)}, names)
     shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert shown == [r"\$\frac{\$", r"a \$x^2\$ b", "n" * 31 + "…"]
+    assert shown == [r"\$\frac{\$", r"a \$x^2\$ b", "n" * 19 + "…" + "n" * 8 + r"\$end"]
     figure.canvas.print_figure("/dev/null", format="png")  # or Matplotlib raises
 
 
@@ -44,6 +58,80 @@ def test_gains_and_loss_curves_are_those_of_the_evaluation(evaluation: Evaluatio
     panels = plot_loss_curves(loss_curves(evaluation)).axes
     assert [axes.get_title() for axes in panels] == list(evaluation.metrics)
     assert panels[0].lines[1].get_ydata().tolist() == [1, 0.5]
+
+
+def test_the_intervals_of_a_reliability_diagram_are_over_the_seeds():
+    """With as many predictions of every seed in a bin, that of a ratio is that of a mean; where one has none, there is none."""
+    accuracies, bins = [0.5, 0.7, 0.9], {"bin": [0.5, 1.0], "confidence": [0.4, 0.8]}
+    frames = [pd.DataFrame(bins | {"images": [int(a > 0.6), 10], "accuracy": [1.0, a]}) for a in accuracies]
+    axes = plot_reliability({"a": frames}).axes[0]
+    (container,) = axes.containers
+    (segment,) = container.lines[2][0].get_segments()
+    assert segment[:, 1].tolist() == pytest.approx([0.7 - half_width(accuracies), 0.7 + half_width(accuracies)])
+    assert axes.lines[2].get_xydata().tolist() == [[0.4, 1.0], [0.8, pytest.approx(0.7)]]
+
+
+def test_the_size_figure_is_of_what_verdicts_are_on_where_all_models_have_it(evaluation: Evaluation):
+    for values in evaluation.comparisons.values():
+        assert values["metric"] == "accuracy"
+    of_auc = {name: comparison | {"metric": "auc"} for name, comparison in evaluation.comparisons.items()}
+    with_auc = {name: figures | {"auc": 0.9} for name, figures in EXPORTED.items()}
+    for exported, heading in ((EXPORTED, "accuracy (%) on"), (with_auc, "AUC on")):
+        axes = plot_size(evaluation._replace(comparisons=of_auc), COSTS["models"], exported).axes[0]
+        assert axes.get_ylabel().startswith(heading)
+
+
+def test_curves_at_their_steps():
+    """Scores .9+ .8- .7+ .6-: the ROC curve goes by (0, .5) and (.5, 1), precision is 1 up to a recall of .5, then 2/3."""
+    scores = np.array([0.9, 0.8, 0.7, 0.6])
+    rates, precisions = mean_curves(np.array([1, 0, 1, 0]), np.stack([1 - scores, scores], axis=1))
+    assert np.interp([0, 0.4, 0.6, 1], GRID, rates).tolist() == pytest.approx([0.5, 0.5, 1, 1])
+    assert np.interp([0, 0.4, 0.6, 1], GRID, precisions).tolist() == pytest.approx([2 / 3, 2 / 3, 1, 1])
+    of_one = np.eye(3)[[0, 1, 1]]  # classes 0, 1 and 2 against the rest, of which the labels hold the first two
+    rates, precisions = mean_curves(np.array([0, 1, 0]), of_one)
+    assert (rates[0], rates[-1], precisions[0]) == (pytest.approx(0.25), 1, pytest.approx((2 / 3 + 1 / 2) / 2))
+
+
+def test_the_curves_of_two_classes_have_a_marker_where_there_are_validation_images():
+    evaluation = make_evaluation(make_record(0), make_record(1))
+    point = {"sensitivity_youden": 0.7, "specificity_youden": 0.9}
+    marked = evaluation._replace(metrics={model: figures | point for model, figures in evaluation.metrics.items()})
+    for drawn, places in ((evaluation, []), (marked, [[0.1, 0.7]] * 2)):
+        axes = plot_curves(drawn).axes[0]
+        markers = [c.get_offsets().tolist()[0] for c in axes.collections if len(c.get_offsets()) == 1 and c.get_zorder() == 3]
+        assert markers == [pytest.approx(place) for place in places]
+    title = plot_curves(evaluation).get_suptitle()
+    assert title == "positive: one (a, b); mean and range over the seeds; dotted: chance"
+
+
+def gallery(teacher: list, student: list, labels: list[int]) -> pd.DataFrame:
+    of_models = {"t": np.array(teacher, np.float32), "s": np.array(student, np.float32), "a": np.array(student, np.float32)}
+    return confidently_wrong(Evaluation({}, {"s_vs_a": {}, "t_vs_s": {}}, {}, np.array(labels), of_models, np.array([]), {}))
+
+
+def test_the_gallery_holds_what_every_teacher_and_few_students_name_rightly():
+    """Images: wrong for 2 of 3 students; for all; for 1; for all, but one teacher is wrong too; right."""
+    right, wrong, sure = [0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.1, 0.0, 0.9]
+    student = [[wrong, sure, wrong, sure, right], [wrong, sure, right, sure, right], [right, sure, right, sure, right]]
+    teacher = [[right] * 5, [right] * 5, [right, right, right, wrong, right]]
+    rows = gallery(teacher, student, [0] * 5)
+    assert rows["image"].tolist() == [1, 0]
+    assert rows["predicted"].tolist() == [2, 1]
+    assert rows["confidence"].tolist() == pytest.approx([0.9, 1.4 / 3])
+    assert rows["teacher"].tolist() == pytest.approx([0.7, 0.7])
+    assert gallery_table(rows, ["x", "y", "z"])[1] == [["1", "x", "z", "0.90", "0.70"], ["0", "x", "y", "0.47", "0.70"]]
+    assert gallery(teacher, teacher, [0] * 5).empty
+
+
+@pytest.mark.parametrize(("shape", "count"), [((28, 28, 1), 30), ((224, 224, 3), 2), ((8, 8, 1), 0)])
+def test_the_gallery_shows_at_most_twelve_images_grey_and_in_colour(shape: tuple, count: int):
+    images = np.arange(30 * np.prod(shape)).reshape(30, *shape).astype(np.uint8)
+    right, wrong = [[[0.9, 0.1]] * count + [[0.9, 0.1]]], [[[0.1, 0.9]] * count + [[0.9, 0.1]]]
+    figure = plot_gallery(gallery(right, wrong, [0] * (count + 1)), images, ["$x$", "y"])
+    figure.canvas.print_figure("/dev/null", format="png")
+    assert len(figure.axes) == min(count, 12)
+    for number, axes in enumerate(figure.axes):
+        assert np.array_equal(np.reshape(axes.images[0].get_array(), shape), images[number])
 
 
 @pytest.mark.parametrize(("name", "x", "y"), [("losses", "epoch", "loss"), ("confusion", "predicted", "actual")])

@@ -13,13 +13,13 @@ from pipeline.core.files import write_json
 from pipeline.data.prepared import Split, TrainingData
 from pipeline.evaluation.comparisons import Evaluation, write_evaluation
 from pipeline.reporting.report import data_uri, render, sentence
-from tests.conftest import ROOT
+from tests.conftest import ROOT, digits
 from tests.evaluation.samples import PLAN, evaluate
 from tests.reporting.conftest import COSTS, EXPORTED
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<img src=/etc/passwd onerror=alert(1)> | ![cat](/etc/passwd) # {{ 7 * 7 }} $x^2$ <script>"
-FIGURES = ["gains", "size", "reliability", "loss_curves", *(f"confusion_{model}" for model in PLAN.models)]
+FIGURES = ["gains", "size", "reliability", "loss_curves", "confusion", "curves"]
 ADDRESSES = {"markdown": "figures/gains.png", "html": data_uri(b"png")}
 
 
@@ -183,6 +183,8 @@ def page(evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_evaluation(evaluation, tmp_path)
     for name, content in (("distillation_costs", COSTS), ("distillation_export", EXPORTED)):
         write_json(tmp_path / f"metrics/{name}.json", content)
+    (tmp_path / "data/distillation/test").mkdir(parents=True)
+    np.save(tmp_path / "data/distillation/test/images.npy", digits(400)[0][..., None])
     pipeline.report.main("distillation")
     return tmp_path / "metrics/report.html"
 
@@ -190,6 +192,7 @@ def page(evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_stage_writes_table_report_and_figures(page: Path):
     files = re.findall(r"!\[.*?\]\((.*?)\)", page.with_suffix(".md").read_text())
     assert [(page.parent / file).is_file() for file in files] == [True] * len(FIGURES)
+    assert (page.parent / "gallery/distillation.png").is_file()
     assert page.with_name("distillation.md").read_text().startswith("distillation: digits, ")
     assert [address[:5] for address in addresses(page.read_text())] == ["data:"] * (1 + len(FIGURES))
 

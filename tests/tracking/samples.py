@@ -90,7 +90,7 @@ def make_evaluation(
         f"{first}_vs_{second}": compare(labels, probabilities[first], probabilities[second]).as_json() for first, second in pairs
     }
     detail = {"track": track, "dataset": DATASET.model_dump(mode="json"), "models": models}
-    return Evaluation(metrics, compared, detail, labels, probabilities)
+    return Evaluation(metrics, compared, detail, labels, probabilities, labels[:0], {})
 
 
 def runs(experiment: str = "e") -> dict[str, Run]:
