@@ -162,7 +162,7 @@ def p_value(answer: Comparison | None, claim: str, margin: float) -> float:
 def holm(p: pd.Series) -> pd.Series:
     """Values of p corrected for their number (Holm 1979, Scandinavian Journal of Statistics 6:65-70)."""
     ordered = p.sort_values()
-    return (ordered * range(len(p), 0, -1)).cummax().clip(upper=1)[p.index]
+    return (ordered * np.arange(len(p), 0, -1)).cummax().clip(upper=1)[p.index]
 
 
 def sequence(found: Findings) -> list[str]:
@@ -370,7 +370,7 @@ def _lines(part: SubFigure, section: Section, found: Findings) -> None:
     """The gain over x with its 95 % interval, a panel per line, in each the other lines in grey."""
     lines, metric = _by_line(section), section.rows[0].gain.metric
     shape = -(-len(lines) // PANELS), min(PANELS, len(lines))
-    panels = part.subplots(*shape, squeeze=False, sharex=True, sharey=True).flat
+    panels = part.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
     ticks = list(dict.fromkeys(row.labels[section.x] for row in section.rows))
     for place, axes in enumerate(panels):
         axes.set_visible(place < len(lines))
