@@ -1,9 +1,9 @@
-"""A grid of experiments, run on Ray, and the finished ones as a table and a figure.
+"""Grids of experiments and what is claimed of them beforehand, run on Ray; the finished ones as tables and a figure.
 
     python -m studies.study run mnist                  run what is missing of studies/mnist.yaml on this machine's cores
     RAY_ADDRESS=... python -m studies.study run mnist  the same on a cluster, whose machines share this folder
     python -m studies.study run mnist --one-by-one     the same in this process, without Ray
-    python -m studies.study collect mnist              write metrics/studies/mnist.csv, .md and .png from what is finished
+    python -m studies.study collect mnist              write metrics/studies/mnist.md, .csv, _seeds.csv, .png: what is finished
 
 An interrupted study resumes with the same command; after a change in settings, code or data, what they decide runs anew.
 """
@@ -11,46 +11,69 @@ An interrupted study resumes with the same command; after a change in settings, 
 import argparse
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
 import sys
-from typing import Annotated, Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
-import pandas as pd
-from matplotlib.figure import Figure
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from tqdm import tqdm
 
 from pipeline.core.errors import UserError, one_line
-from pipeline.core.files import read_json, read_yaml, write_atomic
-from pipeline.core.provenance import commit
-from pipeline.params import Block, Params, load_params, shown
-from pipeline.reporting.tables import difference, scale, unit
+from pipeline.core.files import read_yaml
+from pipeline.params import Block, Params, Verdicts, load_params, shown
 from pipeline.tracking.mirror import Mirror
 from pipeline.training.cache import prune, read_record, trainings_folder
+from studies.results import METRICS, Question, Row, Section, find, write_pages
 from studies.tasks import MODELS, ROOT, Task, on_ray, one_by_one, plan, result_path, train_network
 
 MOST_POINTS = 10_000  # of a grid
-VERDICTS = ("better", "worse", "equivalent", "undecided")
-ALPHA = 0.05
+Settings = dict[str, Any]  # by parameter, dotted or not; or by a block, whose values are mappings
 
 
 class Grid(Block):
-    """All combinations of `vary` with `fixed`; a key is a parameter, or a block whose values are mappings."""
+    """All combinations of `vary` with `fixed`."""
 
     title: str
-    x: str  # the varied key that the figure has on its horizontal axis
-    fixed: dict[str, Any] = Field({})
-    vary: dict[str, Annotated[list[Any], Field(min_length=1)]]
+    x: str | None = None  # the varied key that the figure has on its horizontal axis; None: a row per point
+    fixed: Settings = Field({})
+    vary: dict[str, Annotated[list[Any] | dict[str, Settings], Field(min_length=1)]]  # values of a key; or settings by a name,
+    # or names that the study's `named` has settings for
+    reference: Settings = Field({})  # of what is varied: the other points' distilled students are compared with that point's
+
+
+class Contrast(Block):
+    """A claim: `model` at a point against `other`, there or at another point, paired by seed and image."""
+
+    title: str
+    at: Settings  # what picks one point: parameters, names of settings, `grid: <title>`
+    model: Literal[MODELS]
+    other: Literal[MODELS]
+    other_at: Settings | None = None  # None: as `at`
+    minus_at: Settings | None = None  # the same difference at that point is subtracted
+    metric: Literal[METRICS] | None = None  # None: the point's evaluation.primary
+    split: Literal["test", "val"] = "test"
+    claim: Literal["better", "equivalent", "not_inferior", "better_or_equivalent"] = "better"
+    margin: Annotated[float, Field(ge=0, le=1)] | None = None  # None: the point's evaluation.margin
 
 
 class Study(Block):
     """A study file."""
 
-    fixed: dict[str, Any] = Field({})
+    fixed: Settings = Field({})
+    named: dict[str, dict[str, Settings]] = Field({})
     grids: Annotated[list[Grid], Field(min_length=1)]
+    contrasts: list[Contrast] = Field([])  # tested in this order, until the first that does not hold
+    secondary: list[Contrast] = Field([])  # corrected, with all other comparisons, for their number
+
+    @field_validator("secondary")
+    @classmethod
+    def _are_single(cls, contrasts: list[Contrast]) -> list[Contrast]:
+        if any(contrast.claim == "better_or_equivalent" for contrast in contrasts):
+            raise ValueError("better_or_equivalent is two claims, for `contrasts`: here, list each by itself")
+        return contrasts
 
 
 class Point(NamedTuple):
@@ -58,6 +81,7 @@ class Point(NamedTuple):
 
     name: str  # the same for the same settings
     grid: Grid
+    labels: dict[str, Any]  # what the grid varies: by its name or dotted parameter
     settings: dict[str, Any]  # by dotted parameter: all that the study names
     params: Params
 
@@ -75,10 +99,19 @@ def main() -> None:
     if any(number is not None and number < 1 for number in (arguments.threads, arguments.workers, arguments.per_gpu)):
         parser.error("--threads, --workers and --per-gpu are at least 1")
     try:
-        points = load_study(arguments.study, arguments.threads)
+        study, points = load_study(arguments.study, arguments.threads)
+        parts = sections(points)
+        sequence, secondary = (
+            [ask(contrast, points, arguments.study) for contrast in part] for part in (study.contrasts, study.secondary)
+        )
         plans = {point.name: plan(point.params) for point in points}
         if arguments.action == "collect":
-            collect(arguments.study, points, plans)
+            paths = {name: path for name, tasks in plans.items() if (path := result_path(tasks[-1].digest)).is_file()}
+            if not paths:
+                raise UserError(f"study {arguments.study}: no finished point by this code: make study STUDY={arguments.study}")
+            settings = {point.name: point.settings for point in points}
+            found = find(arguments.study, parts, sequence, secondary, settings, paths)
+            print(write_pages(found, ROOT / "metrics" / "studies"))
         else:
             run(arguments, plans, points[0].params.tracking.experiment)
     except UserError as error:
@@ -88,41 +121,68 @@ def main() -> None:
         sys.exit(130)
 
 
-def load_study(name: str, threads: int | None = None) -> list[Point]:
-    """The points of studies/<name>.yaml, grid by grid, with these threads unless None. Raises UserError for a bad file."""
+def load_study(name: str, threads: int | None = None) -> tuple[Study, list[Point]]:
+    """studies/<name>.yaml and its points, grid by grid, with these threads unless None. Raises UserError for a bad file."""
     path, params = ROOT / "studies" / f"{name}.yaml", load_params(ROOT / "params.yaml").model_dump()
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise UserError(f"{path}: no such study; there are: {names}")
     combinations, last = [], {"threads": threads} if threads else {}
     try:
-        study = Study.model_validate(read_yaml(path))
+        study = _with_names(Study.model_validate(read_yaml(path)), path)
         for grid in study.grids:
-            if grid.x not in grid.vary:
-                raise UserError(f"{path}: {grid.title}: x = {grid.x!r} is not varied; what is: {', '.join(grid.vary)}")
+            for key, chosen in (("x", [grid.x] if grid.x else []), ("reference", grid.reference)):
+                if unknown := [name for name in chosen if name not in grid.vary]:
+                    raise UserError(
+                        f"{path}: {grid.title}: {key} = {unknown[0]!r} is not varied; what is: {', '.join(grid.vary)}"
+                    )
             if (count := math.prod(map(len, grid.vary.values()))) > MOST_POINTS:
                 raise UserError(f"{path}: {grid.title}: {count:,} points, more than {MOST_POINTS:,}")
-            for values in itertools.product(*grid.vary.values()):
-                settings = [study.fixed, grid.fixed, dict(zip(grid.vary, values, strict=True)), last]
-                combinations.append((grid, Params.model_validate(functools.reduce(merge, settings, params))))
+            for values in itertools.product(*(choices(*item) for item in grid.vary.items())):
+                settings = [study.fixed, grid.fixed, *(setting for _, setting in values), last]
+                names = {key: label for labels, _ in values for key, label in labels.items()}
+                combinations.append((grid, names, Params.model_validate(functools.reduce(merge, settings, params))))
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         raise UserError(f"{path}: {key} = {shown(problem['input'])}: {problem['msg']}") from error
     for grid in study.grids:
-        if not all(isinstance(value, int | float) and value > 0 for value in grid.vary[grid.x]):
+        if grid.x and not all(isinstance(value, int | float) and value > 0 for value in grid.vary[grid.x]):
             raise UserError(f"{path}: {grid.title}: x = {grid.x!r} has values that are no positive numbers: they make no axis")
-    named = list(study.fixed.items())
-    for grid in study.grids:
-        named += [*grid.fixed.items(), *((key, value) for key, values in grid.vary.items() for value in values)]
-    spelt = ([f"{key}.{name}" for name in value] if isinstance(value, dict) else [key] for key, value in named)
-    keys = dict.fromkeys(itertools.chain(*spelt))
+    blocks = [study.fixed, *(grid.fixed for grid in study.grids)]
+    blocks += [setting for grid in study.grids for item in grid.vary.items() for _, setting in choices(*item)]
+    keys = dict.fromkeys(key for block in blocks for item in block.items() for key in spelt(*item))
     points = []
-    for grid, point in combinations:
-        settings = point.values(*keys)
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        points.append(Point(f"{name}-{digest[:8]}", grid, point.flat(*keys), point))
-    return points
+    for grid, names, point in combinations:
+        digest = hashlib.sha256(json.dumps(point.values(*keys), sort_keys=True).encode()).hexdigest()
+        labels = {key: point.flat(key)[key] if label is None else label for key, label in names.items()}
+        points.append(Point(f"{name}-{digest[:8]}", grid, labels, point.flat(*keys), point))
+    return study, points
+
+
+def _with_names(study: Study, path: Path) -> Study:
+    """The study with the settings of `named` in the place of their names."""
+    grids = []
+    for grid in study.grids:
+        vary = dict(grid.vary)
+        for key in study.named.keys() & vary.keys():
+            if unknown := [name for name in vary[key] if name not in study.named[key]]:
+                raise UserError(f"{path}: {grid.title}: {key} = {shown(unknown[0])} is none of {', '.join(study.named[key])}")
+            vary[key] = {name: study.named[key][name] for name in vary[key]}
+        grids.append(grid.model_copy(update={"vary": vary}))
+    return study.model_copy(update={"grids": grids})
+
+
+def choices(key: str, values: list[Any] | dict[str, Settings]) -> list[tuple[dict[str, str | None], Settings]]:
+    """What a varied key may be: its labels (a name, or None for parameters, whose values label them) and its settings."""
+    if isinstance(values, dict):
+        return [({key: name}, settings) for name, settings in values.items()]
+    return [(dict.fromkeys(name for value in values for name in spelt(key, value)), {key: value}) for value in values]
+
+
+def spelt(key: str, value: Any) -> dict[str, Any]:
+    """Values by dotted parameter, of a block's mapping or of one parameter."""
+    return {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
 
 
 def merge(content: Any, settings: Any) -> Any:
@@ -162,77 +222,75 @@ def run(arguments: argparse.Namespace, plans: dict[str, list[Task]], experiment:
     sys.exit(bool(failed))
 
 
-def collect(name: str, points: list[Point], plans: dict[str, list[Task]]) -> None:
-    """Write table and figure of the finished points."""
-    finished = [(point, path) for point in points if (path := result_path(plans[point.name][-1].digest)).is_file()]
-    rows = {point.name: point.settings | read_json(path) for point, path in finished}
-    if not rows:
-        raise UserError(f"study {name}: no finished point by this code: make study STUDY={name}")
-    frame, image = pd.DataFrame(list(rows.values()), pd.Index(rows, name="experiment")), io.BytesIO()
-    table = markdown(name, frame, list(points[0].settings), len(plans))
-    plot(frame, points).savefig(image, format="png", dpi=110)
-    csv = frame.drop(columns="seeds", errors="ignore").to_csv()
-    for suffix, content in (("csv", csv), ("md", table), ("png", image.getvalue())):
-        write_atomic(ROOT / "metrics" / "studies" / f"{name}.{suffix}", content)
-    print(table)
+def pick(at: Settings, points: list[Point], where: str) -> Point:
+    """The point that `at` describes. Raises UserError if none does or several do."""
+    named = {key for point in points for key, values in point.grid.vary.items() if isinstance(values, dict)}
+    chosen = {part: wanted for key, value in at.items() for part, wanted in spelt(key, value).items()}
+    try:
+        found = {
+            point.name: point
+            for point in points
+            if all(
+                wanted
+                == (
+                    point.grid.title
+                    if key == "grid"
+                    else point.labels.get(key)
+                    if key in named
+                    else point.params.values(key)[key]
+                )
+                for key, wanted in chosen.items()
+            )
+        }
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"{where}: {shown(at)}: not a parameter, nor a name of settings: {error}") from error
+    if len(found) != 1:
+        raise UserError(f"{where}: {shown(at)} describes {len(found)} points, not one")
+    return next(iter(found.values()))
 
 
-def markdown(name: str, frame: pd.DataFrame, settings: list[str], planned: int) -> str:
-    """The table: a row per finished point, in percent and percentage points (of nll, nats)."""
-    varied = [key for key in settings if frame[key].map(str).nunique() > 1]
-    fixed = ", ".join(f"{key} {frame[key].iloc[0]}" for key in settings if key not in varied)
-    counts = ", ".join(f"{verdict} {sum(frame['verdict'].str.startswith(verdict))}" for verdict in VERDICTS)
-    frame = (frame.sort_values(varied) if varied else frame).assign(holm=lambda rows: holm(rows["p"].astype(float)))
-    metric = frame["metric"].iloc[0]
-    gain = frame[["gain", "low", "high"]].astype(float).map(functools.partial(difference, metric))
-    table = frame[varied].copy()
-    for model in MODELS:
-        heading = f"{model.removeprefix('student_')} ({'nats' if metric == 'nll' else '%'})"
-        table[heading] = (scale(metric) * frame[f"{metric}_{model}"]).map("{:.2f}".format)
-    table[f"gain ({unit(metric)})"], table["95 % interval"] = gain["gain"], gain["low"] + " to " + gain["high"]
-    table["p, Holm"], table["distilled is"] = frame["holm"].map("{:.3f}".format), frame["verdict"]
-    remain = sum(frame["holm"] < ALPHA)
-    return (
-        f"Study {name}: {len(frame)} of {planned} points finished, on commit `{commit()}`; {fixed}.\n\n"
-        f"The distilled student against the same student alone, at 95 % each: {counts}. Corrected for there being {len(frame)} "
-        f"comparisons (Holm 1979), {remain} of the differences remain at 5 %.\n\n"
-        f"{table.to_markdown(index=False, tablefmt='github', disable_numparse=True)}\n\n![Gains of study {name}]({name}.png)\n"
-    )
+def ask(contrast: Contrast, points: list[Point], where: str) -> Question:
+    """What a contrast asks of the results. Raises UserError if it does not pick its points, or if they have other seeds."""
+    where = f"{where}: {contrast.title}"
+    point = pick(contrast.at, points, where)
+    other = point if contrast.other_at is None else pick(contrast.other_at, points, where)
+    terms = [(1, point.name, contrast.model), (-1, other.name, contrast.other)]
+    picked = [point, other]
+    if contrast.minus_at is not None:
+        picked.append(less := pick(contrast.minus_at, points, where))
+        terms += [(-1, less.name, contrast.model), (1, less.name, contrast.other)]
+    if len({tuple(place.params.seeds) for place in picked}) > 1:
+        raise UserError(f"{where}: the points have other seeds: nothing to pair")
+    verdicts = point.params.evaluation
+    margin = verdicts.margin if contrast.margin is None else contrast.margin
+    return Question(contrast.title, tuple(terms), contrast.metric or verdicts.primary, contrast.split, contrast.claim, margin)
 
 
-def holm(p: pd.Series) -> pd.Series:
-    """Values of p corrected for their number (Holm 1979, Scandinavian Journal of Statistics 6:65-70)."""
-    ordered = p.sort_values()
-    return (ordered * range(len(p), 0, -1)).cummax().clip(upper=1)[p.index]
+def sections(points: list[Point]) -> list[Section]:
+    """The points by grid and metric. Raises UserError if a grid's reference is none of its points."""
+    parts: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        parts.setdefault((point.grid.title, point.params.evaluation.primary), []).append(point)
+    return [_section(part) for part in parts.values()]
 
 
-def plot(frame: pd.DataFrame, points: list[Point]) -> Figure:
-    """A panel per grid: the gain in percentage points with its interval over the grid's x, a line per other setting."""
-    grids = [(grid, list(group)) for grid, group in itertools.groupby(points, lambda point: point.grid)]
-    figure, metric = Figure(figsize=(6.5 * len(grids), 5), layout="constrained"), frame["metric"].iloc[0]
-    for axes, (grid, group) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids, strict=True):
-        labels = {}
-        for point in (point for point in group if point.name in frame.index):
-            others = {key: value for key, value in point.settings.items() if key != grid.x and _is_varied(key, grid)}
-            labels[point.name] = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in others.items())
-        lines = frame.loc[list(labels)].groupby(pd.Series(labels, dtype=str), sort=False)
-        for number, (label, line) in enumerate(lines):
-            x = line[grid.x] * 1.05 ** (number - (len(lines) - 1) / 2)  # side by side
-            gain, low, high = (scale(metric) * line[key].astype(float) for key in ("gain", "low", "high"))
-            style = {"marker": "osD^vPX*"[number % 8], "linestyle": ("-", "--", ":", "-.")[number % 4], "linewidth": 1}
-            axes.errorbar(x, gain, [gain - low, high - gain], capsize=3, markersize=5, label=label.replace("$", r"\$"), **style)
-        axes.axhline(0, color="black", linewidth=0.8)
-        title = grid.title.replace("$", r"\$")  # no mathematics
-        axes.set(title=title, xscale="log", xlabel=grid.x, ylabel=f"gain of distillation ({unit(metric)})")
-        axes.set_xticks(grid.vary[grid.x], grid.vary[grid.x])
-        axes.minorticks_off()
-        if any(labels.values()):
-            axes.legend(fontsize=8)
-    return figure
+def _section(points: list[Point]) -> Section:
+    grid, rows = points[0].grid, []
+    reference = {part: wanted for key, value in grid.reference.items() for part, wanted in spelt(key, value).items()}
+    for point in points:
+        verdicts, against = point.params.evaluation, None
+        if reference:
+            against = next((other for other in points if other.labels == point.labels | reference), None)
+            if against is None:
+                raise UserError(f"{grid.title}: no point has reference = {shown(grid.reference)}")
 
+        def question(other: str, model: str, point: Point = point, verdicts: Verdicts = verdicts) -> Question:
+            terms = (1, point.name, "student_distilled"), (-1, other, model)
+            return Question(grid.title, terms, verdicts.primary, "test", "better", verdicts.margin)
 
-def _is_varied(key: str, grid: Grid) -> bool:
-    return any(key == varied or key.startswith(f"{varied}.") for varied in grid.vary)
+        direct = question(against.name, "student_distilled") if against and against is not point else None
+        rows.append(Row(point.name, point.labels, question(point.name, "student_alone"), direct))
+    return Section(grid.title, grid.x, ", ".join(map(str, reference.values())), rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ results in `.studies/`: equal tasks are done once, whichever points need them, a
 
 import functools
 import hashlib
+import io
 import itertools
 import logging
 import os
@@ -19,23 +20,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from filelock import FileLock
 
 from pipeline import fetch_data
 from pipeline.core.errors import UserError, one_line
-from pipeline.core.files import md5, write_json
+from pipeline.core.files import md5, write_atomic, write_json
 from pipeline.core.provenance import code_digest
 from pipeline.data.dataset import load_dataset
 from pipeline.evaluation.comparisons import evaluate_track
 from pipeline.fetching.sources import own_file, read_source
 from pipeline.networks.description import checkpoint_path
-from pipeline.params import Params
+from pipeline.params import TRACKS, Params
 from pipeline.training.cache import trainings_folder
 from pipeline.training.recipe import CODE, Recipe, train
 from pipeline.training.seeds import MEMORY
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("teacher", "student_alone", "student_distilled")
+TEACHERS, SPLITS = TRACKS["distillation"].teachers, ("test", "val")
+PAIRS = [("student_distilled", "student_alone")]
 TOKEN = "~/.ray/auth_token"  # noqa: S105 (where it lies), by which the machines of a cluster know each other
 Outcome = tuple[Any, str | None]  # what a task returned; why it failed, in one line
 _code, _md5 = functools.cache(code_digest), functools.cache(md5)
@@ -77,7 +81,7 @@ def plan(params: Params) -> list[Task]:
         lone = add(train_network, CODE, Recipe(**small, seed=seed, data=folder), needs=(data,))
         learner = add(train_network, CODE, Recipe(**distilled, seed=seed, data=folder), needs=(data, *of_student))
         checkpoints += [teacher, lone, learner]
-    settings = (params.device, params.threads, tuple(params.seeds), params.evaluation.primary, params.evaluation.margin)
+    settings = (params.device, params.threads, tuple(params.seeds))
     add(evaluate, ("data", "evaluation", "networks"), *settings, needs=(data, *checkpoints))
     return tasks
 
@@ -99,43 +103,44 @@ def train_network(_digest: str, recipe: Recipe, data: Path, *teachers: Path) -> 
     return train(replace(recipe, data=data, teachers=teachers), trainings_folder(), lambda record: None)
 
 
-def evaluate(
-    digest: str, device: str, threads: int, seeds: Sequence[int], metric: str, margin: float, data: Path, *checkpoints: Path
-) -> None:
-    """Write a point's result, the verdict on `metric`.
+def evaluate(digest: str, device: str, threads: int, seeds: Sequence[int], data: Path, *checkpoints: Path) -> None:
+    """Write a point's result: its models' figures and predictions of the test images and, where there are, validation images.
 
     `checkpoints` are those of MODELS of the first seed, then of the second, and so on.
     """
     import torch
 
     from pipeline.data.prepared import load_split
+    from pipeline.evaluation.metrics import score
     from pipeline.networks.inference import choose_device
 
     torch.set_num_threads(threads)
-    test = load_split(data, "test", choose_device(device))
     with tempfile.TemporaryDirectory() as folder:
         for (seed, model), checkpoint in zip(itertools.product(seeds, MODELS), checkpoints, strict=True):
             link = checkpoint_path(Path(folder, model), seed)
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(checkpoint)
-        pairs = [("student_distilled", "student_alone")]
-        judged = {"teachers": {}, "metric": metric, "margin": margin}
-        evaluation = evaluate_track("distillation", Path(folder), load_dataset(data), test, MODELS, pairs, **judged)
-    (comparison,) = evaluation.comparisons.values()
-    figures = dict.fromkeys((metric, "accuracy", "auc"))
-    result = {"metric": metric} | {
-        f"{figure}_{model}{end}": evaluation.metrics[model].get(f"{figure}{end}")
-        for figure in figures
-        for model in MODELS
-        for end in ("", "_ci95")
-    }
-    write_json(
-        result_path(digest), result | {key: comparison.get(key) for key in ("gain", "low", "high", "p", "detectable", "verdict")}
-    )
+        test, val = (load_split(data, split, choose_device(device)) for split in SPLITS)
+        evaluation = evaluate_track(
+            "distillation", Path(folder), load_dataset(data), test, MODELS, PAIRS, TEACHERS, validation=val
+        )
+    figures = {"test": {model: entry["figures"] for model, entry in evaluation.detail["models"].items()}}
+    arrays = {"test_labels": evaluation.labels} | {f"test_{model}": p for model, p in evaluation.probabilities.items()}
+    if len(labels := evaluation.val_labels):
+        figures["val"] = {model: [score(labels, seed) for seed in p] for model, p in evaluation.val_probabilities.items()}
+        arrays |= {"val_labels": labels} | {f"val_{model}": p for model, p in evaluation.val_probabilities.items()}
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_atomic(result_path(digest).with_suffix(".npz"), content.getvalue())
+    write_json(result_path(digest), {"seeds": list(seeds), "figures": figures})
 
 
 def result_path(digest: str) -> Path:
-    """Where the result of an evaluation lies: accuracy, AUC and the figure that verdicts are on, by model, and the gain."""
+    """Where a point's result lies: `seeds`, and `figures` by split, model and seed, as in `Evaluation.detail`.
+
+    Beside it, with the suffix .npz, by split: labels, int64 (N,), as `<split>_labels`; probabilities, float32 (S, N, K), as
+    `<split>_<model>`.
+    """
     return ROOT / ".studies" / f"{digest}.json"
 
 

@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from pipeline.core.errors import UserError
 from studies import study as module
-from studies.study import Point, holm, load_study, markdown, plot
+from studies.results import Question
+from studies.study import Point, Study, ask, load_study, sections
 from studies.tasks import ROOT
 
 SMALL = """
@@ -21,11 +21,9 @@ grids:
     vary: {distillation.label_fraction: [0.1, 1.0], student: [{width: 4, hidden: 16}, {width: 8}]}
   - {title: temperature, x: kd.temperature, fixed: {student: {width: 4, hidden: 16}}, vary: {kd.temperature: [2.0, 5]}}
 """
-RESULT = {"accuracy_teacher": 0.98, "accuracy_student_alone": 0.96, "accuracy_student_distilled": 0.97}
-RESULT |= {"metric": "accuracy", "gain": 0.01, "low": 0.004, "high": 0.016, "p": 0.02, "detectable": 0.005, "verdict": "better"}
 
 
-def load(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> list[Point]:
+def load(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> tuple[Study, list[Point]]:
     (folder / "studies").mkdir()
     (folder / "studies" / "small.yaml").write_text(text)
     shutil.copy(ROOT / "params.yaml", folder)
@@ -33,68 +31,106 @@ def load(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> list[Point
     return load_study("small")
 
 
-@pytest.fixture
-def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Point]:
-    return load(tmp_path, monkeypatch, SMALL)
-
-
-def frame_of(points: list[Point]) -> pd.DataFrame:
-    rows = {point.name: point.settings | RESULT for point in points}
-    return pd.DataFrame(list(rows.values()), list(rows))
-
-
-@pytest.mark.parametrize("name", ["mnist", "pneumoniamnist"])
-def test_the_studies_here_have_valid_points(name: str):
-    points = load_study(name, threads=3)
-    assert len({point.name for point in points}) == 25
+@pytest.mark.parametrize(
+    ("name", "count"), [("mnist", 25), ("pneumoniamnist", 25), ("original", 1), ("retinamnist", 2), ("medical", 7)]
+)
+def test_the_studies_here_have_valid_points_and_contrasts(name: str, count: int):
+    study, points = load_study(name, threads=3)
+    assert len({point.name for point in points}) == count
     assert {point.params.threads for point in points} == {3}
+    assert sum(len(section.rows) for section in sections(points)) == len(points)
+    for contrast in [*study.contrasts, *study.secondary]:
+        assert ask(contrast, points, name).title == contrast.title
 
 
-def test_points_are_all_combinations_with_blocks_spelt_out(points: list[Point]):
+def test_points_are_all_combinations_with_blocks_spelt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _, points = load(tmp_path, monkeypatch, SMALL)
     assert len(points) == 4 + 2
     assert points[2].name == points[5].name  # in both grids
     chosen = {"distillation.label_fraction": 0.1, "student.width": 8, "student.hidden": 64, "kd.temperature": 5.0}
     assert points[1].settings == {"seeds": [0, 1]} | chosen
     assert points[1].params.flat(*chosen) == chosen
+    assert points[1].labels == {key: chosen[key] for key in chosen if key != "kd.temperature"}
 
 
-def test_the_table_has_a_row_per_finished_point(points: list[Point]):
-    text = markdown("small", frame_of(points[:4]), list(points[0].settings), 5)
-    assert text.startswith("Study small: 4 of 5 points finished, on commit `")
-    assert "`; seeds [0, 1], kd.temperature 5.0.\n" in text
-    assert "better 4, worse 0, equivalent 0, undecided 0. Corrected for there being 4 comparisons (Holm 1979), 0 of" in text
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    columns = [
-        "teacher (%)",
-        "alone (%)",
-        "distilled (%)",
-        "gain (points of accuracy)",
-        "95 % interval",
-        "p, Holm",
-        "distilled is",
-    ]
-    assert rows[0] == ["distillation.label_fraction", "student.width", "student.hidden", *columns]
-    assert rows[2] == ["0.1", "4", "16", "98.00", "96.00", "97.00", "+1.00", "+0.40 to +1.60", "0.080", "better"]
-    assert len(rows) == 2 + 4
+NAMED = """
+fixed: {seeds: [0, 1, 2], evaluation: {primary: auc, margin: 0.03}}
+named: {recipe: {plain: {distillation.epochs: 2}, strong: {distillation: {epochs: 3, schedule: cosine}}}}
+grids:
+  - {title: big, vary: {recipe: [plain, strong], kd: {soft: {kd.temperature: 9}, hard: {}}}, reference: {kd: soft}}
+  - {title: small, fixed: {student: {width: 4}, evaluation.primary: nll}, vary: {recipe: [strong]}}
+"""
+CONTRASTS = """
+contrasts:
+  - {title: headroom, at: {grid: small}, model: teacher, other: student_alone}
+secondary:
+  - {title: recipe, at: {recipe: strong, student.width: 16, kd: hard}, model: student_alone, other: student_alone,
+     other_at: {recipe: plain, student: {width: 16}, kd: hard}, claim: not_inferior, split: val, metric: accuracy}
+  - {title: more, at: {grid: big, recipe: strong, kd: soft}, minus_at: {grid: big, recipe: plain, kd: soft}, margin: 0.1,
+     model: student_distilled, other: student_alone}
+"""
 
 
-def test_holms_correction():
-    corrected = holm(pd.Series({"a": 0.03, "b": 0.01, "c": 0.2, "d": 0.02}))
-    assert corrected.to_dict() == pytest.approx({"a": 0.06, "b": 0.04, "c": 0.2, "d": 0.06})
+def test_settings_have_names_and_contrasts_pick_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    study, points = load(tmp_path, monkeypatch, NAMED + CONTRASTS)
+    assert [list(point.labels.values()) for point in points] == [
+        ["plain", "soft"], ["plain", "hard"], ["strong", "soft"], ["strong", "hard"], ["strong"],
+    ]  # fmt: skip
+    assert points[2].params.flat("distillation.epochs", "distillation.schedule", "kd.temperature", "student.width") == {
+        "distillation.epochs": 3, "distillation.schedule": "cosine", "kd.temperature": 9, "student.width": 16,
+    }  # fmt: skip
+    plain, _, strong, hard, small = (point.name for point in points)
+    assert ask(study.contrasts[0], points, "") == (
+        "headroom", ((1, small, "teacher"), (-1, small, "student_alone")), "nll", "test", "better", 0.03,
+    )  # fmt: skip
+    recipe, more = (ask(contrast, points, "") for contrast in study.secondary)
+    assert recipe == (
+        "recipe", ((1, hard, "student_alone"), (-1, points[1].name, "student_alone")), "accuracy", "val", "not_inferior", 0.03,
+    )  # fmt: skip
+    assert more.margin == 0.1
+    assert more.terms == (
+        (1, strong, "student_distilled"), (-1, strong, "student_alone"),
+        (-1, plain, "student_distilled"), (1, plain, "student_alone"),
+    )  # fmt: skip
+    big, little = sections(points)
+    assert [row.against and row.against.terms for row in big.rows] == [
+        None, ((1, points[1].name, "student_distilled"), (-1, plain, "student_distilled")),
+        None, ((1, hard, "student_distilled"), (-1, strong, "student_distilled")),
+    ]  # fmt: skip
+    assert (big.reference, little.reference, little.rows[0].gain.metric) == ("soft", "", "nll")
 
 
-def test_the_figure_has_a_panel_per_grid_and_a_line_per_setting(points: list[Point]):
-    panels = plot(frame_of(points[:4]), points).axes
-    assert [panel.get_title() for panel in panels] == ["labels", "temperature"]
-    assert [len(panel.containers) for panel in panels] == [2, 1]
-    assert [text.get_text() for text in panels[0].get_legend().get_texts()] == ["width 4, hidden 16", "width 8, hidden 64"]
-    assert not plot(frame_of(points[:1]), points).axes[1].containers  # nothing of that grid has finished
+@pytest.mark.parametrize(
+    ("contrast", "message"),
+    [
+        ("at: {recipe: strong}", "small: c: {'recipe': 'strong'} describes 3 points, not one"),
+        ("at: {grid: big, recipe: weak}", "describes 0 points"),
+        ("at: {grid: small, kd.alfa: 1}", "not a parameter, nor a name of settings: .*alfa"),
+        ("at: {grid: small}, other_at: {grid: other}", "c: the points have other seeds: nothing to pair"),
+        ("at: {grid: small}, metric: f1", "secondary.0.metric = 'f1'"),
+        ("at: {grid: small}, claim: better_or_equivalent", "two claims"),
+    ],
+)
+def test_a_bad_contrast_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contrast: str, message: str):
+    other = "  - {title: other, fixed: {seeds: [7, 8, 9]}, vary: {kd.alpha: [0.3]}}\n"
+    text = f"{NAMED}{other}secondary: [{{title: c, model: teacher, other: student_alone, {contrast}}}]"
+
+    def asked() -> Question:
+        study, points = load(tmp_path, monkeypatch, text)
+        return ask(study.secondary[0], points, "small")
+
+    with pytest.raises(UserError, match=message):
+        asked()
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("grids: [{title: t, x: kd.alpha, vary: {kd.temperature: [1.0]}}]", "x = 'kd.alpha' is not varied"),
+        ("grids: [{title: t, reference: {kd.alpha: 1}, vary: {kd.temperature: [1.0]}}]", "reference = 'kd.alpha' is not varied"),
+        ("{named: {a: {b: {}}}, grids: [{title: t, vary: {a: [c]}}]}", "a = 'c' is none of b"),
+        ("grids: [{title: t, x: a, vary: {a: {b: {seeds: [0]}}}}]", "they make no axis"),
+        ("grids: [{title: t, vary: {a: {b: {c: 1}}}}]", "c = 1"),
         ("grids: [{title: t, x: kd.alpha, vary: {kd.alpha: [2.0]}}]", "kd.alpha = 2.0"),
         ("grids: [{title: t, x: kd.alfa, vary: {kd.alfa: [0.5]}}]", "kd.alfa"),
         ("grids: [{title: t, x: seeds.x, vary: {seeds.x: [0.5]}}]", "seeds = {'x': 0.5}"),
@@ -114,7 +150,7 @@ def test_a_bad_study_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("name", "hidden", "message"),
     [
-        ("nothing", "", "mnist, original, pneumoniamnist, retinamnist"),
+        ("nothing", "", "medical, methods, mnist, original, pneumoniamnist, retinamnist"),
         pytest.param("mnist", "ray", "pip install -r requirements-ray.lock, or run <name> --one-by-one", marks=pytest.mark.slow),
         pytest.param("mnist", "", "RAY_ADDRESS=127.0.0.1:9: [Errno 111] Connection refused", marks=pytest.mark.slow),
     ],

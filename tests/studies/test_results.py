@@ -1,0 +1,222 @@
+"""What is said of finished points: synthetic ones, whose answers other code knows."""
+
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import t
+
+from pipeline.core.errors import UserError
+from pipeline.evaluation.statistics import Comparison, compare
+from studies import results, tasks
+from studies.results import Findings, find, holm, outcome, p_value, sequence, write_pages
+from studies.study import Contrast, Point, ask, sections
+from tests.studies.synthetic import write_result
+from tests.studies.test_study import NAMED, load
+
+CONTRAST = {"at": {"grid": "big", "recipe": "strong", "kd": "hard"}, "model": "student_distilled", "other": "student_alone"}
+PICKED = CONTRAST["at"]
+
+
+@pytest.fixture
+def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Point]:
+    monkeypatch.setattr(tasks, "ROOT", tmp_path)
+    return load(tmp_path, monkeypatch, NAMED)[1]
+
+
+def found(points: list[Point], contrasts: list[dict] = (), secondary: list[dict] = ()) -> Findings:
+    asked = ([ask(Contrast(**CONTRAST | {"title": "c"} | each), points, "") for each in part] for part in (contrasts, secondary))
+    paths = {point.name: tasks.result_path(tasks.plan(point.params)[-1].digest) for point in points}
+    finished = {name: path for name, path in paths.items() if path.is_file()}
+    return find("small", sections(points), *asked, {point.name: point.settings for point in points}, finished)
+
+
+def test_answers_are_those_of_the_statistics_on_the_predictions_kept(points: list[Point]):
+    arrays = [write_result(point, student_distilled=1.0 + 0.2 * number) for number, point in enumerate(points)]
+    contrast = {
+        "other_at": PICKED | {"kd": "soft"},
+        "model": "student_alone",
+        "other": "teacher",
+        "metric": "nll",
+        "split": "val",
+    }
+    more = {"minus_at": PICKED | {"recipe": "plain"}, "metric": "accuracy"}
+    answers = found(points, [contrast, more]).answers
+    direct, difference, *gains = answers.values()
+    data = arrays[3]["val_labels"], arrays[3]["val_student_alone"], arrays[2]["val_teacher"]
+    assert direct == pytest.approx(compare(*data, "nll", 0.03), nan_ok=True)
+    accuracies = [
+        [(arrays[number][f"test_{model}"].argmax(axis=2) == arrays[number]["test_labels"]).mean() for number in (3, 1)]
+        for model in ("student_distilled", "student_alone")
+    ]
+    assert difference.gain == pytest.approx(np.subtract(*accuracies)[0] - np.subtract(*accuracies)[1])
+    data = arrays[0]["test_labels"], arrays[0]["test_student_distilled"], arrays[0]["test_student_alone"]
+    assert gains[0] == pytest.approx(compare(*data, "auc", 0.03), nan_ok=True)
+
+
+def test_a_calibrated_figure_is_after_temperature_scaling(points: list[Point]):
+    calibration = pytest.importorskip("pipeline.evaluation.calibration")
+    arrays = write_result(points[3])
+    scaled = [
+        np.stack(
+            [
+                calibration.scaled(test, calibration.fit_temperature(arrays["val_labels"], val))
+                for val, test in zip(arrays[f"val_{model}"], arrays[f"test_{model}"], strict=True)
+            ]
+        )
+        for model in ("student_distilled", "student_alone")
+    ]
+    answer = next(iter(found(points, [{"metric": "nll_calibrated"}]).answers.values()))
+    assert answer == pytest.approx(compare(arrays["test_labels"], *scaled, "nll", 0.03), nan_ok=True)
+
+
+def answer(gain: float, error: float, df: float = 9, margin: float = 1.0, seeds: int = 10) -> Comparison:
+    wide, narrow = (error * t.ppf(share, df) for share in (0.975, 0.95))
+    interval = {"low": gain - wide, "high": gain + wide, "low_90": gain - narrow, "high_90": gain + narrow}
+    rest = {"seeds_low": 0, "seeds_high": 0, "p": 2 * t.sf(abs(gain) / error, df), "df": df, "detectable": 0}
+    return Comparison("auc", margin, gain, **interval, **rest, seeds=seeds, images=100, smallest_class=50)
+
+
+@pytest.mark.parametrize("gain", [-1.5, -0.6, -0.3, 0.0, 0.3, 0.6, 1.5])
+@pytest.mark.parametrize("claim", ["better", "equivalent", "not_inferior"])
+def test_p_is_below_five_percent_where_a_claim_is_shown(claim: str, gain: float):
+    comparison = answer(gain, 0.25)
+    shown = outcome(comparison, claim) == claim.replace("_", " ")
+    worse = claim == "better" and comparison.high < 0
+    assert (p_value(comparison, claim, 1.0) < 0.05) == (shown or worse)
+    assert p_value(comparison._replace(seeds=2), claim, 1.0) == p_value(None, claim, 1.0) == 1
+    assert outcome(comparison._replace(seeds=2), claim) == ""
+
+
+def test_claims_by_numbers_worked_out_by_hand():
+    # t at 9 degrees of freedom: 2.262 (97.5 %), 1.833 (95 %)
+    assert outcome(answer(0.5, 0.25), "better_or_equivalent") == "equivalent"  # -0.07 to 1.07; at 90 %: 0.04 to 0.96
+    assert outcome(answer(0.6, 0.25), "better_or_equivalent") == "better"
+    assert outcome(answer(0.6, 0.25), "equivalent") == ""  # 90 %: 0.14 to 1.06
+    assert outcome(answer(-0.4, 0.25), "not_inferior") == "not inferior"  # above -0.97
+    assert outcome(answer(-0.5, 0.25), "not_inferior") == ""  # above -1.07
+    assert p_value(answer(-0.5, 0.25), "not_inferior", 1.0) == pytest.approx(2 * t.sf(2, 9))
+    assert p_value(answer(-0.5, 0.25), "equivalent", 1.0) == pytest.approx(t.sf(2, 9))
+    assert p_value(answer(0.5, 1e-300), "equivalent", 1.0) == 0
+
+
+def test_holms_correction():
+    corrected = holm(pd.Series({"a": 0.03, "b": 0.01, "c": 0.2, "d": 0.02}))
+    assert corrected.to_dict() == pytest.approx({"a": 0.06, "b": 0.04, "c": 0.2, "d": 0.06})
+
+
+def test_a_sequence_ends_at_the_first_claim_that_is_not_shown(points: list[Point]):
+    write_result(points[3])
+    claims = [
+        {"model": "teacher"},
+        {"claim": "not_inferior", "other": "teacher", "margin": 0.001},
+        {"model": "teacher", "metric": "accuracy"},
+        {"at": PICKED | {"kd": "soft"}},
+    ]
+    assert sequence(found(points, claims)) == ["better", "not shown", "not tested", "not run"]
+    assert sequence(found(points, claims[::-1]))[:2] == ["not run", "not tested"]
+
+
+def test_what_is_in_no_sequence_is_corrected_together(points: list[Point]):
+    for point in points[:4]:
+        write_result(point)
+    gain = found(points, [{}], [{}, {"at": PICKED | {"kd": "soft"}}, {"split": "val"}])
+    # five gains, two of them in `secondary` too and one of these in the sequence; two direct contrasts; one on validation images
+    assert len(gain.holm) == 4 + 2 + 1
+    assert gain.holm[gain.rows[points[4].name].gain.test] == 1  # that it is missing counts
+    assert gain.contrasts[0].test not in gain.holm
+
+
+def test_other_images_are_not_paired(points: list[Point]):
+    write_result(points[3])
+    write_result(points[2], images=100)
+    with pytest.raises(UserError, match="c: the points have other test images or seeds: nothing to pair"):
+        found(points, [{"other_at": PICKED | {"kd": "soft"}}])
+
+
+def test_validation_images_may_be_missing(points: list[Point]):
+    arrays = write_result(points[3])
+    path = tasks.result_path(tasks.plan(points[3].params)[-1].digest).with_suffix(".npz")
+    np.savez(path, **{name: array for name, array in arrays.items() if name.startswith("test")})
+    results.jackknifed.cache_clear()
+    with pytest.raises(UserError, match="no val images: a contrast needs them"):
+        found(points, [{"split": "val"}])
+
+
+def test_the_pages_of_an_unfinished_study(points: list[Point], tmp_path: Path):
+    for point in points[1:]:
+        write_result(point)
+    page = write_pages(
+        found(points, [{"title": "gain"}, {"at": PICKED | {"recipe": "plain", "kd": "soft"}}], [{"split": "val"}]), tmp_path
+    )
+    assert page == (tmp_path / "small.md").read_text()
+    assert page.startswith("Study small: 4 of 5 points finished, on commit `")
+    assert "`; seeds &#91;0, 1, 2&#93;, evaluation.margin 0.03.\n" in page
+    assert "at 95 % each: better 4, worse 0, equivalent 0, undecided 0. Of the 6 comparisons in no fixed sequence, " in page
+    tables = [
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("| ")]
+        for part in page.split("\n## ")[1:]
+    ]
+    fixed, secondary, big, small = tables
+    assert [row[-1] for row in fixed] == ["result", "better", "not run"]
+    assert secondary[1][:2] == ["c", "better in auc on validation images"]
+    models = ["teacher (%)", "alone (%)", "distilled (%)"]
+    gains = ["gain (points of AUC)", "95 % interval", "p, Holm", "distilled is"]
+    assert big[0] == ["recipe", "kd", *models, *gains, "against soft", "95 % interval", "p, Holm"]
+    assert [row[:2] for row in big[1:]] == [["plain", "hard"], ["strong", "soft"], ["strong", "hard"]]
+    assert [row[-3] for row in big[1:]] == ["not run", "", "+0.00"]
+    assert big[3][7] == "in the fixed sequence"
+    assert small[0][:5] == [
+        "recipe",
+        "teacher (nats)",
+        "alone (nats)",
+        "distilled (nats)",
+        "gain (nats of negative log-likelihood)",
+    ]
+
+
+def test_the_tables_hold_every_point_and_every_seed(points: list[Point], tmp_path: Path):
+    arrays = write_result(points[3])
+    write_pages(found(points), tmp_path)
+    (row,) = pd.read_csv(tmp_path / "small.csv").to_dict("records")
+    seeds = pd.read_csv(tmp_path / "small_seeds.csv")
+    assert list(seeds.columns[:6]) == ["experiment", "seed", "split", "model", "accuracy", "auc"]
+    assert len(seeds) == 3 * 2 * 3
+    right = arrays["val_teacher"].argmax(axis=2) == arrays["val_labels"]
+    of_teacher = seeds[(seeds["split"] == "val") & (seeds["model"] == "teacher")]
+    assert of_teacher["accuracy"].tolist() == pytest.approx(right.mean(axis=1).tolist())
+    means = seeds[seeds["split"] == "test"].groupby("model")["auc"].mean()
+    assert row["gain"] == pytest.approx(means["student_distilled"] - means["student_alone"])
+    assert row["auc_teacher"] == pytest.approx(means["teacher"])
+    assert (row["verdict"], row["kd.temperature"]) == ("better", 5)
+
+
+def test_the_figure_has_a_row_per_comparison_and_a_panel_per_line(points: list[Point], tmp_path: Path):
+    for point in points[:3]:
+        write_result(point)
+    figure = results.draw(found(points))
+    gains, direct, small = (panel for part in figure.subfigs for panel in part.axes)
+    assert [part.get_suptitle() for part in figure.subfigs] == ["big", "small"]
+    assert [label.get_text() for label in direct.get_yticklabels()] == ["recipe plain, kd hard", "recipe strong, kd hard"]
+    assert [sum(hasattr(drawn, "has_xerr") for drawn in panel.containers) for panel in (gains, direct, small)] == [3, 1, 0]
+    assert [text.get_text() for text in small.texts] == ["not run"]
+    assert gains.patches[0].get_width() == pytest.approx(6)  # twice the margin, in points
+    write_pages(found(points), tmp_path)
+    assert matplotlib.image.imread(tmp_path / "small.png").shape[1] == 1100
+
+
+def test_ten_lines_are_ten_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tasks, "ROOT", tmp_path)
+    alphas = [number / 10 for number in range(1, 11)]
+    vary = f"{{kd.temperature: [2, 4], kd.alpha: {alphas}}}"
+    points = load(tmp_path, monkeypatch, f"fixed: {{seeds: [0, 1, 2]}}\ngrids: [{{title: t, x: kd.temperature, vary: {vary}}}]")[
+        1
+    ]
+    for point in points[:-1]:
+        write_result(point)
+    panels = [panel for panel in results.draw(found(points)).subfigs[0].axes if panel.get_visible()]
+    assert [panel.get_title() for panel in panels] == [f"alpha {alpha}" for alpha in alphas]
+    assert [len(panel.containers[0].lines[0].get_xdata()) for panel in panels] == [2] * 9 + [1]
+    assert not any(panel.get_legend() for panel in panels)
