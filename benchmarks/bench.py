@@ -106,20 +106,27 @@ def cut(folder: Path, track: str, share: float) -> Path:
     return made
 
 
-def ours(way: str, model: str, data: Path, seeds: int, folder: Path, device: torch.device, epochs: int) -> dict[str, float]:
-    """Train seeds 0 to `seeds` - 1 as a stage does, from the start of the first training to the end of the last."""
+def recipe(model: str, data: Path, seed: int, device: torch.device, epochs: int, teachers: tuple[Path, ...] = ()) -> Recipe:
+    """A training of (c)."""
     track, architecture, arguments = ARCHITECTURES[model]
+    settings = {"epochs": epochs, "batch_size": BATCH[track], "lr": 1e-3, "precision": "auto"}
+    kd = KD if teachers else None
+    return Recipe(model, architecture, arguments, settings, seed, data, device.type, THREADS, kd=kd, teachers=teachers)
+
+
+def ours(
+    way: str, model: str, data: Path, seeds: int, folder: Path, device: torch.device, epochs: int, jobs: int | str = "auto"
+) -> dict[str, float]:
+    """Train seeds 0 to `seeds` - 1 as a stage does, from the start of the first training to the end of the last."""
     teachers = ()
     if model == "student_distilled":
         teachers = (checkpoint_path(folder / "c teacher", 0),)
         if not teachers[0].exists():
             ours(way, "teacher", data, 1, folder, device, epochs)
-    settings = {"epochs": epochs, "batch_size": BATCH[track], "lr": 1e-3, "precision": "auto"}
-    shared = {"data": data, "device": device.type, "threads": THREADS, "method": KD if teachers else None, "teachers": teachers}
-    recipes = [Recipe(model, architecture, arguments, settings, seed, **shared) for seed in range(seeds)]
+    recipes = [recipe(model, data, seed, device, epochs, teachers) for seed in range(seeds)]
     finished, peaks = [], []
     with tempfile.TemporaryDirectory(dir=folder) as root:
-        for record in train_seeds(recipes, Path(root), "auto", folder / f"c {model}"):
+        for record in train_seeds(recipes, Path(root), jobs, folder / f"c {model}"):
             finished += [record] if record.finished else []
             peaks += [peak_memory(child.pid) for child in psutil.Process().children(recursive=True) if record.loads]
     spent = max(record.started + record.seconds for record in finished) - min(record.started for record in finished)

@@ -18,8 +18,21 @@ ORIGINAL = {
 }
 # Its recipe, by a parameter's last name, as far as it can be compared: it also kept the last epoch, and no validation images.
 RECIPE = {"epochs": 5, "lr": 0.001, "schedule": "constant", "weight_decay": 0, "label_smoothing": 0, "class_weights": "none"}
-RECIPE |= {"augmentation": "none", "label_fraction": 1, "teacher_epochs": None, "teacher_label_smoothing": None, "alone_epochs": None}
-RECIPE |= {"method": "kd", "temperature": 5, "alpha": 0.7, "logit_standardization": False, "ensemble": False, "answers": "teacher"}
+RECIPE |= {
+    "augmentation": "none",
+    "label_fraction": 1,
+    "teacher_epochs": None,
+    "teacher_label_smoothing": None,
+    "alone_epochs": None,
+}
+RECIPE |= {
+    "method": "kd",
+    "temperature": 5,
+    "alpha": 0.7,
+    "logit_standardization": False,
+    "ensemble": False,
+    "answers": "teacher",
+}
 RECIPES = {
     "baselines": RECIPE | {"batch_size": 64, "pretrained": True, "stem": "imagenet"},
     "distillation": RECIPE
