@@ -93,6 +93,8 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     content["same_batches"] = parameters.get("label_fraction", 1) == 1 and not unlabelled
     content["selection"] = parameters.get("selection", "accuracy")
     content["ensemble"] = parameters.get("ensemble", False)
+    content["method"], content["answers"] = parameters.get("method", "kd"), parameters.get("answers", "teacher")
+    content["alone_epochs"] = next((v for k, v in models[other]["parameters"].items() if k.endswith(".alone_epochs")), None)
     content["logits"], content["features"] = chosen.get("teacher.logits"), chosen.get("teacher.features")
     content["measured"] = any(entry["architecture"].startswith("outside") for entry in models.values())
     wrong = confidently_wrong(evaluation)
