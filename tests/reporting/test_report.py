@@ -97,7 +97,7 @@ def test_lost_classes_are_named_beside_the_verdict_rarest_first(evaluation: Eval
     text = rendered("markdown", changed)
     assert f"loses** against student_alone: none was shown; against teacher: {rarest}. A class is lost if" in text
     assert text.index("A class is lost") < text.index("## How much") < text.index("(-20.00 to +10.00)")
-    assert "tested were those with 10 test images or more, 2 of 10." in text
+    assert "Tested were the classes with at least 10 test images, 2 of 10." in text
     for row in recalls["teacher"].values():
         row |= {"low": -0.2, "high": -0.1}
     with pytest.MonkeyPatch.context() as patch:
