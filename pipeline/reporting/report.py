@@ -204,7 +204,8 @@ def _classes(evaluation: Evaluation, model: str, other: str) -> Table:
     for name, row in recalls[other].items():
         cells = [f"{100 * ours[name][key]:.2f}" for key in ("precision", "recall", "f1")]
         gains = [_recall_gain(of_class[name]) for of_class in recalls.values()]
-        images = detail.get("train_images", {}).get(name, ""), row["images"]
+        images = detail.get("train_images", {}).get(name), row["images"]
+        images = ["" if count is None else f"{count:,}" for count in images]
         rows.append([name, *images, *cells, points(ours[name]["f1"] - theirs[name]["f1"]), *gains])
     return [*headings, *(f"recall over {against} (points)" for against in recalls)], rows
 
