@@ -114,10 +114,7 @@ def test_two_classes_have_operating_points_that_show_a_shifted_test_split(tmp_pa
         figures |= {"specificity_youden": 0.5 + evaluation.metrics["teacher"]["specificity_youden"]}
     text = rendered("markdown", evaluation)
     val, test = (np.bincount(labels).tolist() for labels in (evaluation.val_labels, evaluation.labels))
-    assert (
-        f"on the validation images ({val[1]} of odd, {val[0]} of even); after it, or alone: on the test images ({test[1]} and {test[0]})"
-        in text
-    )
+    assert f"images ({val[1]} of odd, {val[0]} of even); after it, or alone: on the test images ({test[1]} and {test[0]})" in text
     assert "Validation and test differ most in specificity at Youden's threshold, teacher: " in text
     assert re.search(r"\| teacher +\| \d+\.\d\d ± \d+\.\d\d → \d", text)
     without = evaluate(tmp_path / "models", even_odd._replace(val=Split(splits["val"].images[:0], splits["val"].labels[:0])))
