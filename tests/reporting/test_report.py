@@ -139,6 +139,20 @@ def test_calibration_before_and_after_scaling_and_what_cannot_be_judged_without_
     assert "No temperature was fitted" in text
 
 
+def test_what_the_student_loses_is_listed_or_there_is_none(evaluation: Evaluation):
+    labels, probabilities = evaluation.labels, evaluation.probabilities
+    right = np.tile(np.eye(10, dtype=np.float32)[labels], (2, 1, 1))
+    wrong = right.copy()
+    wrong[:, :13] = np.roll(wrong[:, :13], 1, axis=2)
+    text = rendered("markdown", evaluation._replace(probabilities=probabilities | {"teacher": right, "student_distilled": wrong}))
+    assert "get wrong: 13; here those of the highest confidence. An image" in text
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
+    assert [f"{number}" for number in range(12)] == [row[0] for row in rows if row[3:] == ["1.00", "1.00"]]
+    assert "most seeds of student_distilled get wrong: none." in rendered(
+        "markdown", evaluation._replace(probabilities=probabilities | {"teacher": right, "student_distilled": right})
+    )
+
+
 def test_names_from_the_data_are_text(tmp_path: Path, data: TrainingData):
     dataset = data.dataset.model_copy(update={"name": HOSTILE, "classes": [HOSTILE, *data.dataset.classes[1:]]})
     evaluation = evaluate(tmp_path / "models", data._replace(dataset=dataset))
