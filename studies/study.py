@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from pipeline.core.errors import UserError, one_line
 from pipeline.core.files import read_yaml
-from pipeline.params import Block, Params, Verdicts, load_params, shown
+from pipeline.params import Block, Params, load_params, shown
 from pipeline.tracking.mirror import Mirror
 from pipeline.training.cache import prune, read_record, trainings_folder
-from studies.results import METRICS, Question, Row, Section, find, write_pages
+from studies.contrasts import METRICS, Question, Row, Section, find
+from studies.pages import write_pages
 from studies.tasks import MODELS, ROOT, Task, on_ray, one_by_one, plan, result_path, train_network
 
 MOST_POINTS = 10_000  # of a grid
@@ -100,17 +101,15 @@ def main() -> None:
         parser.error("--threads, --workers and --per-gpu are at least 1")
     try:
         study, points = load_study(arguments.study, arguments.threads)
-        parts = sections(points)
-        sequence, secondary = (
-            [ask(contrast, points, arguments.study) for contrast in part] for part in (study.contrasts, study.secondary)
-        )
+        parts, claims = sections(points), (study.contrasts, study.secondary)
+        asked = [[ask(contrast, points, arguments.study) for contrast in part] for part in claims]
         plans = {point.name: plan(point.params) for point in points}
         if arguments.action == "collect":
             paths = {name: path for name, tasks in plans.items() if (path := result_path(tasks[-1].digest)).is_file()}
             if not paths:
                 raise UserError(f"study {arguments.study}: no finished point by this code: make study STUDY={arguments.study}")
             settings = {point.name: point.settings for point in points}
-            found = find(arguments.study, parts, sequence, secondary, settings, paths)
+            found = find(arguments.study, parts, *asked, settings, paths)
             print(write_pages(found, ROOT / "metrics" / "studies"))
         else:
             run(arguments, plans, points[0].params.tracking.experiment)
@@ -224,29 +223,20 @@ def run(arguments: argparse.Namespace, plans: dict[str, list[Task]], experiment:
 
 def pick(at: Settings, points: list[Point], where: str) -> Point:
     """The point that `at` describes. Raises UserError if none does or several do."""
-    named = {key for point in points for key, values in point.grid.vary.items() if isinstance(values, dict)}
-    chosen = {part: wanted for key, value in at.items() for part, wanted in spelt(key, value).items()}
-    try:
-        found = {
-            point.name: point
-            for point in points
-            if all(
-                wanted
-                == (
-                    point.grid.title
-                    if key == "grid"
-                    else point.labels.get(key)
-                    if key in named
-                    else point.params.values(key)[key]
-                )
-                for key, wanted in chosen.items()
-            )
-        }
-    except (AttributeError, KeyError) as error:
-        raise UserError(f"{where}: {shown(at)}: not a parameter, nor a name of settings: {error}") from error
+    wanted = {part: value for item in at.items() for part, value in spelt(*item).items()}
+    named = {"grid"} | {key for point in points for key, values in point.grid.vary.items() if isinstance(values, dict)}
+    found = {}
+    for point in points:
+        names = dict.fromkeys(named) | point.labels | {"grid": point.grid.title}
+        try:
+            values = {key: names[key] if key in named else point.params.values(key)[key] for key in wanted}
+        except (AttributeError, KeyError) as error:
+            raise UserError(f"{where}: {shown(at)}: not a parameter, nor a name of settings: {error}") from error
+        if values == wanted:
+            found[point.name] = point
     if len(found) != 1:
         raise UserError(f"{where}: {shown(at)} describes {len(found)} points, not one")
-    return next(iter(found.values()))
+    return found.popitem()[1]
 
 
 def ask(contrast: Contrast, points: list[Point], where: str) -> Question:
@@ -268,28 +258,26 @@ def ask(contrast: Contrast, points: list[Point], where: str) -> Question:
 
 def sections(points: list[Point]) -> list[Section]:
     """The points by grid and metric. Raises UserError if a grid's reference is none of its points."""
-    parts: dict[tuple[str, str], list[Point]] = {}
+    parts: dict[tuple[int, str], list[Point]] = {}
     for point in points:
-        parts.setdefault((point.grid.title, point.params.evaluation.primary), []).append(point)
+        parts.setdefault((id(point.grid), point.params.evaluation.primary), []).append(point)
     return [_section(part) for part in parts.values()]
 
 
 def _section(points: list[Point]) -> Section:
     grid, rows = points[0].grid, []
-    reference = {part: wanted for key, value in grid.reference.items() for part, wanted in spelt(key, value).items()}
+    reference = {part: value for item in grid.reference.items() for part, value in spelt(*item).items()}
+
+    def question(point: Point, other: Point, model: str) -> Question:
+        terms, verdicts = ((1, point.name, "student_distilled"), (-1, other.name, model)), point.params.evaluation
+        return Question(grid.title, terms, verdicts.primary, "test", "better", verdicts.margin)
+
     for point in points:
-        verdicts, against = point.params.evaluation, None
-        if reference:
-            against = next((other for other in points if other.labels == point.labels | reference), None)
-            if against is None:
-                raise UserError(f"{grid.title}: no point has reference = {shown(grid.reference)}")
-
-        def question(other: str, model: str, point: Point = point, verdicts: Verdicts = verdicts) -> Question:
-            terms = (1, point.name, "student_distilled"), (-1, other, model)
-            return Question(grid.title, terms, verdicts.primary, "test", "better", verdicts.margin)
-
-        direct = question(against.name, "student_distilled") if against and against is not point else None
-        rows.append(Row(point.name, point.labels, question(point.name, "student_alone"), direct))
+        compared = [other for other in points if reference and other.labels == point.labels | reference]
+        if reference and not compared:
+            raise UserError(f"{grid.title}: no point has reference = {shown(grid.reference)}")
+        against = [question(point, other, "student_distilled") for other in compared if other is not point]
+        rows.append(Row(point.name, point.labels, question(point, point, "student_alone"), against[0] if against else None))
     return Section(grid.title, grid.x, ", ".join(map(str, reference.values())), rows)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.core.errors import UserError
 from studies import study as module
-from studies.results import Question
+from studies.contrasts import Question
 from studies.study import Point, Study, ask, load_study, sections
 from studies.tasks import ROOT
 
@@ -32,7 +32,8 @@ def load(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> tuple[Stud
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("mnist", 25), ("pneumoniamnist", 25), ("original", 1), ("retinamnist", 2), ("medical", 7)]
+    ("name", "count"),
+    [("mnist", 25), ("pneumoniamnist", 25), ("original", 1), ("retinamnist", 2), ("medical", 7), ("methods", 22)],
 )
 def test_the_studies_here_have_valid_points_and_contrasts(name: str, count: int):
     study, points = load_study(name, threads=3)

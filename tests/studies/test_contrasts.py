@@ -9,9 +9,11 @@ import pytest
 from scipy.stats import t
 
 from pipeline.core.errors import UserError
-from pipeline.evaluation.statistics import Comparison, compare
-from studies import results, tasks
-from studies.results import Findings, find, holm, outcome, p_value, sequence, write_pages
+from pipeline.evaluation import statistics
+from pipeline.evaluation.statistics import Comparison, analyse, compare
+from studies import contrasts, tasks
+from studies.contrasts import Findings, find, holm, outcome, p_value, sequence
+from studies.pages import draw, write_pages
 from studies.study import Contrast, Point, ask, sections
 from tests.studies.synthetic import write_result
 from tests.studies.test_study import NAMED, load
@@ -26,8 +28,8 @@ def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Point]:
     return load(tmp_path, monkeypatch, NAMED)[1]
 
 
-def found(points: list[Point], contrasts: list[dict] = (), secondary: list[dict] = ()) -> Findings:
-    asked = ([ask(Contrast(**CONTRAST | {"title": "c"} | each), points, "") for each in part] for part in (contrasts, secondary))
+def found(points: list[Point], sequence: list[dict] = (), secondary: list[dict] = ()) -> Findings:
+    asked = ([ask(Contrast(**CONTRAST | {"title": "c"} | each), points, "") for each in part] for part in (sequence, secondary))
     paths = {point.name: tasks.result_path(tasks.plan(point.params)[-1].digest) for point in points}
     finished = {name: path for name, path in paths.items() if path.is_file()}
     return find("small", sections(points), *asked, {point.name: point.settings for point in points}, finished)
@@ -140,7 +142,7 @@ def test_validation_images_may_be_missing(points: list[Point]):
     arrays = write_result(points[3])
     path = tasks.result_path(tasks.plan(points[3].params)[-1].digest).with_suffix(".npz")
     np.savez(path, **{name: array for name, array in arrays.items() if name.startswith("test")})
-    results.jackknifed.cache_clear()
+    contrasts.jackknifed.cache_clear()
     with pytest.raises(UserError, match="no val images: a contrast needs them"):
         found(points, [{"split": "val"}])
 
@@ -196,7 +198,7 @@ def test_the_tables_hold_every_point_and_every_seed(points: list[Point], tmp_pat
 def test_the_figure_has_a_row_per_comparison_and_a_panel_per_line(points: list[Point], tmp_path: Path):
     for point in points[:3]:
         write_result(point)
-    figure = results.draw(found(points))
+    figure = draw(found(points))
     gains, direct, small = (panel for part in figure.subfigs for panel in part.axes)
     assert [part.get_suptitle() for part in figure.subfigs] == ["big", "small"]
     assert [label.get_text() for label in direct.get_yticklabels()] == ["recipe plain, kd hard", "recipe strong, kd hard"]
@@ -216,7 +218,53 @@ def test_ten_lines_are_ten_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     for point in points[:-1]:
         write_result(point)
-    panels = [panel for panel in results.draw(found(points)).subfigs[0].axes if panel.get_visible()]
+    panels = [panel for panel in draw(found(points)).subfigs[0].axes if panel.get_visible()]
     assert [panel.get_title() for panel in panels] == [f"alpha {alpha}" for alpha in alphas]
     assert [len(panel.containers[0].lines[0].get_xdata()) for panel in panels] == [2] * 9 + [1]
     assert not any(panel.get_legend() for panel in panels)
+
+
+def simulated(noise: np.random.Generator, points: int, gains: list[float], margin: float = 1.0) -> list[Comparison]:
+    """Points of 10 seeds and 200 images, whose gains have an image's share in common; the standard error is about 0.3."""
+    of_images = noise.normal(0, 3, 200) + noise.normal(0, 3, (points, 200))
+    of_seeds = noise.normal(0, 0.3, (points, 10))
+    answers = []
+    for gain, images, seeds in zip(gains, of_images, of_seeds, strict=True):
+        differences = gain + images + seeds[:, None] + noise.normal(0, 3, (10, 200))
+        means = differences.mean(axis=1)
+        without = (200 * means[:, None] - differences) / 199
+        answers.append(analyse(means.tolist(), without, "accuracy", margin, 100))
+    return answers
+
+
+@pytest.fixture
+def no_power(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(statistics, "_detectable", lambda *_: 0.0)  # it takes nine tenths of the time
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_power")
+def test_holm_over_25_correlated_points_keeps_five_percent():
+    noise, trials = np.random.default_rng(1), 2000
+    families = (simulated(noise, 25, [0.0] * 25) for _ in range(trials))
+    false = sum(holm(pd.Series([p_value(answer, "better", 1.0) for answer in family])).min() < 0.05 for family in families)
+    assert 0.02 < false / trials < 0.065
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_power")
+@pytest.mark.parametrize(
+    ("claim", "gain", "low", "high"),
+    [
+        ("better_or_equivalent", -1.0, 0.035, 0.065),  # equivalent would be false
+        ("better_or_equivalent", 0.0, 0.015, 0.035),  # better would
+        ("not_inferior", -1.0, 0.015, 0.035),
+    ],
+)
+def test_a_sequence_keeps_five_percent(claim: str, gain: float, low: float, high: float):
+    noise, trials, false = np.random.default_rng(2), 2000, 0
+    for _ in range(trials):
+        first, second = simulated(noise, 2, [3.0, gain])
+        true = {"better_or_equivalent": {-1.0: "", 0.0: "equivalent"}, "not_inferior": {-1.0: ""}}[claim][gain]
+        false += bool(outcome(first, "better")) and outcome(second, claim) not in ("", true)
+    assert low < false / trials < high
