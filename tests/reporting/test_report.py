@@ -68,6 +68,14 @@ def test_the_report_says_what_is_particular_about_data_and_recipe(tmp_path: Path
     text = rendered("markdown", evaluation)
     assert "the weights of the last epoch" in text
     assert "the intervals hold for these teachers" in text
+    assert "from the same weights; the distilled one also sees" in text
+    assert "A control:" not in text
+    control = {"distill.method": "rkd", "distill.answers": "permuted", "distillation.alone_epochs": 88}
+    for entry in evaluation.detail["models"].values():
+        entry["parameters"] |= control
+    text = rendered("markdown", evaluation)
+    assert "the same weights, and the lone one is trained for 88 epochs of its own; the distilled one also" in text
+    assert "The method is rkd. **A control:** the distilled student did not learn from the teacher's own answers: they were" in text
 
 
 def test_headroom_and_inferiority_are_said(evaluation: Evaluation):
