@@ -13,7 +13,7 @@ export NAME VARY A B
 DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.epochs=1 \
         -S distillation.dataset=mnist5k -S distillation.label_fraction=0.1 -S distillation.epochs=3 -S 'seeds=[0,1]'
 
-.PHONY: help install demo test test-all lint format ui compare sync study study-table register serve bench faults \
+.PHONY: help install demo test test-all lint format ui compare sync study study-table register serve bench gpu-check faults \
         screenshots lock clean
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "  make test                     the tests to run before a commit; test-all: every test"
 	@echo "  make lint                     ruff and the order of the packages; format: let ruff rewrite the formatting"
 	@echo "  make bench                    time the trainings against an ordinary loop (BENCH='--share 0.1' for a quick look)"
+	@echo "  make gpu-check                check and time the trainings on a GPU (minutes; GPU_CHECK='--device cpu': small, without one)"
 	@echo "  make faults                   kill, cut off, fill and feed badly the real pipeline, and count what survives (half an hour)"
 	@echo "  make screenshots              README's picture, of what mlflow.db holds (needs Chromium)"
 	@echo "  make lock                     renew the locks, what every install takes"
@@ -67,6 +68,9 @@ screenshots: .venv/installed-for-tests
 
 bench: .venv/installed
 	python -m benchmarks.bench $(BENCH)
+
+gpu-check: .venv/installed
+	python -m benchmarks.gpu_check $(GPU_CHECK)
 
 faults: .venv/installed-for-tests
 	FAULTS=all pytest -n 2 --dist worksteal -m faults tests/faults

@@ -84,8 +84,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         way, model, share, seeds, folder = arguments.worker
-        train = ours if way == "c" else peers
         data = cut(Path(folder), ARCHITECTURES[model][0], float(share))
+        train = ours if way == "c" else peers
         figures = train(way, model, data, int(seeds), Path(folder), torch.device(arguments.device), arguments.epochs)
         print(json.dumps(figures | {"images": load_dataset(data).images["train"]}))
     else:
@@ -110,19 +110,17 @@ def recipe(model: str, data: Path, seed: int, device: torch.device, epochs: int,
     """A training of (c)."""
     track, architecture, arguments = ARCHITECTURES[model]
     settings = {"epochs": epochs, "batch_size": BATCH[track], "lr": 1e-3, "precision": "auto"}
-    method = KD if teachers else None
-    return Recipe(model, architecture, arguments, settings, seed, data, device.type, THREADS, method=method, teachers=teachers)
+    taught = {"method": KD, "teachers": teachers} if teachers else {}
+    return Recipe(model, architecture, arguments, settings, seed, data, device.type, THREADS, **taught)
 
 
 def ours(
     way: str, model: str, data: Path, seeds: int, folder: Path, device: torch.device, epochs: int, jobs: int | str = "auto"
 ) -> dict[str, float]:
     """Train seeds 0 to `seeds` - 1 as a stage does, from the start of the first training to the end of the last."""
-    teachers = ()
-    if model == "student_distilled":
-        teachers = (checkpoint_path(folder / "c teacher", 0),)
-        if not teachers[0].exists():
-            ours(way, "teacher", data, 1, folder, device, epochs)
+    teachers = (checkpoint_path(folder / "c teacher", 0),) if model == "student_distilled" else ()
+    if teachers and not teachers[0].exists():
+        ours(way, "teacher", data, 1, folder, device, epochs)
     recipes = [recipe(model, data, seed, device, epochs, teachers) for seed in range(seeds)]
     finished, peaks = [], []
     with tempfile.TemporaryDirectory(dir=folder) as root:
@@ -195,11 +193,8 @@ def measure(arguments: argparse.Namespace) -> None:
     }
     result = {
         "device": describe(device),
-        "share": arguments.share,
-        "epochs": arguments.epochs,
-        "seeds": arguments.seeds,
+        **{name: getattr(arguments, name) for name in ("share", "epochs", "seeds", "repeats")},
         "threads": THREADS,
-        "repeats": arguments.repeats,
         "datasets": {track: dataset.name for track, dataset in datasets.items()},
         "matmul_gflops_per_second": rates,
         "precision": precision,
@@ -220,10 +215,10 @@ def take_turns(arguments: argparse.Namespace, device: torch.device, folder: str)
     def worker(way: str, model: str, share: float, seeds: int) -> dict[str, float]:
         command = [sys.executable, "-m", "benchmarks.bench", "--device", device.type, "--epochs", arguments.epochs]
         command += ["--worker", way, model, share, seeds, folder]
-        print(f"({way}) {model}, {share:g} of the images, {seeds} seed(s)", file=sys.stderr, flush=True)
         done = subprocess.run(map(str, command), cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         figures = json.loads(done.stdout.splitlines()[-1])
-        print(f"    {figures['seconds_per_epoch']:.2f} s per epoch", file=sys.stderr, flush=True)
+        spent = f"{figures['seconds_per_epoch']:.2f} s per epoch"
+        print(f"({way}) {model}, {share:g} of the images, {seeds} seed(s): {spent}", file=sys.stderr, flush=True)
         return figures
 
     runs: dict[str, dict[str, list]] = {model: {way: [] for way in WAYS} for model in arguments.models}
@@ -378,8 +373,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _row(model: str, way: str, ways: dict[str, Any]) -> str:
-    figures = ways[way]
-    spent = figures["seconds_per_epoch"]
+    figures, spent = ways[way], ways[way]["seconds_per_epoch"]
     ratio = {other: ways[other]["seconds_per_epoch"]["median"] / spent["median"] for other in "ab"}
     return (
         f"| {model} | ({way}) {WAYS[way]} | {spent['median']:.2f} ({spent['min']:.2f}-{spent['max']:.2f})"

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from tabulate import tabulate
+from torch import Tensor
 
 from benchmarks import bench
-from pipeline.core.provenance import commit, machine
+from pipeline.core.provenance import commit
 from pipeline.data.dataset import load_dataset
 from pipeline.data.prepared import load_training_data
 from pipeline.fetching.preparation import prepare
@@ -39,17 +40,26 @@ from pipeline.training import loop
 from pipeline.training.recipe import Recipe, _training, train
 
 SIZES = {"distillation": (10, 54_000, 6_000), "baselines": (2, 4_708, 524)}  # classes, images for training and validation
+FEW = {"distillation": 0.1, "baselines": 0.5}  # of them, for what is slow
+METHODS = {  # of distillation, beside kd
+    "dkd": {"weight": 1.0, "alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warm_up": 0.5, "logit_standardization": True},
+    "dist": {"weight": 1.0, "beta": 2.0, "gamma": 2.0, "temperature": 1.0},
+    "wttm": {"weight": 1.0, "beta": 4.0, "gamma": 0.5},
+    "rkd": {"weight": 1.0, "distance": 25.0, "angle": 50.0},
+}
+STUDENT = "student_distilled"
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # model of the bench, changes of its recipe and settings
-    "compact_cnn, distilled": ("student_distilled", {}, {}),
-    "compact_cnn, distilled, views, cosine": ("student_distilled", {"augmentation": "shifts"}, {"schedule": "cosine"}),
-    "compact_cnn, a tenth of the labels, one_cycle": ("student_distilled", {"label_fraction": 0.1}, {"schedule": "one_cycle"}),
-    "simple_cnn, class weights, cosine": ("simple_cnn", {"class_weights": "balanced"}, {"schedule": "cosine"}),
+    "compact_cnn, kd, views, cosine": (STUDENT, {"augmentation": "shifts"}, {"schedule": "cosine"}),
+    "compact_cnn, kd, a tenth of the labels, one_cycle": (STUDENT, {"label_fraction": 0.1}, {"schedule": "one_cycle"}),
+    **{f"compact_cnn, {name}": (STUDENT, {"method": {"name": name} | values}, {}) for name, values in METHODS.items()},
     "simple_cnn, views, weight decay": ("simple_cnn", {"augmentation": "shifts"}, {"weight_decay": 0.01}),
     "resnet18, class weights, one_cycle": ("resnet18", {"class_weights": "balanced"}, {"schedule": "one_cycle"}),
-    "resnet18, views, steps": ("resnet18", {"augmentation": "shifts"}, {"schedule": "steps"}),
+    "resnet18, steps": ("resnet18", {}, {"schedule": "steps"}),
 }
 EPOCHS, SEEDS = 5, 5  # of a timed stage, as in params.yaml
 AS_GOOD = 0.02  # in accuracy, of bf16 and fp32
+
+Found = tuple[str, list[list[str]], int]  # of a part: its words, a table with its header, and how many checks failed
 
 
 class Place(NamedTuple):
@@ -58,21 +68,8 @@ class Place(NamedTuple):
     device: torch.device
     folder: Path
     data: dict[str, Path]
-    few: dict[str, Path]  # some of the images, for what is slow
-
-
-class Table(NamedTuple):
-    """What a part of the check found, in how many cases not what it should."""
-
-    header: list[str]
-    rows: list[list[str]]
-    words: str
-    failures: int = 0
-
-    def lines(self, title: str) -> list[str]:
-        """As Markdown."""
-        lines = ["", f"## {title}", "", self.words + (f" **{self.failures} FAILED.**" if self.failures else "")]
-        return [*lines, "", tabulate(self.rows, self.header, tablefmt="github", disable_numparse=True)] if self.rows else lines
+    few: dict[str, Path]
+    repeats: int
 
 
 def main(*options: str) -> None:
@@ -85,50 +82,37 @@ def main(*options: str) -> None:
     parser.add_argument("--results", type=Path, default=bench.ROOT / "benchmarks" / "results")
     arguments = parser.parse_args(options or None)
     start, device = time.perf_counter(), choose_device(arguments.device)
-    facts = {"name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if device.type == "cuda" else {}
-    facts = {"name": f"{machine().get('processor')}, {machine()['cores']} cores"} | facts | machine() | {"commit": commit()[:12]}
-    rates = {kind: bench.matmul_rate(device, kind) for kind in ("fp32", "bf16")}
-    lines = [
-        f"# {facts['name']}: trainings checked and timed",
-        "",
-        f"Written by `make gpu-check`. {', '.join(f'{name}: {value}' for name, value in facts.items())}.",
-        f"Matrix product: {', '.join(f'{kind} {rate:,.0f} GFLOP/s' for kind, rate in rates.items())}.",
-    ]
-    failures = 0
+    facts, failures = bench.describe(device), 0
+    text = f"# {facts['name']}: trainings checked and timed\n\nWritten by `make gpu-check` at commit {commit()[:12]}"
+    text += f": {', '.join(f'{name} {value}' for name, value in facts.items())}.\n"
     with tempfile.TemporaryDirectory() as name:
-        place = prepared(device, Path(name), {track: getattr(arguments, track) for track in SIZES})
-        for title, part in {
-            "The step": lambda: steps(place),
-            "Seeds on one device": lambda: side_by_side(place),
-            "Against the ordinary loop": lambda: speed(place, arguments.repeats, rates[choose_precision("auto", device)]),
-        }.items():
-            table = caught(part)
-            failures += table.failures
-            lines += table.lines(title)
-            print(*table.lines(title), sep="\n", flush=True)
-    lines += ["", f"All in {time.perf_counter() - start:.0f} s."]
+        place = prepared(device, Path(name), {track: getattr(arguments, track) for track in SIZES}, arguments.repeats)
+        for title, part in {"The step": steps, "Seeds on one device": seeds, "Against the ordinary loop": speed}.items():
+            try:
+                words, rows, failed = part(place)
+            except Exception as error:  # is a finding
+                traceback.print_exc()
+                words, rows, failed = f"{type(error).__name__}: {error}", [], 1
+            text += f"\n## {title}\n\n{words}{f' **{failed} FAILED.**' if failed else ''}\n"
+            text += f"\n{tabulate(rows, 'firstrow', 'github', disable_numparse=True)}\n" if rows else ""
+            failures += failed
+    text += f"\nAll in {time.perf_counter() - start:.0f} s.\n"
     path = arguments.results / f"{re.sub(r'[^a-z0-9]+', '-', facts['name'].lower()).strip('-')}-check.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text(text)
+    print(text)
     sys.exit(bool(failures))
 
 
-def caught(part: Callable[[], Table]) -> Table:
-    """What `part` finds; that it breaks is a finding too."""
-    try:
-        return part()
-    except Exception as error:
-        traceback.print_exc()
-        return Table([], [], f"{type(error).__name__}: {error}", 1)
-
-
-def prepared(device: torch.device, folder: Path, files: dict[str, Path | None]) -> Place:
+def prepared(device: torch.device, folder: Path, files: dict[str, Path | None], repeats: int) -> Place:
     """Prepared sets of these files, or of images made here; on a CPU of a fiftieth of the images."""
     for track, file in files.items():
         prepare(read_source(str(file.resolve())) if file else made(*SIZES[track]), 0.1, folder / track)
     share = 1.0 if device.type == "cuda" else 0.02
-    data, few = ({track: bench.cut(folder, track, share * part) for track in files} for part in (1.0, 0.2))
-    return Place(device, folder, data, few)
+    data, few = (
+        {track: bench.cut(folder, track, share * part[track]) for track in files} for part in (dict.fromkeys(FEW, 1), FEW)
+    )
+    return Place(device, folder, data, few, repeats)
 
 
 def made(classes: int, train_images: int, val_images: int) -> Source:
@@ -146,46 +130,52 @@ def made(classes: int, train_images: int, val_images: int) -> Source:
 def recipe(place: Place, model: str, data: dict[str, Path], epochs: int, **settings: Any) -> Recipe:
     """The bench's training of a model with changed settings; a distilled student's teacher is trained for an epoch."""
     teachers = ()
-    if model == "student_distilled":
+    if model == STUDENT:
         teachers = (train(recipe(place, "teacher", place.few, 1), place.folder / "teachers", lambda _: None),)
     new = bench.recipe(model, data[bench.ARCHITECTURES[model][0]], 0, place.device, epochs, teachers)
     return replace(new, settings=new.settings | settings)
 
 
-def steps(place: Place) -> Table:
+def steps(place: Place) -> Found:
     """Train each variant in both precisions: captured, not captured, and interrupted after the first of two epochs."""
-    rows, failures = [], 0
+    rows, failures = [["training", "precision", "not captured", "resumed after epoch 1", "accuracy"]], 0
     for title, (model, changes, settings) in VARIANTS.items():
         found = []  # of each precision: weights and accuracy
         for precision in ("fp32", "bf16"):
             training = replace(recipe(place, model, place.few, 2, precision=precision, **settings), **changes)
-            with tempfile.TemporaryDirectory(dir=place.folder) as name:
-                resumed, eager, captured, records = Path(name, "resumed"), Path(name, "eager"), Path(name, "captured"), []
-                with contextlib.suppress(InterruptedError):
-                    train(training, resumed, interrupt)
-                with not_captured():
-                    train(training, eager, lambda _: None)
-                weights = [load_file(train(training, root, records.append)) for root in (captured, eager, resumed)]
+            try:
+                weights, accuracy = three_ways(training, place.folder / title / precision)
+            except Exception as error:
+                traceback.print_exc()
+                rows.append([title, precision, f"{type(error).__name__}: {error}"[:100], "", ""])
+                failures += 1
+                continue
             apart = [distance(weights[0], others) for others in weights[1:]]
+            rows.append([title, precision, *(f"{by:.1e}" if by else "to the bit" for by in apart), f"{accuracy:.4f}"])
             failures += any(apart)
-            found.append((weights[0], records[-1].history[-1].val_accuracy))
-            other = f"{distance(found[0][0], weights[0]):.1e}"
-            rows.append([title, precision, *(f"{by:.1e}" if by else "to the bit" for by in apart), other, f"{found[-1][1]:.4f}"])
-        failures += distance(found[0][0], found[1][0]) == 0 or abs(found[0][1] - found[1][1]) > AS_GOOD
-    header = ["training", "precision", "not captured", "resumed after epoch 1", "fp32", "accuracy"]
+            found.append((weights[0], accuracy))
+        failures += len(found) == 2 and (distance(found[0][0], found[1][0]) == 0 or abs(found[0][1] - found[1][1]) > AS_GOOD)
     words = (
-        "Two epochs. The largest difference of a weight of the captured training from the one not captured, the resumed one, both"
+        "Two epochs. How far weights of the training not captured, and of the resumed one, are from the captured one's: checked"
     )
-    words += (
-        " checked to be none, and the one in fp32; the last epoch's accuracy on validation images, of bf16 checked to be within"
-    )
-    return Table(header, rows, f"{words} {AS_GOOD:g} of fp32's.", failures)
+    words += " to be nowhere. Accuracy on validation images: bf16, whose weights are checked to be others, checked to be within"
+    return f"{words} {AS_GOOD:g} of fp32's.", rows, failures
 
 
-def interrupt(record: Any) -> None:
-    """End a training after its first epoch."""
-    if record.history:
-        raise InterruptedError
+def three_ways(training: Recipe, folder: Path) -> tuple[list[dict[str, Tensor]], float]:
+    """The weights of a training captured, not captured, and resumed after its first epoch; the first's accuracy at its end."""
+    records = []
+
+    def interrupt(record: Any) -> None:
+        if record.history:
+            raise InterruptedError
+
+    with contextlib.suppress(InterruptedError):
+        train(training, folder / "resumed", interrupt)
+    with not_captured():
+        train(training, folder / "eager", lambda _: None)
+    weights = [load_file(train(training, folder / way, records.append)) for way in ("captured", "eager", "resumed")]
+    return weights, records[-1].history[-1].val_accuracy
 
 
 def not_captured() -> contextlib.AbstractContextManager:
@@ -193,23 +183,22 @@ def not_captured() -> contextlib.AbstractContextManager:
     return mock.patch.object(loop, "_captured", lambda step, *_: step)
 
 
-def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest difference of two networks' weights."""
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
-def side_by_side(place: Place) -> Table:
+def seeds(place: Place) -> Found:
     """Trainings of the lone student on one device: in processes, as a stage starts them, and in threads of one process."""
-    data, rows, numbers = place.data["distillation"], [], (1, 2, 4, 8) if place.device.type == "cuda" else (1, 2)
+    data, rows, numbers = place.data["distillation"], [["way", "s / training", "images / s"]], (1, 2, 4, 8)
     images = load_dataset(data).images["train"]
-    for number in numbers:
+    for number in numbers if place.device.type == "cuda" else (1, 2):
         count = max(4, number)
         spent = bench.ours("c", "student_alone", data, count, place.folder, place.device, EPOCHS, number)["wall_seconds"] / count
         rows.append([f"{number} at a time, a process each, with their start", f"{spent:.2f}", f"{EPOCHS * images / spent:,.0f}"])
-    for number in numbers:
         spent = threads(place, number)
-        rows.append([f"{number} streams of one process, once started", f"{spent:.2f}", f"{EPOCHS * images / spent:,.0f}"])
-    return Table(["way", "s / training", "images / s"], rows, f"student_alone, {EPOCHS} epochs of {images:,} images.")
+        rows.append([f"{number} at a time, a thread and stream each, started", f"{spent:.2f}", f"{EPOCHS * images / spent:,.0f}"])
+    return f"student_alone, {EPOCHS} epochs of {images:,} images.", rows, 0
 
 
 def threads(place: Place, count: int) -> float:
@@ -230,12 +219,14 @@ def threads(place: Place, count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def speed(place: Place, repeats: int, rate: float) -> Table:
-    """Images per second of the bench's trainings: (a), our loop with and without capture, and a stage; `rate` is in GFLOP/s."""
-    rows, track = [], {"a": 0.0, "stage": 0.0}  # seconds per image
+def speed(place: Place) -> Found:
+    """Images per second of the bench's trainings: (a), our loop with and without capture, and a stage."""
+    precision = choose_precision("auto", place.device)
+    rate, track = bench.matmul_rate(place.device, precision), {"a": 0.0, "stage": 0.0}  # seconds per image
+    rows = [["training", "(a)", "not captured", "captured", "stage", "captured / (a)", "stage / (a)", "of rate", "s to start"]]
     for model, (name, _, _) in bench.ARCHITECTURES.items():
         dataset, found = load_dataset(place.data[name]), {way: [] for way in ("a", "eager", "captured", "stage", "start")}
-        for _ in range(repeats):
+        for _ in range(place.repeats):
             found["a"].append(ordinary(place, model))
             with not_captured():
                 found["eager"].append(under_way(place, model, place.few)[0])
@@ -247,36 +238,22 @@ def speed(place: Place, repeats: int, rate: float) -> Table:
         ratios = [stage / a for stage, a in zip(found["stage"], found["a"], strict=True)]
         of_rate = bench.flops_per_image(model, {name: dataset}) * middle["captured"] / 1e9 / rate
         track = {way: spent + (name == "distillation") / middle[way] for way, spent in track.items()}
-        row = [
-            model,
-            *(f"{middle[way]:,.0f}" for way in ("a", "eager", "captured", "stage")),
-            f"{middle['captured'] / middle['a']:.1f}",
-        ]
-        row += [
-            f"{statistics.median(ratios):.1f} ({min(ratios):.1f}-{max(ratios):.1f})",
-            f"{of_rate:.2%}",
-            f"{middle['start']:.2f}",
-        ]
-        rows.append(row)
-    header = [
-        "training",
-        "(a)",
-        "not captured",
-        "captured",
-        "stage",
-        "captured / (a)",
-        "stage / (a), range",
-        "of rate",
-        "s to start",
-    ]
+        row = [f"{middle[way]:,.0f}" for way in ("a", "eager", "captured", "stage")] + [f"{middle['captured'] / middle['a']:.1f}"]
+        row += [f"{statistics.median(ratios):.1f} ({min(ratios):.1f}-{max(ratios):.1f})", f"{of_rate:.2%}"]
+        rows.append([model, *row, f"{middle['start']:.2f}"])
     words = (
-        f"Images per second, medians of {repeats} in turn: (a), the ordinary loop of benchmarks/peer.py; one training's step, not"
+        f"Images per second, medians of {place.repeats} in turn: (a), the loop of benchmarks/peer.py; one training under way, not"
     )
-    words += f" captured and captured; a stage of {SEEDS} seeds of {EPOCHS} epochs with their start. Of rate: captured, of the"
-    words += " matrix product's. To start: a training in a process that has trained before."
+    words += (
+        f" captured and captured, validation and saving included; a stage of {SEEDS} seeds of {EPOCHS} epochs, with its start,"
+    )
+    words += (
+        f" and its ratio's range. Of rate: captured, of the {precision} matrix product's, {rate:,.0f} GFLOP/s. To start: in a"
+    )
+    words += " process that has trained before."
     if track["stage"]:
         words += f" The distillation track as stages: {track['a'] / track['stage']:.1f} times as fast as (a)."
-    return Table(header, rows, words)
+    return words, rows, 0
 
 
 def ordinary(place: Place, model: str) -> float:
