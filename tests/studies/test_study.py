@@ -101,6 +101,12 @@ def test_settings_have_names_and_contrasts_pick_points(tmp_path: Path, monkeypat
     assert (big.reference, little.reference, little.rows[0].gain.metric) == ("soft", "", "nll")
 
 
+def test_a_reference_that_is_no_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    points = load(tmp_path, monkeypatch, NAMED.replace("reference: {kd: soft}", "reference: {kd: warm}"))[1]
+    with pytest.raises(UserError, match="big: no point has reference = {'kd': 'warm'}"):
+        sections(points)
+
+
 @pytest.mark.parametrize(
     ("contrast", "message"),
     [
