@@ -4,13 +4,14 @@ import contextlib
 import functools
 import operator
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,16 @@ class Checkout:
             functools.reduce(operator.getitem, blocks, content)[key] = value
         path.write_text(yaml.safe_dump(content))
 
+    def queued(self) -> dict[str, str]:
+        """Wait until DVC's queue has nothing to do; then the state of each experiment in it by name."""
+
+        def idle() -> dict[str, str] | None:
+            time.sleep(1)
+            states = dict(re.findall(r"(?m)^[0-9a-f]{7} +(\S+) .* (\w+) *$", self.dvc("queue", "status")))
+            return states if states and not {"Queued", "Running"} & {*states.values()} else None
+
+        return wait_until(idle, 600)
+
     def mlflow_runs(self, uri: str | None = None) -> list[Run]:
         """Every run of a store, by default of the checkout's own."""
         client = MlflowClient(uri or f"sqlite:///{self.folder}/mlflow.db")
@@ -121,10 +132,21 @@ def free_port() -> int:
 
 def wait_for(port: int, process: subprocess.Popen) -> None:
     """Until a server that was just started answers on 127.0.0.1."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+
+    def answers() -> bool:
         assert process.poll() is None, "the server has ended"
-        with contextlib.suppress(OSError):
-            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        time.sleep(0.2)
-    raise TimeoutError(port)
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+        return False
+
+    wait_until(answers, 120)
+
+
+def wait_until(seen: Callable[[], Any], seconds: float = 300) -> Any:
+    """What `seen` returns, once it is something. Raises TimeoutError after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if answer := seen():
+            return answer
+        time.sleep(0.05)
+    raise TimeoutError(f"{seconds} s, and not yet")

@@ -24,26 +24,9 @@ from pipeline.params import TRACKS, load_params
 from tests.checkout import Checkout
 from tests.conftest import ROOT, small_checkout, stages_run, write_npz
 
-STAGES = [
-    "fetch_data@baselines",
-    "fetch_data@distillation",
-    "train_baselines@simple_cnn",
-    "train_baselines@resnet18",
-    "train_teacher",
-    "distill_student@baselines",
-    "distill_student@distillation",
-    "train_student_alone",
-    "evaluate@baselines",
-    "evaluate@distillation",
-    "export_student@baselines",
-    "export_student@distillation",
-    "evaluate_export@baselines",
-    "evaluate_export@distillation",
-    "measure_cost@baselines",
-    "measure_cost@distillation",
-    "report@baselines",
-    "report@distillation",
-]
+OF_A_TRACK = ("fetch_data", "distill_student", "evaluate", "export_student", "evaluate_export", "measure_cost", "report")
+STAGES = ["train_teacher", "train_student_alone", "train_baselines@simple_cnn", "train_baselines@resnet18"]
+STAGES += [f"{stage}@{track}" for stage in OF_A_TRACK for track in TRACKS]
 TRAINING_STAGES = {stage for stage in STAGES if stage.startswith(("train_", "distill_"))}
 MODELS = {model for track in TRACKS.values() for model in track.models}
 TRAININGS = {f"{model}/seed{seed}" for model in MODELS for seed in (0, 1)}

@@ -11,9 +11,9 @@ summary is printed, and written beside out.npz. docs/data.md says how images are
 import re
 import tempfile
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -33,6 +33,7 @@ from pipeline.fetching.splitting import split_files
 PARTS = (*SPLITS, UNLABELLED)
 SIZES = range(8, 4097)
 NAMED = 5  # files that an error names
+T = TypeVar("T")
 
 
 def main(
@@ -53,15 +54,23 @@ def main(
     files, left_out = list_table(source, table) if table else list_folders(source)
     if group and any(file.patient for file in files):
         raise UserError(f"{table} has a column 'patient', and --group is given: one of them is wanted")
-    files, colour, broken = _read_headers(files, window)
-    left_out += _left_out(broken, leave_out_broken)
+    with user_error("DICOM files need pydicom", ImportError, then="pip install -r requirements-dicom.lock"):
+        files, headers, broken = _each(files, lambda file: read_header(file.path, window), "headers", leave_out_broken)
+    left_out += broken
+    files = [file._replace(patient=file.patient or header.patient) for file, header in zip(files, headers, strict=True)]
     files, apart = split_files(patients_by_pattern(files, group) if group else files)
     left_out += apart
-    shape = size, size, channels or (3 if colour else 1)
+    shape = size, size, channels or (3 if any(header.colour for header in headers) else 1)
     _arrays(source, files, np.broadcast_to(np.uint8(0), (len(files), *shape)), resize)  # whether they can be a set at all
     with tempfile.TemporaryFile(dir=out.parent) as pixels:
-        files, broken = _write_pixels(files, pixels, window, shape, resize)
-        left_out += _left_out(broken, leave_out_broken)
+
+        def write(file: ImageFile) -> None:
+            with user_error(f"{file.path}: cannot be resized", ValueError):  # a thin line, of which nothing would be left
+                pixels.write(fit_image(read_image_file(file.path, window), shape[:2], resize, shape[2]))
+
+        files, _, broken = _each(files, write, "images", leave_out_broken)
+        left_out += broken
+        pixels.flush()
         images = np.memmap(pixels, np.uint8, "r", shape=(len(files), *shape)) if files else np.empty((0, *shape), np.uint8)
         arrays = _arrays(source, files, images, resize)
         pairs = _equal_images(files, arrays)
@@ -95,43 +104,21 @@ def _check_arguments(source: Path, out: Path, size: int, window: Window | None, 
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _read_headers(files: list[ImageFile], window: Window | None) -> tuple[list[ImageFile], bool, list[str]]:
-    """The files that can be read so far, with DICOM's patients; whether one is in colour; what is wrong with the others."""
-    readable, colour, broken = [], False, []
-    with user_error("DICOM files need pydicom", ImportError, then="pip install -r requirements-dicom.lock"):
-        for file in tqdm(files, "headers", disable=None):
-            try:
-                header = read_header(file.path, window)
-            except UserError as error:
-                broken.append(str(error))
-            else:
-                colour |= header.colour
-                readable.append(file._replace(patient=file.patient or header.patient))
-    return readable, colour, broken
-
-
-def _write_pixels(
-    files: list[ImageFile], pixels: BinaryIO, window: Window | None, shape: tuple[int, int, int], rule: Resize
-) -> tuple[list[ImageFile], list[str]]:
-    """Write every image to `pixels`, resized to `shape` (H, W, C). Returns the files written; what is wrong with the others."""
-    readable, broken = [], []
-    for file in tqdm(files, "images", disable=None):
+def _each(
+    files: list[ImageFile], read: Callable[[ImageFile], T], name: str, leave_out: bool
+) -> tuple[list[ImageFile], list[T], list[LeftOut]]:
+    """The files that can be read, what `read` returned for each, and the others. Raises UserError unless they may be left out."""
+    taken, results, broken = [], [], []
+    for file in tqdm(files, name, disable=None):
         try:
-            with user_error(f"{file.path}: cannot be resized", ValueError):  # a thin line, of which nothing would be left
-                pixels.write(fit_image(read_image_file(file.path, window), shape[:2], rule, shape[2]))
+            results.append(read(file))
         except UserError as error:
             broken.append(str(error))
         else:
-            readable.append(file)
-    pixels.flush()
-    return readable, broken
-
-
-def _left_out(broken: list[str], leave_out: bool) -> list[LeftOut]:
-    """What the summary says of broken files. Raises UserError unless they may be left out."""
+            taken.append(file)
     if broken and not leave_out:
         raise UserError(f"{_several(broken, 'files')} cannot be taken: repair or remove them, or --leave-out-broken")
-    return [LeftOut("cannot be taken", problem) for problem in broken]
+    return taken, results, [LeftOut("cannot be taken", problem) for problem in broken]
 
 
 def _several(names: Sequence[str], kind: str) -> str:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from pipeline.training.cache import Record, read_record
-from tests.checkout import SMALL, Checkout, checksums, copy_checkout
+from tests.checkout import SMALL, Checkout, checksums, copy_checkout, wait_until
 from tests.faults.conftest import FULL
 
 pytestmark = pytest.mark.faults
@@ -45,28 +45,28 @@ def test_a_stage_may_be_killed_wherever_it_replaces_a_file_or_commits(tmp_path: 
     checkout = copy_checkout(tmp_path / "checkout", **SMALL, baselines__epochs=1, distillation__epochs=1, seeds=[0])
     checkout.dvc("repro", stage.replace(" ", "@"))
     models = checkout.folder / "models" / STAGES[stage]
-    expected, row, counter = checksums(models), outcome(f"SIGKILL where it writes: {stage}"), tmp_path / "places"
-    hook = {"PYTHONPATH": f"{Path(__file__).parent / 'killer'}:{checkout.folder}", "KILL_COUNTER": str(counter)}
+    expected, counter, outcome.fault = checksums(models), tmp_path / "places", f"SIGKILL where it writes: {stage}"
+    killed = Checkout(checkout.folder)
+    killed.environment |= {"PYTHONPATH": f"{Path(__file__).parent / 'killer'}:{checkout.folder}", "KILL_COUNTER": str(counter)}
     place, status = 1, -1
     while status:  # until there is no such place
         shutil.rmtree(checkout.folder / ".trainings")
         checkout.set(tracking__experiment=f"place {place}")
         counter.unlink(missing_ok=True)
-        killed = Checkout(checkout.folder)
-        killed.environment |= hook | {"KILL_AT": str(place)}
+        killed.environment["KILL_AT"] = str(place)
         process = killed.start(*checkout.stage(stage))
         output, _ = process.communicate(timeout=300)
         if status := process.returncode:
             _, left = psutil.wait_procs([other for other in psutil.process_iter() if _group_of(other) == process.pid], 60)
             again = checkout.run(*checkout.stage(stage), expect=None)
-            row.injected += 1
+            outcome.injected += 1
             if left or again.returncode or checksums(models) != expected:
                 print(f"place {place}: {left}{output}{again.stdout}{again.stderr}")
-                row.wrong += 1
+                outcome.wrong += 1
         place += STEP
-    rounds = row.injected + 2  # the first, and the last, undisturbed
-    row.lost = checkout.unsound_runs([f"{models.name}/seed0"] * rounds, 1)
-    assert row.injected > 15 / STEP, "there are that many places"
+    rounds = outcome.injected + 2  # the first, and the last, undisturbed
+    outcome.lost = checkout.unsound_runs([f"{models.name}/seed0"] * rounds, 1)
+    assert outcome.injected > 15 / STEP, "there are that many places"
 
 
 def _group_of(process: psutil.Process) -> int:
@@ -79,12 +79,13 @@ def _group_of(process: psutil.Process) -> int:
 @pytest.mark.parametrize("who", KILLS)
 def test_dvc_resumes_whoever_is_killed(tmp_path: Path, outcome, who: str):
     checkout = copy_checkout(tmp_path, **SMALL, distillation__epochs=EPOCHS, seeds=[0, 1])
-    models, row = checkout.folder / "models/distillation/student_alone", outcome(f"SIGKILL under dvc repro: {who}")
+    models, outcome.fault = checkout.folder / "models/distillation/student_alone", f"SIGKILL under dvc repro: {who}"
+    stage = "dvc", "repro", "--force", "--single-item", "train_student_alone"
     checkout.dvc("repro", "train_student_alone")
     expected, before = checksums(models), {}
     shutil.rmtree(checkout.folder / ".trainings")
     checkout.set(tracking__experiment="killed")
-    process = checkout.start("dvc", "repro", "--force", "--single-item", "train_student_alone")
+    process = checkout.start(*stage)
     while max([0, *before.values()]) < 2:
         assert process.poll() is None, process.communicate()
         before = _epochs(checkout)
@@ -92,15 +93,14 @@ def test_dvc_resumes_whoever_is_killed(tmp_path: Path, outcome, who: str):
     dvc = psutil.Process(process.pid)
     family = [dvc, *dvc.children(recursive=True)]
     KILLS[who](dvc)
-    row.injected, row.wrong = 1, len(psutil.wait_procs(family, timeout=60)[1])
+    outcome.injected, outcome.wrong = 1, len(psutil.wait_procs(family, timeout=60)[1])
     before = _epochs(checkout)
-    again = checkout.start("dvc", "repro", "--force", "--single-item", "train_student_alone")
-    repeated = False
+    again, repeated = checkout.start(*stage), False
     while again.poll() is None:
         repeated |= any(_epochs(checkout).get(key, 0) < number for key, number in before.items())
         time.sleep(0.02)
-    row.wrong = min(1, row.wrong + bool(again.returncode) + (checksums(models) != expected))
-    row.lost = int(repeated or checkout.unsound_runs([f"student_alone/seed{seed}" for seed in (0, 1)] * 2, EPOCHS) > 0)
+    outcome.wrong = min(1, outcome.wrong + bool(again.returncode) + (checksums(models) != expected))
+    outcome.lost = int(repeated or checkout.unsound_runs([f"student_alone/seed{seed}" for seed in (0, 1)] * 2, EPOCHS) > 0)
 
 
 def _records(checkout: Checkout) -> list[Record]:
@@ -115,20 +115,20 @@ def _epochs(checkout: Checkout) -> dict[str, int]:
 @pytest.mark.skipif(not FULL, reason="two minutes: make faults")
 def test_an_experiment_that_is_killed_in_the_queue_resumes_when_it_is_queued_again(tmp_path: Path, outcome):
     """DVC deletes the temporary copy of an experiment that failed. The tracking store is not there yet when they start."""
-    checkout, row = copy_checkout(tmp_path, **SMALL, distillation__epochs=EPOCHS), outcome("queue -j 4, one killed")
+    checkout, outcome.fault = copy_checkout(tmp_path, **SMALL, distillation__epochs=EPOCHS), "queue -j 4, one killed"
     _queue(checkout, *QUEUE)
-    killed = _kill_a_teacher(checkout)
-    first = _until_idle(checkout)
+    killed = wait_until(lambda: _kill_a_teacher(checkout))
+    first = checkout.queued()
     checkout.dvc("queue", "remove", f"seed{killed.seed}")
     _queue(checkout, killed.seed)
-    again = _until_idle(checkout)[f"seed{killed.seed}"]
-    others = [first.get(f"seed{seed}") for seed in QUEUE if seed != killed.seed]
-    row.injected, row.details = 1, f"the killed one resumed after epoch {len(killed.history)}"
-    row.lost = int([*others, again] != ["Success"] * 4 or _teachers(checkout)[killed.seed].started != killed.started)
+    states = first | checkout.queued()
+    (resumed,) = (record for record in _teachers(checkout) if record.seed == killed.seed)
+    outcome.injected, outcome.details = 1, f"the killed one resumed after epoch {len(killed.history)}"
+    outcome.lost = int([*states.values()] != ["Success"] * 4 or resumed.started != killed.started)
     models = ("teacher", "student_distilled", "student_alone")
     unsound = checkout.unsound_runs([f"{model}/seed{seed}" for model in models for seed in QUEUE], EPOCHS)
-    row.wrong = int(not row.lost and unsound > 0)
-    print(first, again, unsound)
+    outcome.wrong = int(not outcome.lost and unsound > 0)
+    print(first, states, unsound)
 
 
 def _queue(checkout: Checkout, *seeds: int) -> None:
@@ -139,34 +139,18 @@ def _queue(checkout: Checkout, *seeds: int) -> None:
     subprocess.run(command, **checkout.options, stdout=subprocess.DEVNULL, check=True)
 
 
-def _teachers(checkout: Checkout) -> dict[int, Record]:
-    return {record.seed: record for record in _records(checkout) if record.model == "teacher"}
+def _teachers(checkout: Checkout) -> list[Record]:
+    return [record for record in _records(checkout) if record.model == "teacher"]
 
 
-def _kill_a_teacher(checkout: Checkout) -> Record:
-    """Kill the first teacher's stage of which two epochs are finished; the record of its training."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        for process in psutil.process_iter(["cmdline", "cwd", "environ"]):
-            command, folder = process.info["cmdline"] or [], process.info["cwd"] or ""
-            if "pipeline.train_teacher" in command and str(checkout.folder) in folder:
-                seed = int(process.info["environ"]["DVC_EXP_NAME"].removeprefix("seed"))
-                record = _teachers(checkout).get(seed)
-                if record and 2 <= len(record.history) < record.epochs:
-                    process.kill()
-                    process.wait()
-                    return _teachers(checkout)[seed]
-        time.sleep(0.05)
-    raise TimeoutError("no training to kill")
-
-
-def _until_idle(checkout: Checkout) -> dict[str, str]:
-    """Wait until the queue has nothing to do; the state of each experiment by name."""
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        lines = [line.split() for line in checkout.dvc("queue", "status").splitlines()]
-        states = {line[1]: line[-1] for line in lines if len(line) > 2 and line[1].startswith("seed")}
-        if states and not set(states.values()) & {"Queued", "Running"}:
-            return states
-        time.sleep(1)
-    raise TimeoutError(states)
+def _kill_a_teacher(checkout: Checkout) -> Record | None:
+    """Kill the stage of a teacher of which two epochs or more are finished; the record of its training."""
+    begun = [record for record in _teachers(checkout) if 2 <= len(record.history) < record.epochs]
+    for process in psutil.process_iter(["cmdline", "environ"]) if begun else ():
+        experiment = {"DVC_ROOT": str(checkout.folder), "DVC_EXP_NAME": f"seed{begun[0].seed}"}
+        environment = process.info["environ"] or {}
+        if "pipeline.train_teacher" in (process.info["cmdline"] or []) and experiment.items() <= environment.items():
+            process.kill()
+            process.wait()
+            return next(record for record in _teachers(checkout) if record.seed == begun[0].seed)
+    return None

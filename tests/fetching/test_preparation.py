@@ -85,7 +85,7 @@ def test_unlabelled_images_follow_the_training_images(tmp_path: Path):
     unlabelled = np.full((30, 8, 8), 3, np.uint8)
     dataset = prepare(read_source(str(write_npz(tmp_path / "a.npz", unlabelled_images=unlabelled))), 0.1, tmp_path / "data")
     assert dataset.images == {"train": 400, "val": 100, "test": 200, "unlabelled": 30}
-    train = load_split(tmp_path / "data", "train", torch.device("cpu"))
+    train = load_split(tmp_path / "data", "train", CPU)
     assert (len(train.images), train.labels[400:].unique().tolist()) == (430, [UNKNOWN])
     assert (train.images[400:] == 3).all()
     other = write_npz(tmp_path / "b.npz", unlabelled_images=unlabelled[:, :7])
@@ -97,4 +97,4 @@ def test_without_a_validation_split_all_images_are_trained_on(tmp_path: Path):
     source = read_source(str(write_npz(tmp_path / "a.npz", val_images=None, val_labels=None)))
     dataset = prepare(source, 0, tmp_path / "data")
     assert (dataset.images, dataset.validation) == ({"train": 400, "val": 0, "test": 200}, "none")
-    assert load_split(tmp_path / "data", "val", torch.device("cpu")).images.shape == (0, 8, 8, 1)
+    assert load_split(tmp_path / "data", "val", CPU).images.shape == (0, 8, 8, 1)
