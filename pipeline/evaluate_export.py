@@ -19,13 +19,16 @@ def main(track: str) -> None:
     torch.set_num_threads(threads)
     images, labels = load_split(Path("data") / track, "test", cpu)
     classifier, _ = load_checkpoint(student / "student.safetensors", cpu)
-    expected = predict(classifier, images).softmax(dim=1).numpy()
-    results = {"pytorch": {"accuracy": float((expected.argmax(axis=1) == labels.numpy()).mean())}}
+    logits = predict(classifier, images)
+    results = {"pytorch": {"accuracy": float((logits.argmax(dim=1) == labels).double().mean())}}
     for path in sorted(student.glob("*.onnx")):
-        exported = Student(path, threads).probabilities(images.numpy())
+        opened = Student(path, threads)
+        exported = opened.probabilities(images.numpy())
+        expected = (logits / opened.temperature).softmax(dim=1).numpy()
         results[path.stem] = {
             "accuracy": float((exported.argmax(axis=1) == labels.numpy()).mean()),
             "largest_difference": float(np.abs(exported - expected).max()),  # of a probability
+            "temperature": opened.temperature,  # of these probabilities
             "same_predictions": float((exported.argmax(axis=1) == expected.argmax(axis=1)).mean()),  # share of the images
         }
     write_json(Path(f"metrics/{track}_export.json"), results)

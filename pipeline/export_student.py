@@ -2,6 +2,7 @@
 
 The best of the seeds is decided on the validation images. The int8 version stays if it names the same class as the float32 one
 often enough, on the training and validation images together: a bound on its accuracy would loosen where there are few images.
+Both give probabilities at the temperature that fits the validation images, if there are any.
 """
 
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from pipeline.core.cli import run
 from pipeline.core.files import atomic_folder, md5, write_atomic, write_json
 from pipeline.data.prepared import load_training_data
+from pipeline.evaluation.calibration import fit_temperature
 from pipeline.export.onnx_export import export_onnx, quantize
 from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.description import checkpoints_in, read_description
+from pipeline.networks.inference import predict
 from pipeline.params import TRACKS, load_params
 
 AGREEMENT = 0.995  # share of the images that float32 and int8 must name the same class of
@@ -27,18 +30,22 @@ def main(track: str) -> None:
     dataset, train, val = load_training_data(Path("data") / track, cpu)
     checkpoints = checkpoints_in(Path("models") / track / TRACKS[track].distilled)
     best = max(checkpoints, key=lambda path: read_description(path).best())
+    classifier, labels = load_checkpoint(best, cpu)[0], val.labels.numpy()
+    temperature = 1.0
+    if len(labels):
+        temperature = fit_temperature(labels, predict(classifier, val.images).double().softmax(dim=1).numpy())
+    facts = dataset.resize, temperature
     with atomic_folder(Path("models/exported") / track) as folder:
         float32, int8 = folder / "student.onnx", folder / "student_int8.onnx"
         write_atomic(folder / "student.safetensors", best.read_bytes())
-        export_onnx(load_checkpoint(best, cpu)[0], dataset.image_shape, dataset.classes, float32, dataset.resize)
-        quantize(float32, train.images[:1000].numpy(), dataset.classes, int8, dataset.resize)
+        export_onnx(classifier, dataset.image_shape, dataset.classes, float32, *facts)
+        quantize(float32, train.images[:1000].numpy(), dataset.classes, int8, *facts)
         both = [Student(path, threads) for path in (float32, int8)]
         parts = [part.images.numpy() for part in (val, train) if len(part.labels)]
         named = [[student.probabilities(images).argmax(1) for images in parts] for student in both]
         agreement = float(np.mean(np.concatenate(named[0]) == np.concatenate(named[1])))
         if agreement < AGREEMENT:
             int8.unlink()
-        labels = val.labels.numpy()
         accuracies = [float((of_parts[0] == labels).mean()) if len(labels) else None for of_parts in named]
         choice = {
             "checkpoint": best.name,
@@ -46,6 +53,7 @@ def main(track: str) -> None:
             "validation_images": len(labels),
             "validation_accuracy": accuracies[0],
             "validation_accuracy_int8": accuracies[1],
+            "temperature": temperature,
             "int8_agreement": agreement,
             "int8_at_least": AGREEMENT,
             "int8_kept": int8.exists(),
@@ -53,7 +61,7 @@ def main(track: str) -> None:
         write_json(folder / "choice.json", choice)
     verdict = "kept" if choice["int8_kept"] else "not kept"
     shown = "validation accuracy {:.4f}, int8 {:.4f}, ".format(*accuracies) if len(labels) else ""
-    print(f"{best.name}: {shown}int8 names the same class {agreement:.2%}: {verdict}")
+    print(f"{best.name}: temperature {temperature:.3f}, {shown}int8 names the same class {agreement:.2%}: {verdict}")
 
 
 if __name__ == "__main__":

@@ -20,16 +20,36 @@ from pipeline.export.onnx_model import batches, check_operators
 from pipeline.networks.architectures import Classifier, build
 
 
+class _Probabilities(nn.Module):
+    """A classifier's probabilities, its logits divided by a temperature."""
+
+    def __init__(self, classifier: Classifier, temperature: float) -> None:
+        super().__init__()
+        self.classifier, self.temperature = classifier, temperature
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.classifier(images)
+        return (logits if self.temperature == 1 else logits / self.temperature).softmax(dim=1)
+
+
 def export_onnx(
-    classifier: Classifier, image_shape: tuple[int, int, int], classes: list[str], path: Path, resize: str | None = None
+    classifier: Classifier,
+    image_shape: tuple[int, int, int],
+    classes: list[str],
+    path: Path,
+    resize: str | None = None,
+    temperature: float = 1.0,
 ) -> None:
-    """Write a float32 model for images of `image_shape` (H, W, C), resized by the rule `resize`. Equal weights, equal bytes."""
+    """Write a float32 model for images of `image_shape` (H, W, C), resized by the rule `resize`. Equal weights, equal bytes.
+
+    Its logits are divided by `temperature`.
+    """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # advice to the exporter's authors
     # Images lie channels last, for which PyTorch exports ResNet's average pool with Range, whose work depends on values.
     ordinary = classifier.network.register_forward_pre_hook(lambda _, images: images[0].contiguous())
     with ordinary, warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
-            nn.Sequential(classifier, nn.Softmax(dim=1)).eval(),
+            _Probabilities(classifier, temperature).eval(),
             (torch.zeros((2, *image_shape), dtype=torch.uint8),),
             input_names=["images"],
             output_names=["probabilities"],
@@ -37,7 +57,7 @@ def export_onnx(
             opset_version=18,
             verbose=False,
         )
-    _save(program.model_proto, classes, path, resize)
+    _save(program.model_proto, classes, path, resize, temperature)
 
 
 def check_export(architecture: str, arguments: dict[str, Any], image_shape: tuple[int, int, int], classes: int) -> None:
@@ -50,8 +70,12 @@ def check_export(architecture: str, arguments: dict[str, Any], image_shape: tupl
         export_onnx(Classifier(network, 0.5, 0.5), image_shape, names, Path(folder) / "student.onnx")
 
 
-def quantize(source: Path, calibration: np.ndarray, classes: list[str], path: Path, resize: str | None = None) -> None:
+def quantize(
+    source: Path, calibration: np.ndarray, classes: list[str], path: Path, resize: str | None = None, temperature: float = 1.0
+) -> None:
     """Write an int8 version of the model in `source`, its ranges taken from the `calibration` images (N, H, W, C).
+
+    `resize` and `temperature` are those of `source`.
 
     Raises UserError where ONNX Runtime, which does not notice a full disk, cannot read back what it wrote.
     """
@@ -71,7 +95,7 @@ def quantize(source: Path, calibration: np.ndarray, classes: list[str], path: Pa
                 op_types_to_quantize=["Conv", "MaxPool", "Relu", "Gemm", "MatMul"],
             )
             model = onnx.load(raw)
-    _save(model, classes, path, resize)
+    _save(model, classes, path, resize, temperature)
 
 
 class _Calibration(CalibrationDataReader):
@@ -82,13 +106,14 @@ class _Calibration(CalibrationDataReader):
         return next(self.inputs, None)
 
 
-def _save(model: onnx.ModelProto, classes: list[str], path: Path, resize: str | None) -> None:
+def _save(model: onnx.ModelProto, classes: list[str], path: Path, resize: str | None, temperature: float) -> None:
     """Write `model` without what the exporter notes about itself: source lines and paths of this machine."""
     graph = model.graph
     for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
         part.doc_string = ""
         del part.metadata_props[:]
-    onnx.helper.set_model_props(model, {"classes": json.dumps(classes)} | ({"resize": resize} if resize else {}))
+    properties = {"classes": json.dumps(classes), "temperature": str(temperature)} | ({"resize": resize} if resize else {})
+    onnx.helper.set_model_props(model, properties)
     onnx.checker.check_model(model)
     check_operators(model)
     write_atomic(path, model.SerializeToString(deterministic=True))

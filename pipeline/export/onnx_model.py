@@ -2,7 +2,7 @@
 
 Input `images`, uint8 of shape (N, H, W, C); output `probabilities`, float32 of shape (N, K). The class names, in the order of
 the output's columns, are JSON in the file's metadata under `classes`. Under `resize`, if it is known, is the rule by which images
-get their size (pipeline/data/images.py).
+get their size (pipeline/data/images.py); under `temperature` what the file divides the logits by before it takes probabilities.
 """
 
 import json
@@ -29,7 +29,10 @@ OPERATORS |= {"Sigmoid", "Softmax", "Split", "Squeeze", "Sub", "Transpose", "Uns
 
 
 class Student:
-    """An ONNX file as stage export_student writes it: its `classes`, the `shape` (H, W, C) of its images, and their `resize`."""
+    """An ONNX file as stage export_student writes it: its `classes`, the `shape` (H, W, C) of its images, and their `resize`.
+
+    `temperature` is what it divides its logits by already; 1 in older files.
+    """
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         """Open `path` to compute with `threads` threads; 0: one per core. Raises UserError for anything but such a file."""
@@ -42,6 +45,9 @@ class Student:
             self.session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
             metadata = self.session.get_modelmeta().custom_metadata_map
             self.classes, self.resize = json.loads(metadata["classes"]), metadata.get("resize")
+            self.temperature = float(metadata.get("temperature", 1))
+            if not 0 < self.temperature < float("inf"):
+                raise ValueError(f"its temperature is {self.temperature}")
             if self.resize not in (None, *get_args(Resize)):
                 raise ValueError(f"its images are resized by {self.resize!r}; known: {', '.join(get_args(Resize))}")
             (images,), (output,) = self.session.get_inputs(), self.session.get_outputs()

@@ -205,14 +205,15 @@ def _classes(evaluation: Evaluation, model: str, other: str) -> Table:
     """By class, rarest in training first: the student, and its gains over the other model and, in recall, its teacher."""
     detail = evaluation.detail
     (ours, theirs), recalls = (detail["models"][name]["by_class"] for name in (model, other)), detail["recalls"]
-    headings = ["class", "training images", "test images", "precision (%)", "recall (%)", "F1 (%)", f"F1 - {other} (points)"]
+    headings = ["class", "training images", "test images", "precision (%)", "recall (%)", "F1 (%)", f"F1 over {other} (points)"]
     rows = []
     for name, row in recalls[other].items():
         cells = [f"{100 * ours[name][key]:.2f}" for key in ("precision", "recall", "f1")]
         gains = [_recall_gain(of_class[name]) for of_class in recalls.values()]
-        images = detail.get("train_images", {}).get(name, ""), row["images"]
+        images = detail.get("train_images", {}).get(name), row["images"]
+        images = ["" if count is None else f"{count:,}" for count in images]
         rows.append([name, *images, *cells, points(ours[name]["f1"] - theirs[name]["f1"]), *gains])
-    return [*headings, *(f"recall - {against} (points)" for against in recalls)], rows
+    return [*headings, *(f"recall over {against} (points)" for against in recalls)], rows
 
 
 def _recall_gain(row: Json) -> str:

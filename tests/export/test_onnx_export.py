@@ -98,6 +98,30 @@ def test_the_rule_of_resizing_is_in_the_file(exported, data: TrainingData, tmp_p
         Student(tmp_path / "c.onnx")
 
 
+def test_the_temperature_is_in_the_graph_and_in_the_file(exported, data: TrainingData, tmp_path: Path):
+    assert Student(exported[0]).temperature == 1
+    classifier = new_classifier("compact_cnn", {"width": 24, "hidden": 64}, data.dataset, 0)
+    a, b, images = tmp_path / "a.onnx", tmp_path / "b.onnx", data.val.images
+    export_onnx(classifier, data.dataset.image_shape, data.dataset.classes, a, temperature=0.1)
+    quantize(a, data.train.images.numpy(), data.dataset.classes, b, temperature=0.1)
+    expected = (predict(classifier, images) / 0.1).softmax(dim=1).numpy()
+    assert np.abs(expected - exported[1]).max() > 0.1
+    for path, tolerance in ((a, 1e-6), (b, 0.02)):
+        student = open_foreign(path)
+        assert student.temperature == 0.1
+        np.testing.assert_allclose(student.probabilities(images.numpy()), expected, atol=tolerance)
+    model = onnx.load(a)
+    for value, temperature in ((None, 1), ("0", None), ("nan", None), ("hot", None)):
+        properties = {"classes": json.dumps(data.dataset.classes)} | ({"temperature": value} if value else {})
+        onnx.helper.set_model_props(model, properties)
+        a.write_bytes(model.SerializeToString())
+        if temperature:
+            assert Student(a).temperature == temperature, "of an older file"
+        else:
+            with pytest.raises(UserError, match=r"a\.onnx: damaged, or no exported student"):
+                Student(a)
+
+
 ALONE = """
 import sys
 class Refuse:
