@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.core.errors import UserError
-from pipeline.data.images import fit_image
+from pipeline.core.images import fit_image
 from pipeline.fetching.import_images import main
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import read_source
