@@ -13,7 +13,7 @@ export NAME VARY A B
 DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.epochs=1 \
         -S distillation.dataset=mnist5k -S distillation.label_fraction=0.1 -S distillation.epochs=3 -S 'seeds=[0,1]'
 
-.PHONY: help install demo test test-all lint format ui compare sync study study-table register serve bench gpu-check faults \
+.PHONY: help install demo test test-all lint format ui compare sync study study-table register serve publish bench gpu-check faults \
         screenshots lock clean
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "Serve"
 	@echo "  make register                 the exported student into MLflow's registry (TRACK=baselines: of that track), champion if it is better"
 	@echo "  make serve                    the champion on http://127.0.0.1:5001 (SERVE_PORT=5001)"
+	@echo "  make publish                  the exported students and their model card into models/student/, to be committed"
 	@echo "Develop"
 	@echo "  make test                     the tests to run before a commit; test-all: every test"
 	@echo "  make lint                     ruff and the order of the packages; format: let ruff rewrite the formatting"
@@ -87,6 +88,9 @@ register: .venv/installed
 
 serve: .venv/installed
 	PORT=$(or $(SERVE_PORT),5001) python -m pipeline.serving.server $(TRACK)
+
+publish: .venv/installed
+	python -m pipeline.serving.publish
 
 sync: .venv/installed
 	python -m pipeline.tracking.sync

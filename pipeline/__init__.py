@@ -3,5 +3,9 @@
 import sys
 from importlib.util import find_spec
 
-if sys.argv[:1] == ["-m"] and not all(map(find_spec, ("psutil", "pydantic", "torch"))):
-    sys.exit("error: the packages of requirements.txt are not installed here: make install, then source .venv/bin/activate")
+if sys.argv[:1] == ["-m"]:
+    needed, remedy = ("psutil", "pydantic", "torch"), "make install, then source .venv/bin/activate"
+    if "pipeline.serving.predict" in sys.orig_argv:  # no other command does with so little
+        needed, remedy = ("numpy", "onnxruntime", "PIL"), "pip install onnxruntime numpy pillow"
+    if missing := [name for name in needed if not find_spec(name)]:
+        sys.exit(f"error: {', '.join(missing)}: not installed here: {remedy}")

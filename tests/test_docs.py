@@ -1,17 +1,27 @@
-"""README.md and docs/: their figures are those of the results, their commands and links exist."""
+"""README.md, docs/ and the model card: their figures are those of the results, their commands and links exist."""
 
+import hashlib
+import json
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from onnxruntime import InferenceSession
+from sklearn import metrics as sk
 
+from pipeline.fetching.sources import read_source
+from pipeline.params import TRACKS
 from tests.conftest import ROOT, small_checkout
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
 README = PAGES["README.md"]
+PAGES["models/student/README.md"] = CARD = (ROOT / "models/student/README.md").read_text()
+PUBLISHED = {entry["name"]: entry["results"] for entry in yaml.safe_load(CARD.split("---\n")[1])["model-index"]}
 
 
 def shown(page: str, pattern: str) -> str:
@@ -27,6 +37,43 @@ def test_the_results_are_those_in_metrics():
     assert shown("README.md", "metrics/distillation.md") == (ROOT / "metrics/distillation.md").read_text().strip()
     verdict = next(line for line in (ROOT / "metrics/report.md").read_text().splitlines() if line.startswith("> "))
     assert verdict in README.splitlines()
+
+
+@pytest.mark.parametrize("track", PUBLISHED)
+def test_the_model_card_is_of_the_committed_files_and_results(track: str):
+    """When it fails after a run of the track: make publish."""
+    content, metrics = (ROOT / f"models/student/{track}.onnx").read_bytes(), ROOT / "metrics"
+    costs, exported = (json.loads((metrics / f"{track}_{name}.json").read_text()) for name in ("costs", "export"))
+    assert f"| {len(content):,} | `{hashlib.sha256(content).hexdigest()}` |" in CARD
+    assert costs["models"]["student.onnx"]["file_bytes"] == len(content)
+    (result,) = PUBLISHED[track]
+    accuracy = exported["student"]["accuracy"]
+    assert result["metrics"][0] == {"type": "accuracy", "value": round(accuracy, 4)}
+    assert f"On the test images this file names {100 * accuracy:.2f} % rightly" in CARD
+    assert shown("models/student/README.md", f"metrics/{track}.md") == (metrics / f"{track}.md").read_text().strip()
+    report = (metrics / f"{TRACKS[track].report}.md").read_text().splitlines()
+    (verdict,) = (line for line in report if line.startswith("> ") and " over " in line)
+    assert verdict in CARD.splitlines()
+
+
+@pytest.mark.parametrize("track", PUBLISHED)
+def test_the_committed_students_do_on_the_test_images_what_the_card_says(
+    track: str, mirror: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (result,) = PUBLISHED[track]
+    monkeypatch.setenv("DATA_MIRROR", str(mirror))
+    images, labels = read_source(result["dataset"]["config"]).splits["test"]
+    session = InferenceSession(ROOT / f"models/student/{track}.onnx")
+    (rows,) = session.run(None, {"images": images})
+    scores = rows[:, 1] if rows.shape[1] == 2 else rows
+    measured = {
+        "accuracy": (rows.argmax(1) == labels).mean(),
+        "roc_auc": sk.roc_auc_score(labels, scores, multi_class="ovr"),
+        "balanced_accuracy": sk.balanced_accuracy_score(labels, rows.argmax(1)),
+        "log_loss": -np.log(rows[np.arange(len(labels)), labels]).mean(),
+    }
+    named = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert measured == pytest.approx({name: named[name] for name in measured}, abs=5e-4)
 
 
 def test_the_speed_table_is_that_of_a_measured_device():
@@ -72,7 +119,7 @@ def test_every_link_leads_somewhere(page: str):
 
 def test_every_page_begins_with_a_command():
     for page, text in PAGES.items():
-        assert page == "README.md" or "```console\n$ " in text[:200], page
+        assert page.endswith("README.md") or "```console\n$ " in text[:200], page
 
 
 @pytest.mark.slow

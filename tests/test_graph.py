@@ -7,9 +7,11 @@ import ast
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -229,15 +231,33 @@ def test_a_folder_of_images_becomes_a_table(checkout: Checkout, tmp_path: Path):
     images = np.load(checkout.folder / "data/distillation/test/images.npy")[:5]
     for number, image in enumerate(images):
         Image.fromarray(image.squeeze()).save(tmp_path / f"{number}.png")
-    output = checkout.run(*checkout.stage(f"serving.predict {tmp_path}")).stdout
+    command = f"serving.predict {tmp_path} --model models/exported/distillation/student.onnx"
+    output = checkout.run(*checkout.stage(command)).stdout
     table = pd.read_csv(io.StringIO(output), index_col="file", dtype={"class": str})
     expected = Student(checkout.folder / "models/exported/distillation/student.onnx").probabilities(images)
     np.testing.assert_allclose(table.drop(columns="class").to_numpy(), expected, atol=1e-6)
     assert table["class"].tolist() == [str(number) for number in expected.argmax(1)]
     Image.fromarray(images[0].squeeze()).resize((28, 28)).save(tmp_path / "z.png")
-    assert "28x28 pixels; the student takes 8x8" in stage_fails(checkout, f"serving.predict {tmp_path}")
+    assert "28x28 pixels; the student takes 8x8" in stage_fails(checkout, command)
     (tmp_path / "z.png").write_bytes(b"no image")
-    assert "z.png: cannot be read as an image" in stage_fails(checkout, f"serving.predict {tmp_path}")
+    assert "z.png: cannot be read as an image" in stage_fails(checkout, command)
+
+
+def test_students_are_published_with_a_card_if_the_figures_are_theirs(checkout: Checkout, tmp_path: Path):
+    published, images = checkout.folder / "models/student", np.load(checkout.folder / "data/baselines/test/images.npy")[:1]
+    Image.fromarray(images[0].squeeze()).save(tmp_path / "a.png")
+    checkout.run(*checkout.stage("serving.publish"))
+    exported = (checkout.folder / "models/exported/baselines/student.onnx").read_bytes()
+    assert (published / "baselines.onnx").read_bytes() == exported
+    assert sha256(exported).hexdigest() in (published / "README.md").read_text()
+    (row,) = pd.read_csv(io.StringIO(checkout.run(*checkout.stage(f"serving.predict {tmp_path}/a.png")).stdout)).values.tolist()
+    assert row[2:] == pytest.approx(Student(published / "baselines.onnx").probabilities(images)[0], abs=1e-6)
+    costs = checkout.folder / "metrics/distillation_costs.json"
+    before = costs.read_text()
+    costs.write_text(re.sub(r'("student.onnx": {\s+"file_bytes": )', r"\g<1>1", before))
+    failed = stage_fails(checkout, "serving.publish")
+    costs.write_text(before)
+    assert "distillation/student.onnx: the figures in metrics are of another export: dvc repro report@distillation" in failed
 
 
 def stage_fails(checkout: Checkout, stage: str) -> str:

@@ -10,7 +10,6 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 
 from pipeline.core.errors import UserError, file_problem, one_line
-from pipeline.core.provenance import code_digest
 
 
 def run(main: Callable[..., None], options: ArgumentParser | None = None, **choices: Sequence[str] | None) -> None:
@@ -29,8 +28,11 @@ def run(main: Callable[..., None], options: ArgumentParser | None = None, **choi
         default = inspect.signature(main).parameters[name].default
         optional = {} if default is inspect.Parameter.empty else {"nargs": "?", "default": default}
         parser.add_argument(name, choices=values, **optional)
-    arguments, under_dvc, code = vars(parser.parse_args()), "DVC_STAGE" in os.environ, code_digest()
+    arguments, under_dvc = vars(parser.parse_args()), "DVC_STAGE" in os.environ
     if under_dvc:
+        from pipeline.core.provenance import code_digest  # needs packages that serving.predict does without
+
+        code = code_digest()
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         main(**arguments)

@@ -4,8 +4,6 @@ import os
 import re
 from urllib.parse import unquote
 
-from pipeline.core.files import main_checkout
-
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # it logs a database's errors before it raises them
@@ -15,6 +13,8 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # a retry after a
 
 def tracking_uri() -> str:
     """The store: `MLFLOW_TRACKING_URI`, else SQLite in the main checkout, where temporary copies find it too."""
+    from pipeline.core.files import main_checkout  # needs packages that serving.predict does without
+
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     path = uri.removeprefix("sqlite:///")
     return uri if path == uri else f"sqlite:///{main_checkout() / path}"

@@ -1,21 +1,21 @@
-"""The exported student, opened: ONNX Runtime and NumPy are enough.
+"""The exported student, opened: ONNX Runtime, NumPy and Pillow are enough.
 
 Input `images`, uint8 of shape (N, H, W, C); output `probabilities`, float32 of shape (N, K). The class names, in the order of
 the output's columns, are JSON in the file's metadata under `classes`. Under `resize`, if it is known, is the rule by which images
-get their size (pipeline/data/images.py); under `temperature` what the file divides the logits by before it takes probabilities.
+get their size (pipeline/core/images.py); under `temperature` what the file divides the logits by before it takes probabilities.
 """
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 from onnxruntime import InferenceSession, SessionOptions
 
 from pipeline.core.errors import UserError, one_line, user_error
-from pipeline.data.dataset import Resize
+from pipeline.core.images import RULES
 
 if TYPE_CHECKING:
     import onnx
@@ -48,8 +48,8 @@ class Student:
             self.temperature = float(metadata.get("temperature", 1))
             if not 0 < self.temperature < float("inf"):
                 raise ValueError(f"its temperature is {self.temperature}")
-            if self.resize not in (None, *get_args(Resize)):
-                raise ValueError(f"its images are resized by {self.resize!r}; known: {', '.join(get_args(Resize))}")
+            if self.resize not in (None, *RULES):
+                raise ValueError(f"its images are resized by {self.resize!r}; known: {', '.join(RULES)}")
             (images,), (output,) = self.session.get_inputs(), self.session.get_outputs()
             if (images.name, images.type, len(images.shape)) != ("images", "tensor(uint8)", 4):
                 raise ValueError(f"its input is {images.name}, {images.type} of shape {images.shape}")

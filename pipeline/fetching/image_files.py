@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pipeline.core.errors import user_error
-from pipeline.data.images import FORMATS, MODES, open_image
+from pipeline.core.images import FORMATS, MODES, open_image
 
 if TYPE_CHECKING:
     from pydicom import Dataset

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError, one_line, user_error
 from pipeline.core.files import atomic_file, write_atomic
+from pipeline.core.images import fit_image
 from pipeline.data.dataset import SPLITS, Resize
-from pipeline.data.images import fit_image
 from pipeline.fetching.duplicates import duplicates
 from pipeline.fetching.image_files import Window, read_header, read_image_file
 from pipeline.fetching.import_summary import summarise

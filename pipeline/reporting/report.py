@@ -115,7 +115,11 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
         content["of_class"] = [
             [int((labels == k).sum()) for labels in (evaluation.val_labels, evaluation.labels)] for k in (0, 1)
         ]
-    text = _template(format, "report").render(content)
+    return tidy(template(format, "report").render(content))
+
+
+def tidy(text: str) -> str:
+    """A template's text with one empty line at most between two others."""
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -127,11 +131,11 @@ def data_uri(png: bytes) -> str:
 def sentence(name: str, comparison: Json, format: Format = "markdown") -> str:
     """What a comparison shows, in one sentence; `name` is "<model>_vs_<other>"."""
     model, other = name.split("_vs_")
-    text = _template(format, "verdict").render(comparison, model=model, other=other)
+    text = template(format, "verdict").render(comparison, model=model, other=other)
     return Markup(" ".join(text.split()))  # noqa: S704 (a template's)
 
 
-def _template(format: Format, name: str) -> jinja2.Template:
+def template(format: Format, name: str) -> jinja2.Template:
     """A template whose variables are escaped for that format."""
 
     def for_markdown(value: object) -> object:

@@ -1,47 +1,64 @@
-"""Classify a folder of images with an exported student: `python -m pipeline.serving.predict FOLDER [TRACK] > scores.csv`.
+"""Classify images with an exported student: `python -m pipeline.serving.predict image.png`.
 
-Every PNG, JPEG and TIFF in the folder becomes a row: file, class, and the probability of each class; other files are named and
-left out. Images of another size than the student's are resized as its training images were, by the rule in its file; where it has
-none, they are refused. They are 8-bit grey, RGB or palette images without transparency; a camera's orientation (EXIF) is
-followed, colours become grey by ITU-R 601's luma for a student of grey images, and grey is repeated in each channel for one of
-colours.
+Needs onnxruntime, numpy and pillow alone for the models in models/student/. Prints a table (CSV): each image, its class, and the
+probability of every class. Of a folder, every PNG, JPEG and TIFF in it is an image; other files are named and left out. Images
+are 8-bit grey, RGB or palette images without transparency. Those of another size than the model's are resized as its training
+images were, by the rule in its file; where it has none, by --resize or not at all. A camera's orientation (EXIF) is followed;
+colours become grey by ITU-R 601's luma for a model of grey images, and grey is repeated in each channel for one of colours.
 """
 
+import csv
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import ImageOps
 
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError, one_line, user_error
-from pipeline.data.dataset import Resize
-from pipeline.data.images import FORMATS, fit_image, open_image
-from pipeline.export.onnx_model import open_foreign
-from pipeline.params import TRACKS
+from pipeline.core.images import FORMATS, RULES, fit_image, open_image
+from pipeline.export.onnx_model import Student, open_foreign
 
+PUBLISHED = Path(__file__).resolve().parents[2] / "models/student"  # of this repository: as trustworthy as its code
+DEFAULT = "models/student/baselines.onnx"
 FORMULA = tuple("=+-@\t\r")  # what a spreadsheet takes for the beginning of a formula
 
 
-def main(folder: str, track: str = "distillation") -> None:
-    """Print the table for the images in `folder`, by a track's student."""
-    student = open_foreign(Path("models/exported") / track / "student.onnx")
+def main(images: list[Path], model: Path | None = None, resize: str | None = None) -> None:
+    """Print the table for `images`, files and folders, by the model in the file `model`; `resize`: see `RULES`."""
+    student = open_model(model or Path(DEFAULT))
+    if not model:
+        print(f"model: {DEFAULT}, classes {', '.join(student.classes)}; others: --model", file=sys.stderr)
+    paths = [path for given in images for path in (images_in(given) if given.is_dir() else [given])]
+    rows = student.probabilities(np.stack([read_image(path, student.shape, student.resize or resize) for path in paths]))
+    if not np.isfinite(rows).all():
+        raise UserError(f"{student.path}: its probabilities are no numbers: dvc repro export_student")
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["file", "class", *map(as_text, student.classes)])
+    for path, row in zip(paths, rows, strict=True):
+        table.writerow([as_text(str(path)), as_text(student.classes[row.argmax()]), *(f"{share:.6f}" for share in row)])
+
+
+def open_model(path: Path) -> Student:
+    """A published model as it is; any other file after a trial, and only where the package `onnx` is installed."""
+    if path.resolve().parent == PUBLISHED:
+        return Student(path)
+    with user_error(f"{path}: to try a file that is not in models/student", ImportError, then="pip install onnx"):
+        return open_foreign(path)
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The PNG, JPEG and TIFF files of a folder; others are named on stderr. Raises UserError if there are none."""
     with user_error(f"{folder}: cannot be listed", OSError):
-        files = sorted(Path(folder).iterdir())
+        files = sorted(folder.iterdir())
     paths = [path for path in files if path.suffix.lower() in FORMATS]
     for path in files:
         if path not in paths:
             print(f"left out: {one_line(path)}: no PNG, JPEG or TIFF", file=sys.stderr)
     if not paths:
         raise UserError(f"{folder}: no PNG, JPEG or TIFF files there")
-    rows = student.probabilities(np.stack([read_image(path, student.shape, student.resize) for path in paths]))
-    if not np.isfinite(rows).all():
-        raise UserError(f"{student.path}: its probabilities are no numbers: dvc repro export_student")
-    names = [as_text(path.name) for path in paths]
-    table = pd.DataFrame(rows, columns=map(as_text, student.classes), index=pd.Index(names, name="file"))
-    table.insert(0, "class", [as_text(student.classes[number]) for number in rows.argmax(axis=1)], allow_duplicates=True)
-    table.to_csv(sys.stdout, float_format="%.6f")
+    return paths
 
 
 def as_text(name: str) -> str:
@@ -50,14 +67,15 @@ def as_text(name: str) -> str:
     return f"'{text}" if text.startswith(FORMULA) else text
 
 
-def read_image(path: Path, shape: tuple[int, int, int], resize: Resize | None = None) -> np.ndarray:
+def read_image(path: Path, shape: tuple[int, int, int], resize: str | None = None) -> np.ndarray:
     """One image, uint8 of `shape` (H, W, C), resized by the rule `resize`.
 
     Raises UserError as `open_image` and, without a rule, for an image of another size.
     """
     height, width, channels = shape
     with open_image(path) as image:
-        wrong_size = ValueError(f"{image.size[0]}x{image.size[1]} pixels; the student takes {width}x{height}")
+        sizes = f"{image.size[0]}x{image.size[1]} pixels; the student takes {width}x{height}"
+        wrong_size = ValueError(f"{sizes} and knows no rule to resize by: --resize {', '.join(RULES)}")
         if not resize and sorted(image.size) != sorted((width, height)):  # known before the pixels are unpacked
             raise wrong_size
         image = ImageOps.exif_transpose(image)
@@ -67,4 +85,8 @@ def read_image(path: Path, shape: tuple[int, int, int], resize: Resize | None = 
 
 
 if __name__ == "__main__":
-    run(main, folder=None, track=tuple(TRACKS))
+    options = ArgumentParser(add_help=False)
+    options.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder of files")
+    options.add_argument("--model", type=Path, help=f"an exported student (default: {DEFAULT})")
+    options.add_argument("--resize", choices=RULES, help="how to resize images of another size if the model's file does not say")
+    run(main, options)

@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.special import expit
 
 from pipeline.core.errors import UserError
+from pipeline.core.images import fit_image
 from pipeline.data.dataset import SPLITS
-from pipeline.data.images import fit_image
 from pipeline.fetching.import_images import main
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import read_source

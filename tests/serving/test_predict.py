@@ -1,20 +1,26 @@
-"""Prediction on image files: tests/test_graph.py runs the command."""
+"""Prediction on image files: tests/test_graph.py runs the command on a folder."""
 
 import io
 import os
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from onnxruntime import InferenceSession
 from PIL import Image
 
 from pipeline.core.errors import UserError
-from pipeline.data.images import fit_image
+from pipeline.core.images import fit_image
 from pipeline.serving import predict
 from pipeline.serving.predict import read_image
+from tests.conftest import ROOT
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8)
+NEEDED = {"onnxruntime", "numpy", "pillow", "flatbuffers", "packaging", "protobuf"}  # with what onnxruntime needs itself
 COLOUR = np.stack([GREY, GREY[::-1], GREY.T], axis=2)
 ORIENTATION = 0x112  # EXIF
 
@@ -81,7 +87,8 @@ def test_every_image_has_a_row_and_every_other_file_is_named(tmp_path: Path, mon
         with Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).open("wb") as file:
             Image.fromarray(GREY).save(file, "JPEG" if name.endswith(b"jpg") else "PNG")
     (tmp_path / "notes.txt").touch()
-    predict.main(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    predict.main([Path()], Path("student.onnx"))
     printed = capsys.readouterr()
     table = pd.read_csv(io.StringIO(printed.out))
     assert table["file"].tolist() == ["'=1+1.png", "a.jpg", "b.PNG", r"\udcff.png"]
@@ -94,7 +101,35 @@ def test_probabilities_that_are_no_numbers_are_no_answer(tmp_path: Path, monkeyp
     monkeypatch.setattr(predict, "open_foreign", FakeStudent)
     Image.fromarray(GREY).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="no numbers"):
-        predict.main(str(tmp_path))
+        predict.main([tmp_path], Path("student.onnx"))
+
+
+def without_other_packages(*arguments: str | Path) -> subprocess.CompletedProcess:
+    """Run the command where no package of this environment can be imported but NEEDED."""
+    others = [name for name, of in packages_distributions().items() if not NEEDED & {package.lower() for package in of}]
+    code = "import runpy, sys; sys.argv[0] = '-m'; sys.orig_argv = ['pipeline.serving.predict']; "
+    code += f"sys.modules |= dict.fromkeys({others}); runpy.run_module('pipeline.serving.predict', run_name='__main__')"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_published_model_needs_three_packages(tmp_path: Path):
+    session = InferenceSession(ROOT / "models/student/baselines.onnx")
+    pixels = np.random.default_rng(0).integers(0, 256, (1, *session.get_inputs()[0].shape[1:]), np.uint8)
+    image = Image.fromarray(pixels[0].squeeze())
+    image.save(tmp_path / "a.png")
+    image.resize((50, 40)).save(tmp_path / "b.tif")
+    done = without_other_packages(tmp_path / "a.png", tmp_path, "--resize", "crop")
+    assert "model: models/student/baselines.onnx" in done.stderr
+    (expected,) = session.run(None, {"images": pixels})
+    table = pd.read_csv(io.StringIO(done.stdout))
+    assert table["file"].tolist() == [str(tmp_path / name) for name in ("a.png", "a.png", "b.tif")]
+    np.testing.assert_allclose(table.iloc[:2, 2:], np.repeat(expected, 2, axis=0), atol=1e-6)
+    foreign = without_other_packages(tmp_path / "a.png", "--model", tmp_path / "foreign.onnx")
+    assert foreign.stderr.splitlines() == [
+        f"error: {tmp_path}/foreign.onnx: to try a file that is not in models/student: "
+        "import of onnx halted; None in sys.modules: pip install onnx"
+    ]
 
 
 def test_an_image_that_is_a_folder_or_a_pipe_is_refused(tmp_path: Path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.images import fit_image
+from pipeline.core.images import fit_image
 
 WIDE = np.array([[0, 0, 100, 100, 200, 200, 40, 40]] * 4, np.uint8)
 
