@@ -57,7 +57,7 @@ def plot_loss_curves(losses: pd.DataFrame) -> Figure:
             curve = losses[(losses["model"] == model) & (losses["split"] == split)]
             if curve.empty:
                 continue  # no validation images
-            (line,) = axes.plot(curve["epoch"], curve["loss"], markersize=4, **style)
+            (line,) = axes.plot(curve["epoch"], curve["loss"], markersize=4, markevery=-(-len(curve) // 30), **style)
             band = axes.fill_between(curve["epoch"], curve["low"], curve["high"], alpha=0.2, color=style["color"])
             entries[f"{split}_loss, mean and range over the seeds"] = (line, band)
         axes.set(title=model, xlabel="epoch", ylabel="loss (nats per image)")
