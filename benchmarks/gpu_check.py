@@ -25,6 +25,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import yaml
 from safetensors.torch import load_file
 from tabulate import tabulate
 from torch import Tensor
@@ -41,17 +42,15 @@ from pipeline.training.recipe import Recipe, _training, train
 
 SIZES = {"distillation": (10, 54_000, 6_000), "baselines": (2, 4_708, 524)}  # classes, images for training and validation
 FEW = {"distillation": 0.1, "baselines": 0.5}  # of them, for what is slow
-METHODS = {  # of distillation, beside kd
-    "dkd": {"weight": 1.0, "alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warm_up": 0.5, "logit_standardization": True},
-    "dist": {"weight": 1.0, "beta": 2.0, "gamma": 2.0, "temperature": 1.0},
-    "wttm": {"weight": 1.0, "beta": 4.0, "gamma": 0.5},
-    "rkd": {"weight": 1.0, "distance": 25.0, "angle": 50.0},
-}
+PARAMS = yaml.safe_load((bench.ROOT / "params.yaml").read_text())
 STUDENT = "student_distilled"
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # model of the bench, changes of its recipe and settings
     "compact_cnn, kd, views, cosine": (STUDENT, {"augmentation": "shifts"}, {"schedule": "cosine"}),
     "compact_cnn, kd, a tenth of the labels, one_cycle": (STUDENT, {"label_fraction": 0.1}, {"schedule": "one_cycle"}),
-    **{f"compact_cnn, {name}": (STUDENT, {"method": {"name": name} | values}, {}) for name, values in METHODS.items()},
+    **{
+        f"compact_cnn, {name}": (STUDENT, {"method": {"name": name} | PARAMS[name]}, {})
+        for name in ("dkd", "dist", "wttm", "rkd")
+    },
     "simple_cnn, views, weight decay": ("simple_cnn", {"augmentation": "shifts"}, {"weight_decay": 0.01}),
     "resnet18, class weights, one_cycle": ("resnet18", {"class_weights": "balanced"}, {"schedule": "one_cycle"}),
     "resnet18, steps": ("resnet18", {}, {"schedule": "steps"}),
