@@ -103,7 +103,7 @@ def test_settings_have_names_and_contrasts_pick_points(tmp_path: Path, monkeypat
 
 def test_a_reference_that_is_no_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     points = load(tmp_path, monkeypatch, NAMED.replace("reference: {kd: soft}", "reference: {kd: warm}"))[1]
-    with pytest.raises(UserError, match="big: no point has reference = {'kd': 'warm'}"):
+    with pytest.raises(UserError, match=r"big: no point has reference = {'kd': 'warm'}"):
         sections(points)
 
 
