@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 if sys.argv[:1] == ["-m"]:
     needed, remedy = ("psutil", "pydantic", "torch"), "make install, then source .venv/bin/activate"
-    if "pipeline.serving.predict" in sys.orig_argv:  # no other command does with so little
+    if {"pipeline.serving.predict", "pipeline.export.onnx_model"} & {*sys.orig_argv}:  # and what it tries a file by
         needed, remedy = ("numpy", "onnxruntime", "PIL"), "pip install onnxruntime numpy pillow"
     if missing := [name for name in needed if not find_spec(name)]:
         sys.exit(f"error: {', '.join(missing)}: not installed here: {remedy}")

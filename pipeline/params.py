@@ -242,7 +242,8 @@ class Params(Block):
             keys += ["distill", self.distill.method]
         of_teacher = {f"{track}.teacher_epochs", f"{track}.teacher_label_smoothing", *OF_RESNET18}
         of_others = (set() if big else of_teacher) | (set() if model == plan.alone else {f"{track}.alone_epochs"})
-        return {
+        of_method = self.method() if distilled else {}
+        return of_method | {
             "model": model,
             "architecture": architecture,
             "arguments": arguments,
@@ -251,13 +252,16 @@ class Params(Block):
             "class_weights": block.class_weights,
             "augmentation": block.augmentation,
             "label_fraction": block.label_fraction,
-            "method": {"name": self.distill.method} | getattr(self, self.distill.method).model_dump() if distilled else None,
-            "answers": self.distill.answers if distilled else "teacher",
             "initial": "teacher" if big else "student",
             "device": self.device,
             "threads": self.threads,
             "parameters": {name: value for name, value in self.flat(*keys).items() if name not in of_others},
         }
+
+    def method(self) -> dict[str, Any]:
+        """What distilled students learn from and by which method: arguments of training.recipe.Recipe."""
+        name = self.distill.method
+        return {"method": {"name": name} | getattr(self, name).model_dump(), "answers": self.distill.answers}
 
     def flat(self, *keys: str) -> dict[str, Any]:
         """As `values`, for records that others see: a file of the user's outside the checkout is named without its folder."""

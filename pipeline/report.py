@@ -39,7 +39,7 @@ def main(track: str) -> None:
     write_atomic(page, render("html", *content, inlined))
     sentences = [sentence(name, comparison) for name, comparison in evaluation.comparisons.items()]
     failed = [name for name, entry in evaluation.detail["models"].items() if entry["at_chance"]]
-    warning = [f"Warning: no better than always naming the commonest class: {', '.join(failed)}"] if failed else []
+    warning = [f"Warning: not shown to be better than always naming the commonest class: {', '.join(failed)}"] if failed else []
     temporary = f"dvc get . {page} --rev {os.environ.get('DVC_EXP_NAME')} -o report.html"
     place = f"The report: {page if Path.cwd() == main_checkout() else temporary}"
     print("\n".join(["", table, plan.question, *sentences, *warning, "", place]))

@@ -13,8 +13,8 @@ from pipeline.training.seeds import train_seeds
 def main(model: str) -> None:
     params = load_params()
     settings, data = params.training("baselines", model), Path("data/baselines")
-    distilled = params.training("baselines", TRACKS["baselines"].distilled)
-    check_method(Recipe(**distilled, seed=0, data=data))  # before a teacher is paid for that cannot teach so
+    teachers = (Path(),) * (len(params.seeds) if params.distill.ensemble else 1)
+    check_method(Recipe(**settings | params.method(), seed=0, data=data, teachers=teachers))  # before a teacher is paid for
     recipes = [Recipe(**settings, seed=seed, data=data) for seed in params.seeds]
     records = train_seeds(recipes, trainings_folder(), params.jobs, Path("models/baselines") / model)
     mirror = Mirror(params.tracking.experiment)

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError
-from pipeline.params import TRACKS, Params, load_params
+from pipeline.params import Params, load_params
 from pipeline.tracking.mirror import Mirror
 from pipeline.training.cache import trainings_folder
 from pipeline.training.recipe import Recipe, check_method
@@ -21,9 +21,9 @@ def main() -> None:
     linked = next((path for path in Path("data/own/distillation/teacher").glob("*") if path.is_symlink()), None)
     if params.teacher.file != (linked and linked.readlink()):
         raise UserError("teacher.logits or teacher.features has changed: run dvc repro, which fetches the file first")
-    distilled = params.training("distillation", TRACKS["distillation"].distilled)
-    check_method(Recipe(**distilled, seed=0, data=DATA))  # before a teacher is paid for that cannot teach so
     settings = params.training("distillation", MODEL)
+    teachers = (params.teacher.file,) if linked else (Path(),) * (len(params.seeds) if params.distill.ensemble else 1)
+    check_method(Recipe(**settings | params.method(), seed=0, data=DATA, teachers=teachers))  # before a teacher is paid for
     if linked:
         from_outside(params.teacher.file, params, settings)
         return

@@ -32,7 +32,7 @@ class Question(NamedTuple):
     @property
     def test(self) -> tuple[Any, ...]:
         """What two questions have in common that are one test."""
-        return self[1:5]
+        return self[1:]
 
     @property
     def figure(self) -> str:
@@ -89,7 +89,9 @@ def find(
     others = [question for row in rows for question in (row.gain, row.against) if question] + list(secondary)
     answers = {question.test: compare(question, paths) for question in [*contrasts, *others]}
     of_sequence = {question.test[:3] for question in contrasts}
-    family = {q.test: p_value(answers[q.test], q.claim, q.margin) for q in others if q.test[:3] not in of_sequence}
+    family = {
+        q.test: p_value(answers[q.test], q.claim, q.margin) for q in others if q in secondary or q.test[:3] not in of_sequence
+    }
     corrected = dict(zip(family, holm(pd.Series(list(family.values()), dtype=float)), strict=True))
     return Findings(name, sections, contrasts, secondary, settings, paths, answers, corrected)
 
@@ -132,7 +134,9 @@ def compare(question: Question, paths: Mapping[str, Path]) -> Comparison | None:
 
 def outcome(answer: Comparison, claim: str) -> str:
     """What of a claim is shown by itself, or "": by the 95 % interval or, of equivalence, by two one-sided tests at 5 %."""
-    if claim == "better_or_equivalent":  # at 5 % together: no true difference makes both false
+    if (
+        claim == "better_or_equivalent"
+    ):  # at 5 % together: where both are false, either needs a 90 % interval above -margin, or below margin
         return outcome(answer, "better") or outcome(answer, "equivalent")
     shown = {"better": answer.low > 0, "equivalent": answer.equivalent, "not_inferior": answer.low > -answer.margin}
     return claim.replace("_", " ") if answer.enough and shown[claim] else ""

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from pipeline.core.files import read_json, write_atomic
 from pipeline.core.provenance import commit
 from pipeline.evaluation.metrics import over_seeds
-from pipeline.reporting.tables import difference, escape, markdown_table, scale, unit
+from pipeline.reporting.tables import difference, escape, markdown_table, p_value, scale, unit
 from studies.contrasts import ALPHA, Findings, Question, Row, Section, outcome, sequence
 from studies.tasks import MODELS
 
@@ -88,11 +88,7 @@ def _by_holm(question: Question, found: Findings) -> list[str]:
     if answer is None or p is None:
         return ["", "not run" if answer is None else "in the fixed sequence"]
     result = "worse" if question.claim == "better" and answer.gain < 0 else question.claim.replace("_", " ")
-    return [_p(p), result if p < ALPHA else "not shown"]
-
-
-def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+    return [p_value(p), result if p < ALPHA else "not shown"]
 
 
 def _section(section: Section, found: Findings, fixed: Mapping[str, Any]) -> list[str]:
@@ -119,7 +115,7 @@ def _interval(question: Question | None, found: Findings) -> list[str]:
         return ["not run" if question else "", "", ""]
     gain, *ends = _differences(question, answer.gain, answer.low, answer.high)
     p = found.holm.get(question.test)
-    return [gain, " to ".join(ends), "in the fixed sequence" if p is None else _p(p)]
+    return [gain, " to ".join(ends), "in the fixed sequence" if p is None else p_value(p)]
 
 
 def points_table(found: Findings) -> pd.DataFrame:

@@ -264,6 +264,15 @@ def sections(points: list[Point]) -> list[Section]:
     return [_section(part) for part in parts.values()]
 
 
+def _distils_alike(point: Point, other: Point) -> bool:
+    """Whether the two points' distilled students are the same trainings: then there is nothing to compare."""
+    facts = [
+        [p.seeds, *(p.training("distillation", model) for model in ("teacher", "student_distilled"))]
+        for p in (point.params, other.params)
+    ]
+    return facts[0] == facts[1]
+
+
 def _section(points: list[Point]) -> Section:
     grid, rows = points[0].grid, []
     reference = {part: value for item in grid.reference.items() for part, value in spelt(*item).items()}
@@ -276,7 +285,7 @@ def _section(points: list[Point]) -> Section:
         compared = [other for other in points if reference and other.labels == point.labels | reference]
         if reference and not compared:
             raise UserError(f"{grid.title}: no point has reference = {shown(grid.reference)}")
-        against = [question(point, other, "student_distilled") for other in compared if other is not point]
+        against = [question(point, other, "student_distilled") for other in compared if not _distils_alike(point, other)]
         rows.append(Row(point.name, point.labels, question(point, point, "student_alone"), against[0] if against else None))
     return Section(grid.title, grid.x, ", ".join(map(str, reference.values())), rows)
 

@@ -1,1 +1,1 @@
-"""Files, errors, the command line and provenance: decides no byte of a result."""
+"""Files, errors, the command line and provenance: decides no byte of a stage's output."""

@@ -29,7 +29,7 @@ class Evaluation(NamedTuple):
 
     `detail` holds `track`, `dataset` (a Dataset) and by model, under `models`: the training's `architecture`, `arguments`,
     `parameters` and `setting`; by seed, `seeds`, `digests`, `checkpoints` (MD5), `best_epochs`, `figures`, `validation_figures`
-    (those of `metrics.operating_points`) and `histories` (a dict per epoch); `at_chance` (the seeds that learned nothing);
+    (those of `metrics.operating_points`) and `histories` (a dict per epoch); `at_chance` (seeds not shown to beat guessing);
     `by_class` (means over the seeds). Of a teacher from outside, `architecture` is "outside: " and its kind, and the digests are
     those of the files; it has no epochs and no histories. `train_images` holds, by class, how many training images have its
     label; `recalls` the `statistics.recall_gains` of the first comparison's student, over the other model and over its teacher

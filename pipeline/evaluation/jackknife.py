@@ -59,6 +59,8 @@ def auc(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
     for label in of_classes:
         members = labels == label
         scores = probabilities[:, label].astype(float)
+        if probabilities.shape[1] == 2:
+            scores -= probabilities[:, 0]  # the same order; float32 makes many a probability near 1 equal to it
         ours, others = scores[members], scores[~members]
         above = _placements(ours, others)  # of each of ours, the others below it, half for ties
         below = len(ours) - _placements(others, ours)  # of each other, those of ours above it

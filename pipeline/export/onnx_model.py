@@ -42,6 +42,7 @@ class Student:
         wrong = f"{path}: damaged, or no exported student"
         # ONNX Runtime has a type of error for each status, and no common one.
         with user_error(wrong, Exception, then="dvc repro export_student"):
+            options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file's name ends in
             self.session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
             metadata = self.session.get_modelmeta().custom_metadata_map
             self.classes, self.resize = json.loads(metadata["classes"]), metadata.get("resize")
@@ -77,7 +78,7 @@ def open_foreign(path: Path) -> Student:
     import onnx
 
     with user_error(f"{path}: damaged, or no exported student", Exception, then="dvc repro export_student"):
-        check_operators(onnx.load(path, load_external_data=False))
+        check_operators(onnx.load(path, format="protobuf", load_external_data=False))
     command = [sys.executable, "-m", "pipeline.export.onnx_model", str(path.resolve())]
     options = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True, "timeout": 3 * TRIAL_SECONDS}
     limit = f"{path}: to open it and compute {MOST} images takes over {TRIAL_SECONDS} s or {TRIAL_BYTES / 2**30:.0f} GiB"

@@ -16,7 +16,7 @@ from pipeline.evaluation.comparisons import Evaluation
 from pipeline.evaluation.metrics import over_seeds
 from pipeline.evaluation.statistics import CONFIDENCE, FEWEST, FEWEST_IMAGES, OF_CLASSES, POWER
 from pipeline.reporting.gallery import confidently_wrong, gallery_table
-from pipeline.reporting.tables import difference, escape, markdown_table, mean, points, unit
+from pipeline.reporting.tables import difference, escape, markdown_table, mean, p_value, points, unit
 
 HARDEST = 3  # classes named as hardest
 MOST_LOST = 10  # classes named as lost
@@ -76,7 +76,8 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     content["answer"], *against_teacher = comparisons.values()
     content["headroom"] = against_teacher[-1] if against_teacher else None
     pairs = [name.split("_vs_") for name in comparisons][1:]
-    content["inferior"] = [(*pair, c["high"] >= c["margin"]) for pair, c in zip(pairs, against_teacher, strict=True)]
+    few = content["answer"]["metric"] in OF_CLASSES and content["answer"]["smallest_class"] < FEWEST_IMAGES
+    content["inferiority"] = [(*pair, few or c["high"] >= c["margin"]) for pair, c in zip(pairs, against_teacher, strict=True)]
     classes, recalls = evaluation.detail["dataset"]["classes"], evaluation.detail["recalls"]
     rarest_first = recalls[other]  # those with test images
     by_class = {name: models[model]["by_class"][name] for name in rarest_first}
@@ -91,6 +92,7 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     parameters = {key.rpartition(".")[2]: value for key, value in chosen.items()}
     unlabelled = "unlabelled" in evaluation.detail["dataset"]["images"]
     content["same_batches"] = parameters.get("label_fraction", 1) == 1 and not unlabelled
+    content["hidden_labels"] = parameters.get("label_fraction", 1) < 1
     content["selection"] = parameters.get("selection", "accuracy")
     content["ensemble"] = parameters.get("ensemble", False)
     content["method"], content["answers"] = parameters.get("method", "kd"), parameters.get("answers", "teacher")
@@ -170,7 +172,7 @@ def _gains(comparisons: Json) -> Table:
     rows = []
     for name, comparison in comparisons.items():
         intervals = [_interval(comparison, kind) for kind in ("", "seeds_")]
-        p = f"{comparison['p']:.3f}"
+        p = p_value(comparison["p"])
         detectable = difference(metric, comparison["detectable"])[1:] if "detectable" in comparison else ""
         verdict = comparison["verdict"]
         if comparison["seeds"] < FEWEST:

@@ -75,6 +75,11 @@ def difference(metric: str, value: float) -> str:
     return f"{value:+.4f}" if metric == "nll" else points(value)
 
 
+def p_value(p: float) -> str:
+    """A value of p as text."""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def unit(metric: str) -> str:
     """What `difference` counts."""
     return NAMES.get(metric, f"points of {metric.replace('_', ' ')}")

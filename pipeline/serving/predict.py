@@ -63,8 +63,8 @@ def images_in(folder: Path) -> list[Path]:
 
 def as_text(name: str) -> str:
     """A name for a cell: what is no Unicode in it is escaped, and a spreadsheet sees text where it would see a formula."""
-    text = name.encode("utf-8", "backslashreplace").decode()
-    return f"'{text}" if text.startswith(FORMULA) else text
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name)
+    return f"'{text}" if name.startswith(FORMULA) else text
 
 
 def read_image(path: Path, shape: tuple[int, int, int], resize: str | None = None) -> np.ndarray:

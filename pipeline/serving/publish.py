@@ -103,11 +103,13 @@ def card(models: list[dict[str, Any]]) -> str:
         dataset = {"name": data["name"], "type": data["hub"] or name, "config": name, "split": "test"}
         task = {"type": "image-classification"}
         results.append({"name": model["track"], "results": [{"task": task, "dataset": dataset, "metrics": metrics}]})
+    licences = [str(model["data"]["licence"]) for model in models]
+    free = all(licence != "unknown" and "NC" not in licence for licence in licences)
     metadata = {
-        "license": "apache-2.0",
+        "license": "apache-2.0" if free else "other",
         "library_name": "onnx",
         "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "knowledge-distillation", "onnx", "medmnist", "not-for-clinical-use"],
+        "tags": ["image-classification", "knowledge-distillation", "onnx", "not-for-clinical-use"],
         "datasets": sorted({model["data"]["hub"] for model in models} - {None}),
         "metrics": ["accuracy", "roc_auc"],
         "model-index": results,

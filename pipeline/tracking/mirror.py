@@ -37,6 +37,7 @@ LAST_OF_EPOCH = "train_loss"  # logged last: an epoch that has it is complete
 COMMIT, DIRTY = "mlflow.source.git.commit", "mlflow.source.git.dirty"
 FORBIDDEN = re.compile(r"[^\w\-. :/]")  # in the name of a metric
 MOST_F1 = 100  # classes up to which each has a metric of its own
+OF_DISTILLATION = ("distill.", "kd.", "dkd.", "dist.", "wttm.", "rkd.")  # first in a run's name
 SHORT = {"kd.temperature": "T"}  # in a run's name, where others have the last part of their key
 
 
@@ -293,7 +294,7 @@ def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = No
     committed = committed_parameters(tags.get(COMMIT, ""))
     committed |= {name: without_place(str(value)) for name, value in committed.items() if value and name.endswith(OWN_FILES)}
     # A record holds what "auto" became.
-    ordered = sorted(record.parameters.items(), key=lambda item: not item[0].startswith("kd."))  # distillation's own first
+    ordered = sorted(record.parameters.items(), key=lambda item: not item[0].startswith(OF_DISTILLATION))
     changed = {name: value for name, value in ordered if committed.get(name, value) not in (value, "auto")}
     varied = {name: json.dumps(value, ensure_ascii=False).removesuffix(".0") for name, value in changed.items()}
     shown = {name: value.strip('"').rpartition("/")[2] for name, value in varied.items()}  # of a path, the file's name
