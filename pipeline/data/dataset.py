@@ -9,7 +9,7 @@ from pipeline.core.errors import user_error
 
 SPLITS = ("train", "val", "test")
 UNKNOWN = -1  # the label of an image that has none, or whose label may not be used
-Resize = Literal["pad", "crop", "stretch"]  # rules of pipeline/data/images.py
+Resize = Literal["pad", "crop", "stretch"]  # rules of pipeline/core/images.py
 Side = Annotated[int, Field(ge=1, le=65_536)]
 _ABSENT = Field(exclude_if=lambda value: not value)
 
