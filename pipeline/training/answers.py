@@ -1,8 +1,8 @@
 """What a student learns from: what its teacher says of every training image, or a control in the place of that.
 
 A control shows what of a gain is the teacher's knowledge: `permuted` keeps how the teacher answers, but not of which image of a
-class; `hard` keeps the class that it names alone (pseudo-labels, Lee 2013); `uniform` keeps nothing, so that `kd` becomes label
-smoothing (Yuan et al. 2020, arXiv:1909.11723).
+class; `hard` keeps the class that it names alone (pseudo-labels, Lee 2013); `uniform` keeps nothing: at a temperature of 1,
+`kd` is then label smoothing (Yuan et al. 2020, arXiv:1909.11723).
 """
 
 from typing import TYPE_CHECKING

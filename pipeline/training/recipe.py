@@ -128,7 +128,7 @@ def _new_record(recipe: Recipe) -> Record:
     initial = md5(initial_path(recipe)) if recipe.initial else None
     decisive = asdict(recipe) | {"data": dataset.model_dump(mode="json"), "parameters": parameters, "initial": initial}
     decisive |= {"code": code_digest(CODE), "torch": version("torch"), "teachers": teachers_md5}
-    of_setting = decisive | {"seed": None, "teachers": sorted({teacher.setting for teacher in teachers})}
+    of_setting = decisive | {"seed": None, "teachers": sorted(teacher.setting for teacher in teachers)}
     described = {name: getattr(recipe, name) for name in ("model", "architecture", "arguments", "device", "seed")}
     described |= {"dataset": dataset, "parameters": parameters, "teachers_md5": teachers_md5}
     return Record(format=4, digest=_digest(decisive), setting=_digest(of_setting), epochs=recipe.settings["epochs"], **described)
