@@ -96,6 +96,22 @@ def test_the_counts_of_the_studies_are_those_of_their_tables(study: str):
     assert counts == ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in ("better", "worse", "not distinguishable"))
 
 
+@pytest.mark.parametrize(
+    ("page", "study"), [("README.md", "medical"), ("docs/studies.md", "medical"), ("docs/studies.md", "methods")]
+)
+def test_every_difference_that_a_page_tells_of_a_study_stands_in_its_table(page: str, study: str):
+    parts = {
+        "README.md": ("", "This pipeline trains"),
+        "docs/studies.md": (f"metrics/studies/{study}.md", "\n\n**" if study == "medical" else "\n\nTwo older"),
+    }
+    start, end = parts[page]
+    text = PAGES[page].partition(start)[2] if start else PAGES[page]
+    told = set(re.findall(r"(?<![\d.])[+-]?\d\.\d\d(?![\d.])", text.partition(end)[0]))
+    table = (ROOT / f"metrics/studies/{study}.md").read_text()
+    assert len(told) >= 8
+    assert {number for number in told if number.lstrip("+-") not in table and number != "0.75"} == set()
+
+
 def test_every_make_target_that_a_page_names_exists():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     pages = [*PAGES.values(), (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / "CHANGELOG.md").read_text()]
