@@ -88,7 +88,7 @@ def find(
     rows = [row for section in sections for row in section.rows]
     others = [question for row in rows for question in (row.gain, row.against) if question] + list(secondary)
     answers = {question.test: compare(question, paths) for question in [*contrasts, *others]}
-    of_sequence = {question.test[:3] for question in contrasts}
+    of_sequence = {question.test[:length] for question in contrasts for length in (3, 4)}  # without and with its claim
     family = {
         q.test: p_value(answers[q.test], q.claim, q.margin) for q in others if q in secondary or q.test[:3] not in of_sequence
     }
