@@ -32,7 +32,7 @@ class Question(NamedTuple):
     @property
     def test(self) -> tuple[Any, ...]:
         """What two questions have in common that are one test."""
-        return self[1:]
+        return self[1:5] if self.claim == "better" else self[1:]
 
     @property
     def figure(self) -> str:
@@ -90,7 +90,9 @@ def find(
     answers = {question.test: compare(question, paths) for question in [*contrasts, *others]}
     of_sequence = {question.test[:length] for question in contrasts for length in (3, 4)}  # without and with its claim
     family = {
-        q.test: p_value(answers[q.test], q.claim, q.margin) for q in others if q in secondary or q.test[:3] not in of_sequence
+        q.test: p_value(answers[q.test], q.claim, q.margin)
+        for q in others
+        if q.test[: 4 if q in secondary else 3] not in of_sequence
     }
     corrected = dict(zip(family, holm(pd.Series(list(family.values()), dtype=float)), strict=True))
     return Findings(name, sections, contrasts, secondary, settings, paths, answers, corrected)
