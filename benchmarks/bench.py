@@ -110,8 +110,8 @@ def recipe(model: str, data: Path, seed: int, device: torch.device, epochs: int,
     """A training of (c)."""
     track, architecture, arguments = ARCHITECTURES[model]
     settings = {"epochs": epochs, "batch_size": BATCH[track], "lr": 1e-3, "precision": "auto"}
-    taught = {"method": KD, "teachers": teachers} if teachers else {}
-    return Recipe(model, architecture, arguments, settings, seed, data, device.type, THREADS, **taught)
+    distilled = {"method": KD, "teachers": teachers} if teachers else {}
+    return Recipe(model, architecture, arguments, settings, seed, data, device.type, THREADS, **distilled)
 
 
 def ours(

@@ -139,7 +139,7 @@ def steps(place: Place) -> Found:
     """Train each variant in both precisions: captured, not captured, and interrupted after the first of two epochs."""
     rows, failures = [["training", "precision", "not captured", "resumed after epoch 1", "accuracy"]], 0
     for title, (model, changes, settings) in VARIANTS.items():
-        found = []  # of each precision: weights and accuracy
+        of_precisions = []  # of each precision: weights and accuracy
         for precision in ("fp32", "bf16"):
             training = replace(recipe(place, model, place.few, 2, precision=precision, **settings), **changes)
             try:
@@ -152,8 +152,10 @@ def steps(place: Place) -> Found:
             apart = [distance(weights[0], others) for others in weights[1:]]
             rows.append([title, precision, *(f"{by:.1e}" if by else "to the bit" for by in apart), f"{accuracy:.4f}"])
             failures += any(apart)
-            found.append((weights[0], accuracy))
-        failures += len(found) == 2 and (distance(found[0][0], found[1][0]) == 0 or abs(found[0][1] - found[1][1]) > AS_GOOD)
+            of_precisions.append((weights[0], accuracy))
+        failures += len(of_precisions) == 2 and (
+            distance(of_precisions[0][0], of_precisions[1][0]) == 0 or abs(of_precisions[0][1] - of_precisions[1][1]) > AS_GOOD
+        )
     words = (
         "Two epochs. How far weights of the training not captured, and of the resumed one, are from the captured one's: checked"
     )
@@ -224,17 +226,17 @@ def speed(place: Place) -> Found:
     rate, track = bench.matmul_rate(place.device, precision), {"a": 0.0, "stage": 0.0}  # seconds per image
     rows = [["training", "(a)", "not captured", "captured", "stage", "captured / (a)", "stage / (a)", "of rate", "s to start"]]
     for model, (name, _, _) in bench.ARCHITECTURES.items():
-        dataset, found = load_dataset(place.data[name]), {way: [] for way in ("a", "eager", "captured", "stage", "start")}
+        dataset, figures = load_dataset(place.data[name]), {way: [] for way in ("a", "eager", "captured", "stage", "start")}
         for _ in range(place.repeats):
-            found["a"].append(ordinary(place, model))
+            figures["a"].append(ordinary(place, model))
             with not_captured():
-                found["eager"].append(under_way(place, model, place.few)[0])
-            for way, figure in zip(("captured", "start"), under_way(place, model, place.data), strict=True):
-                found[way].append(figure)
+                figures["eager"].append(under_way(place, model, place.few)[0])
+            for way, value in zip(("captured", "start"), under_way(place, model, place.data), strict=True):
+                figures[way].append(value)
             spent = bench.ours("c", model, place.data[name], SEEDS, place.folder, place.device, EPOCHS)["seconds_per_epoch"]
-            found["stage"].append(dataset.images["train"] / spent)
-        middle = {way: statistics.median(values) for way, values in found.items()}
-        ratios = [stage / a for stage, a in zip(found["stage"], found["a"], strict=True)]
+            figures["stage"].append(dataset.images["train"] / spent)
+        middle = {way: statistics.median(values) for way, values in figures.items()}
+        ratios = [stage / a for stage, a in zip(figures["stage"], figures["a"], strict=True)]
         of_rate = bench.flops_per_image(model, {name: dataset}) * middle["captured"] / 1e9 / rate
         track = {way: spent + (name == "distillation") / middle[way] for way, spent in track.items()}
         row = [f"{middle[way]:,.0f}" for way in ("a", "eager", "captured", "stage")] + [f"{middle['captured'] / middle['a']:.1f}"]

@@ -94,8 +94,8 @@ def _by_holm(question: Question, found: Findings) -> list[str]:
 def _section(section: Section, found: Findings, fixed: Mapping[str, Any]) -> list[str]:
     """A section's own settings and its table, a row per finished point."""
     metric, labels = section.rows[0].gain.metric, section.rows[0].labels
-    own = _common(found, [row.point for row in section.rows])
-    own = {key: value for key, value in own.items() if key not in fixed and key not in labels}
+    settings = _common(found, [row.point for row in section.rows])
+    settings = {key: value for key, value in settings.items() if key not in fixed and key not in labels}
     headings = [*labels, *(f"{model.removeprefix('student_')} ({'nats' if metric == 'nll' else '%'})" for model in MODELS)]
     headings += [f"gain ({unit(metric)})", "95 % interval", "p, Holm", "distilled is"]
     headings += [f"against {section.reference}", "95 % interval", "p, Holm"] if section.reference else []
@@ -106,7 +106,7 @@ def _section(section: Section, found: Findings, fixed: Mapping[str, Any]) -> lis
         cells.append([*row.labels.values(), *means, *_interval(row.gain, found), found.answers[row.gain.test].verdict])
         if section.reference:
             cells[-1] += _interval(row.against, found)
-    return [*([_text(own)] if own else []), markdown_table(headings, cells) if cells else "not run"]
+    return [*([_text(settings)] if settings else []), markdown_table(headings, cells) if cells else "not run"]
 
 
 def _interval(question: Question | None, found: Findings) -> list[str]:

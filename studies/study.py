@@ -109,8 +109,8 @@ def main() -> None:
             if not paths:
                 raise UserError(f"study {arguments.study}: no finished point by this code: make study STUDY={arguments.study}")
             settings = {point.name: point.settings for point in points}
-            found = find(arguments.study, parts, *asked, settings, paths)
-            print(write_pages(found, ROOT / "metrics" / "studies"))
+            findings = find(arguments.study, parts, *asked, settings, paths)
+            print(write_pages(findings, ROOT / "metrics" / "studies"))
         else:
             run(arguments, plans, points[0].params.tracking.experiment)
     except UserError as error:
@@ -225,7 +225,7 @@ def pick(at: Settings, points: list[Point], where: str) -> Point:
     """The point that `at` describes. Raises UserError if none does or several do."""
     wanted = {part: value for item in at.items() for part, value in spelt(*item).items()}
     named = {"grid"} | {key for point in points for key, values in point.grid.vary.items() if isinstance(values, dict)}
-    found = {}
+    matching = {}
     for point in points:
         names = dict.fromkeys(named) | point.labels | {"grid": point.grid.title}
         try:
@@ -233,10 +233,10 @@ def pick(at: Settings, points: list[Point], where: str) -> Point:
         except (AttributeError, KeyError) as error:
             raise UserError(f"{where}: {shown(at)}: not a parameter, nor a name of settings: {error}") from error
         if values == wanted:
-            found[point.name] = point
-    if len(found) != 1:
-        raise UserError(f"{where}: {shown(at)} describes {len(found)} points, not one")
-    return found.popitem()[1]
+            matching[point.name] = point
+    if len(matching) != 1:
+        raise UserError(f"{where}: {shown(at)} describes {len(matching)} points, not one")
+    return matching.popitem()[1]
 
 
 def ask(contrast: Contrast, points: list[Point], where: str) -> Question:

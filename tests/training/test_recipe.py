@@ -51,13 +51,19 @@ class KilledError(Exception):
     pass
 
 
-def test_an_interrupted_training_resumes_to_the_same_bytes(teacher: Recipe, tmp_path: Path):
-    def interrupt(record: Record) -> None:
+def interrupt(recipe: Recipe, root: Path) -> None:
+    """Train until the first epoch is over."""
+
+    def kill(record: Record) -> None:
         if len(record.history) == 1:
             raise KilledError
 
     with pytest.raises(KilledError):
-        train(teacher, tmp_path / "root", interrupt)
+        train(recipe, root, kill)
+
+
+def test_an_interrupted_training_resumes_to_the_same_bytes(teacher: Recipe, tmp_path: Path):
+    interrupt(teacher, tmp_path / "root")
     seen = []
     path = train(teacher, tmp_path / "root", lambda record: seen.append(len(record.history)))
     assert seen == [1, 2, 2]
@@ -154,13 +160,7 @@ def test_every_part_of_a_recipe_trains_resumes_and_gives_the_same_bytes(npz: Pat
     small = dataclasses.replace(
         big, model="student_distilled", method=KD, teachers=(train(big, tmp_path / "root", lambda record: None),)
     )
-
-    def interrupt(record: Record) -> None:
-        if len(record.history) == 1:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        train(small, tmp_path / "root", interrupt)
+    interrupt(small, tmp_path / "root")
     path = train(small, tmp_path / "root", lambda record: None)
     assert path.read_bytes() == train(small, tmp_path / "other", lambda record: None).read_bytes()
     description = read_description(path)
@@ -210,13 +210,7 @@ def test_every_method_and_control_trains_resumes_and_gives_the_same_bytes(method
     big = train(dataclasses.replace(teacher, architecture="resnet18", arguments={"stem": "cifar"}), tmp_path, lambda record: None)
     options |= {"augmentation": "shifts", "model": "student_distilled"}
     student = dataclasses.replace(teacher, method=method, teachers=(big,), **options)
-
-    def interrupt(record: Record) -> None:
-        if len(record.history) == 1:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        train(student, tmp_path / "root", interrupt)
+    interrupt(student, tmp_path / "root")
     path = train(student, tmp_path / "root", lambda record: None)
     assert path.read_bytes() == train(student, tmp_path / "other", lambda record: None).read_bytes()
     plain = train(dataclasses.replace(student, method=KD, answers="teacher"), tmp_path / "root", lambda record: None)
