@@ -5,9 +5,8 @@ from pathlib import Path
 import torch
 
 from pipeline.core.cli import run
-from pipeline.data.dataset import load_dataset
 from pipeline.data.npy import read_npy
-from pipeline.data.prepared import load_split
+from pipeline.data.prepared import load_test_data
 from pipeline.evaluation.comparisons import evaluate_track, write_evaluation
 from pipeline.networks.inference import choose_device
 from pipeline.params import TRACKS, load_params
@@ -15,21 +14,23 @@ from pipeline.tracking.mirror import Mirror
 
 
 def main(track: str) -> None:
-    params, data, plan = load_params(), Path("data") / track, TRACKS[track]
+    params, folder, plan = load_params(), Path("data") / track, TRACKS[track]
     torch.set_num_threads(params.threads)
     mirror, device = Mirror(params.tracking.experiment), choose_device(params.device)
+    held = load_test_data(folder, device)
+    train_labels = read_npy(folder / "train" / "labels.npy")
+    if held.folds is not None:  # of the first seed, whose numbers those of the others resemble
+        train_labels = train_labels[: len(held.folds)][~(held.rows("test", 0) | held.rows("val", 0))]
     evaluation = evaluate_track(
         track,
         Path("models") / track,
-        load_dataset(data),
-        load_split(data, "test", device),
+        held,
         models=plan.models,
         comparisons=plan.comparisons,
         teachers=plan.teachers,
         metric=params.evaluation.primary,
         margin=params.evaluation.margin,
-        validation=load_split(data, "val", device),
-        train_labels=read_npy(data / "train" / "labels.npy"),
+        train_labels=train_labels,
     )
     write_evaluation(evaluation, Path())
     for model, figures in evaluation.metrics.items():

@@ -1,4 +1,4 @@
-"""Stage evaluate_export: compare a track's exported student with the PyTorch model on the whole test split."""
+"""Stage evaluate_export: compare a track's exported student with the PyTorch model on its test images."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 
 from pipeline.core.cli import run
 from pipeline.core.files import write_json
-from pipeline.data.prepared import load_split
+from pipeline.data.prepared import load_test_data, take
 from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.inference import predict
@@ -17,8 +17,9 @@ from pipeline.params import TRACKS, load_params
 def main(track: str) -> None:
     student, threads, cpu = Path("models/exported") / track, load_params().threads, torch.device("cpu")
     torch.set_num_threads(threads)
-    images, labels = load_split(Path("data") / track, "test", cpu)
-    classifier, _ = load_checkpoint(student / "student.safetensors", cpu)
+    classifier, description = load_checkpoint(student / "student.safetensors", cpu)
+    data = load_test_data(Path("data") / track, cpu)
+    images, labels = take(data.test, data.rows("test", description.seed))
     logits = predict(classifier, images)
     results = {"pytorch": {"accuracy": float((logits.argmax(dim=1) == labels).double().mean())}}
     for path in sorted(student.glob("*.onnx")):

@@ -29,10 +29,11 @@ MEDMNIST_RESIZE = {"dermamnist": "stretch", "octmnist": "crop", "pneumoniamnist"
 def main(track: str) -> None:
     threads, cpu = load_params().threads, torch.device("cpu")
     torch.set_num_threads(threads)
-    dataset, train, val = load_training_data(Path("data") / track, cpu)
     checkpoints = checkpoints_in(Path("models") / track / TRACKS[track].distilled)
     best = max(checkpoints, key=lambda path: read_description(path).best())
-    classifier, labels = load_checkpoint(best, cpu)[0], val.labels.numpy()
+    classifier, description = load_checkpoint(best, cpu)
+    dataset, train, val = load_training_data(Path("data") / track, cpu, description.seed)
+    labels = val.labels.numpy()
     temperature = 1.0
     if len(labels):
         temperature = fit_temperature(labels, predict(classifier, val.images).double().softmax(dim=1).numpy())

@@ -39,21 +39,24 @@ def main(track: str) -> None:
         from pipeline.export.onnx_export import check_export
 
         check_export(student, arguments, shape, classes)
-    dataset = write(source, block.validation, pretrained, folder)
+    dataset = write(source, block.validation, pretrained, folder, block.folds)
     images = " / ".join(f"{number:,}" for number in dataset.images.values())
-    print(f"{track}: {dataset.name}, {images} {' / '.join(dataset.images)} images of {'x'.join(map(str, shape))}")
+    of_folds = f", of the first of {dataset.folds} folds" if dataset.folds else ""
+    print(f"{track}: {dataset.name}, {images} {' / '.join(dataset.images)} images of {'x'.join(map(str, shape))}{of_folds}")
     if shared := ", ".join(f"{number:,} {splits}" for splits, number in dataset.shared_images.items()):
         print(f"warning: {dataset.name} has equal images in two splits ({shared}): results on them may flatter", file=sys.stderr)
 
 
-def write(source: Source, validation: float, pretrained: Mapping[str, str | None], folder: Path) -> Dataset:
+def write(
+    source: Source, validation: float, pretrained: Mapping[str, str | None], folder: Path, folds: int | None = None
+) -> Dataset:
     """Put what trainings read into `folder`: the prepared set, and a file of weights to start from by the names in `pretrained`.
 
-    Those are torchvision's of an architecture, none for None.
+    Those are torchvision's of an architecture, none for None. `validation` and `folds` as in `prepare`.
     """
     initial = {name: imagenet_weights(architecture) if architecture else {} for name, architecture in pretrained.items()}
     with atomic_folder(folder) as partial:
-        dataset = prepare(source, validation, partial)
+        dataset = prepare(source, validation, partial, folds)
         for name, tensors in initial.items():
             write_atomic(partial / "initial" / f"{name}.safetensors", save(tensors))
     return dataset

@@ -2,6 +2,7 @@
 
 import functools
 import reprlib
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -80,6 +81,7 @@ class Training(Block):
     dataset: Text
     size: Literal[28, 64, 128, 224]
     validation: Annotated[float, Field(ge=0, lt=0.5)]
+    folds: Annotated[int, Field(ge=3, le=20)] | None
     label_fraction: Annotated[float, Field(gt=0, le=1)]
     epochs: Epochs
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)]
@@ -207,6 +209,16 @@ class Params(Block):
     rkd: RKD
     evaluation: Verdicts
     tracking: Tracking
+
+    @model_validator(mode="after")
+    def _seeds_fill_folds(self) -> "Params":
+        for track in TRACKS:
+            if folds := getattr(self, track).folds:
+                numbers = Counter(seed % folds for seed in self.seeds)
+                if len(numbers) < folds or len(set(numbers.values())) > 1:
+                    wanted = f"as many of each fold, such as {list(range(folds))}: seed s is tested on fold s mod {folds}"
+                    raise ValueError(f"{track}.folds = {folds} wants seeds, {wanted}")
+        return self
 
     def network(self, track: str, model: str) -> tuple[str, dict[str, Any]]:
         """The architecture of a track's model and its arguments, as in networks.architectures.build. Raises UserError."""

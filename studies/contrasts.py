@@ -12,7 +12,7 @@ from scipy.stats import t
 from pipeline.core.errors import UserError
 from pipeline.data.npy import read_npz
 from pipeline.evaluation.jackknife import FIGURES, LOWER_IS_BETTER
-from pipeline.evaluation.statistics import CONFIDENCE, Comparison, analyse
+from pipeline.evaluation.statistics import CONFIDENCE, Comparison, analyse, by_seed
 
 CALIBRATED = "_calibrated"  # the end of a figure's name: after temperature scaling on validation images
 METRICS = (*FIGURES, *(f"{name}{CALIBRATED}" for name in LOWER_IS_BETTER))
@@ -104,12 +104,12 @@ def jackknifed(path: Path, split: str, model: str, metric: str) -> tuple[np.ndar
     labels, probabilities = _predictions(path, split, model)
     if metric.endswith(CALIBRATED):
         from pipeline.evaluation.calibration import fit_temperature, scaled
+        from pipeline.evaluation.comparisons import tested
 
         val_labels, val = _predictions(path, "val", model)
-        temperatures = [fit_temperature(val_labels, of_seed) for of_seed in val]
+        temperatures = [fit_temperature(*tested(val_labels, of_seed)) for of_seed in val]
         probabilities = [scaled(of_seed, by) for of_seed, by in zip(probabilities, temperatures, strict=True)]
-    figures = [FIGURES[metric.removesuffix(CALIBRATED)](labels, of_seed) for of_seed in probabilities]
-    return labels, np.array([value for value, _ in figures]), np.stack([without for _, without in figures])
+    return labels, *by_seed(FIGURES[metric.removesuffix(CALIBRATED)], labels, np.stack(probabilities))
 
 
 def _predictions(path: Path, split: str, model: str) -> tuple[np.ndarray, np.ndarray]:
@@ -130,8 +130,9 @@ def compare(question: Question, paths: Mapping[str, Path]) -> Comparison | None:
         raise UserError(f"{question.title}: the points have other {question.split} images or seeds: nothing to pair")
     signs = [sign * (-1 if question.figure in LOWER_IS_BETTER else 1) for sign, *_ in question.terms]
     gains, without = (sum(sign * part[place] for sign, part in zip(signs, parts, strict=True)) for place in (1, 2))
-    smallest = int(np.unique(labels, return_counts=True)[1].min())
-    return analyse(gains.tolist(), without, question.figure, question.margin, smallest)
+    patients = read_npz(paths[question.terms[0][1]].with_suffix(".npz"), ["patients"]).get("patients")
+    whose = patients if question.split == "test" else None
+    return analyse(gains.tolist(), without, question.figure, question.margin, labels, whose)
 
 
 def outcome(answer: Comparison, claim: str) -> str:

@@ -27,8 +27,7 @@ from pipeline import fetch_data
 from pipeline.core.errors import UserError, one_line
 from pipeline.core.files import md5, write_atomic, write_json
 from pipeline.core.provenance import code_digest
-from pipeline.data.dataset import load_dataset
-from pipeline.evaluation.comparisons import evaluate_track
+from pipeline.evaluation.comparisons import evaluate_track, tested
 from pipeline.fetching.sources import own_file, read_source
 from pipeline.networks.description import checkpoint_path
 from pipeline.params import TRACKS, Params
@@ -38,7 +37,7 @@ from pipeline.training.seeds import MEMORY
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("teacher", "student_alone", "student_distilled")
-TEACHERS, SPLITS = TRACKS["distillation"].teachers, ("test", "val")
+TEACHERS = TRACKS["distillation"].teachers
 PAIRS = [("student_distilled", "student_alone")]
 TOKEN = "~/.ray/auth_token"  # noqa: S105 (where it lies), by which the machines of a cluster know each other
 Outcome = tuple[Any, str | None]  # what a task returned; why it failed, in one line
@@ -71,7 +70,7 @@ def plan(params: Params) -> list[Task]:
         return digest
 
     file = own_file(track.dataset)
-    source = (track.dataset, track.size, track.validation, params.pretrained("distillation"))
+    source = (track.dataset, track.size, track.validation, track.folds, params.pretrained("distillation"))
     data = add(prepare_data, ("data", "fetching"), *source, _md5(file) if file and file.is_file() else None, needs=())
     big, small, distilled = (params.training("distillation", model) for model in MODELS)
     teachers = {seed: add(train_network, CODE, Recipe(**big, seed=seed, data=folder), needs=(data,)) for seed in params.seeds}
@@ -87,14 +86,20 @@ def plan(params: Params) -> list[Task]:
 
 
 def prepare_data(
-    digest: str, dataset: str, size: int, validation: float, pretrained: Mapping[str, str | None], _own_md5: str | None
+    digest: str,
+    dataset: str,
+    size: int,
+    validation: float,
+    folds: int | None,
+    pretrained: Mapping[str, str | None],
+    _own_md5: str | None,
 ) -> Path:
     """The folder with the prepared set, as the stage fetch_data makes it."""
     folder = ROOT / ".studies" / "data" / digest
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
-            fetch_data.write(read_source(dataset, size), validation, pretrained, folder)
+            fetch_data.write(read_source(dataset, size), validation, pretrained, folder, folds)
     return folder
 
 
@@ -110,7 +115,7 @@ def evaluate(digest: str, device: str, threads: int, seeds: Sequence[int], data:
     """
     import torch
 
-    from pipeline.data.prepared import load_split
+    from pipeline.data.prepared import load_test_data
     from pipeline.evaluation.metrics import score
     from pipeline.networks.inference import choose_device
 
@@ -120,15 +125,17 @@ def evaluate(digest: str, device: str, threads: int, seeds: Sequence[int], data:
             link = checkpoint_path(Path(folder, model), seed)
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(checkpoint)
-        test, val = (load_split(data, split, choose_device(device)) for split in SPLITS)
-        evaluation = evaluate_track(
-            "distillation", Path(folder), load_dataset(data), test, MODELS, PAIRS, TEACHERS, validation=val
-        )
+        held = load_test_data(data, choose_device(device))
+        evaluation = evaluate_track("distillation", Path(folder), held, MODELS, PAIRS, TEACHERS)
     figures = {"test": {model: entry["figures"] for model, entry in evaluation.detail["models"].items()}}
     arrays = {"test_labels": evaluation.labels} | {f"test_{model}": p for model, p in evaluation.probabilities.items()}
     if len(labels := evaluation.val_labels):
-        figures["val"] = {model: [score(labels, seed) for seed in p] for model, p in evaluation.val_probabilities.items()}
+        figures["val"] = {
+            model: [score(*tested(labels, seed)) for seed in p] for model, p in evaluation.val_probabilities.items()
+        }
         arrays |= {"val_labels": labels} | {f"val_{model}": p for model, p in evaluation.val_probabilities.items()}
+    if evaluation.patients is not None:
+        arrays["patients"] = evaluation.patients
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     write_atomic(result_path(digest).with_suffix(".npz"), content.getvalue())
@@ -139,7 +146,7 @@ def result_path(digest: str) -> Path:
     """Where a point's result lies: `seeds`, and `figures` by split, model and seed, as in `Evaluation.detail`.
 
     Beside it, with the suffix .npz, by split: labels, int64 (N,), as `<split>_labels`; probabilities, float32 (S, N, K), as
-    `<split>_<model>`.
+    `<split>_<model>`, NaN where a seed did not see an image; and `patients` of the test images, int64 (N,), if they are known.
     """
     return ROOT / ".studies" / f"{digest}.json"
 

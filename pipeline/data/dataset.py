@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from pipeline.core.errors import user_error
@@ -31,6 +32,13 @@ class Dataset(BaseModel):
     resize: Annotated[Resize | None, _ABSENT] = None  # how the images got their size, if it is known
     ordered: Annotated[bool, _ABSENT] = False  # whether the classes are grades, from the lowest to the highest
     shared_images: Annotated[dict[str, int], _ABSENT] = {}  # "train/test": test images that are training images too, if any
+    # Of a cross-validation, the number of its folds: train/ and test/ both hold all images, val/ none; `images` counts seed 0's.
+    folds: Annotated[int, _ABSENT] = 0
+
+
+def held_out(of_images: np.ndarray, folds: int, seed: int, split: str) -> np.ndarray:
+    """Which images, bool (N,), a training by `seed` is tested ("test") or validated ("val") on, by the fold that each is in."""
+    return of_images == (seed + (split == "val")) % folds
 
 
 def load_dataset(folder: Path) -> Dataset:

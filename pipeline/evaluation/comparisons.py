@@ -1,6 +1,7 @@
 """A track's models on its test images: predictions, figures over the seeds, comparisons, and their files (read without torch)."""
 
 import io
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from pipeline.networks.outside import is_measured, outside_in, read_outside, rea
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pipeline.data.prepared import Split
+    from pipeline.data.prepared import TestData
 
 FILES = ("metrics/detail/{}.json", "metrics/predictions/{}.npz")  # of a track, in a checkout
 
@@ -41,35 +42,53 @@ class Evaluation(NamedTuple):
     # by the name of a figure, `others`: the same without a margin
     detail: dict[str, Any]
     labels: np.ndarray  # int64, (N,)
-    probabilities: dict[str, np.ndarray]  # by model, float32, (S, N, K): in the order of the seeds, test images and classes
+    # By model, float32, (S, N, K): in the order of the seeds, test images and classes. In a cross-validation, NaN for images that
+    # a seed does not test.
+    probabilities: dict[str, np.ndarray]
     val_labels: np.ndarray  # int64, (M,), of the validation images; (0,) where there are none, and from an older file
-    val_probabilities: dict[str, np.ndarray]  # by model, float32, (S, M, K), of those that answered for validation images
+    val_probabilities: dict[str, np.ndarray]  # by model, float32, (S, M, K), likewise, of those that answered for these
+    patients: np.ndarray | None = None  # int64, (N,): whose a test image is, where that is known
+
+    def by_seed(self, model: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Labels (n,) and probabilities (n, K) of the images that each seed of a model tests."""
+        return [tested(self.labels, of_seed) for of_seed in self.probabilities[model]]
 
     def pooled(self, model: str) -> tuple[np.ndarray, np.ndarray]:
-        """Labels (S * N,) and probabilities (S * N, K) of one model, all seeds."""
-        return np.tile(self.labels, len(self.probabilities[model])), np.concatenate(self.probabilities[model])
+        """Labels and probabilities of one model, all seeds one after the other."""
+        labels, probabilities = zip(*self.by_seed(model), strict=True)
+        return np.concatenate(labels), np.concatenate(probabilities)
+
+    def rounds(self, model: str) -> np.ndarray:
+        """Probabilities (R, N, K) of all test images: a round is a seed, or as many seeds as a cross-validation has folds."""
+        by_image = self.probabilities[model].transpose(1, 0, 2)
+        answers = by_image[~np.isnan(by_image[..., 0])]
+        return answers.reshape(len(self.labels), -1, by_image.shape[2]).transpose(1, 0, 2)
+
+
+def tested(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,) and probabilities (n, K) of the images that a seed answered for, of all N: those without NaN."""
+    rows = ~np.isnan(probabilities[:, 0])
+    return labels[rows], probabilities[rows]
 
 
 def evaluate_track(
     track: str,
     folder: Path,
-    dataset: Dataset,
-    test: "Split",
+    data: "TestData",
     models: Sequence[str],
     comparisons: Sequence[tuple[str, str]],
     teachers: Mapping[str, str],
     metric: str = "accuracy",
     margin: float = 0.0,
-    validation: "Split | None" = None,
     train_labels: np.ndarray | None = None,
 ) -> Evaluation:
     """Evaluate every checkpoint in `folder`/<model>, and teachers from outside by their logits of the test images.
 
     `comparisons` are pairs of models, `teachers` the model that a student's fidelity is measured by, seed by seed. A teacher from
     outside without such logits is left out of all. `metric` and `margin`, as in `statistics.Comparison`: what verdicts are on.
-    The images of `validation` are predicted too. `train_labels`, int64 (N,), say which classes are rare.
+    Validation images are predicted too. `train_labels`, int64 (N,), say which classes are rare.
 
-    Raises UserError if a checkpoint is missing, damaged or trained on other data than `dataset`, and if the models' seeds differ.
+    Raises UserError if a checkpoint is missing, damaged or trained on other data than `data`, and if the models' seeds differ.
     """
     from pipeline.evaluation.jackknife import FIGURES
     from pipeline.evaluation.metrics import fidelity, over_seeds
@@ -77,13 +96,11 @@ def evaluate_track(
 
     models = [model for model in models if is_measured(folder / model)]
     comparisons = [pair for pair in comparisons if set(pair) <= set(models)]
-    labels, splits = test.labels.cpu().numpy(), {"test": test}
-    val_labels = np.empty(0, np.int64) if validation is None else validation.labels.cpu().numpy()
-    if len(val_labels):
-        splits["val"] = validation
+    dataset, patients = data.dataset, data.patients
+    labels, val_labels = (split.labels.cpu().numpy() for split in (data.test, data.val))
     details, parameters, answers = {}, {}, {}
     for model in models:
-        details[model], parameters[model], answers[model] = _predict(folder / model, dataset, splits)
+        details[model], parameters[model], answers[model] = _predict(folder / model, data)
     probabilities, val_probabilities = (
         {model: by_split[split] for model, by_split in answers.items() if split in by_split} for split in ("test", "val")
     )
@@ -92,13 +109,14 @@ def evaluate_track(
         raise UserError(f"{folder}: the models were trained with different seeds, {seeds}: run dvc repro")
     metrics = {}
     for model, detail in details.items():
-        validated = val_probabilities.get(model, [None] * len(seeds[model]))
-        pairs = zip(probabilities[model], validated, strict=True)
-        both = [_figures(labels, of_seed, val_labels, of_val, dataset.ordered) for of_seed, of_val in pairs]
+        pairs = itertools.zip_longest(probabilities[model], val_probabilities.get(model, []))
+        known = [(tested(labels, of_test), None if of_val is None else tested(val_labels, of_val)) for of_test, of_val in pairs]
+        both = [_figures(of_test, of_val, dataset.ordered) for of_test, of_val in known]
         figures, detail["validation_figures"] = map(list, zip(*both, strict=True))
         if teachers.get(model) in probabilities:
-            pairs = zip(figures, probabilities[model], probabilities[teachers[model]], strict=True)
-            figures = [values | fidelity(of_student, of_teacher) for values, of_student, of_teacher in pairs]
+            of_teacher = [tested(labels, of_seed)[1] for of_seed in probabilities[teachers[model]]]
+            pairs = zip(figures, known, of_teacher, strict=True)
+            figures = [values | fidelity(of_test[1], theirs) for values, (of_test, _), theirs in pairs]
         detail["figures"] = figures
         metrics[model] = over_seeds(figures)
         if losses := [{"final_train_loss": history[-1]["train_loss"]} for history in detail["histories"] if history]:
@@ -107,9 +125,9 @@ def evaluate_track(
             metrics[model]["parameters"] = parameters[model]
     compared = {}
     for model, other in comparisons:
-        data = labels, probabilities[model], probabilities[other]
-        others = {name: compare(*data, name).as_json() for name in FIGURES if name != metric}
-        compared[f"{model}_vs_{other}"] = compare(*data, metric, margin).as_json() | {"others": others}
+        both = labels, probabilities[model], probabilities[other]
+        others = {name: compare(*both, name, patients=patients).as_json() for name in FIGURES if name != metric}
+        compared[f"{model}_vs_{other}"] = compare(*both, metric, margin, patients).as_json() | {"others": others}
     detail = {"track": track, "dataset": dataset.model_dump(mode="json"), "models": details}
     counts = np.bincount(labels if train_labels is None else train_labels[train_labels >= 0], minlength=len(dataset.classes))
     if train_labels is not None:
@@ -118,53 +136,56 @@ def evaluate_track(
     detail["recalls"] = {}
     for other in (*others, teachers.get(student)):
         if other in probabilities:
-            gains = recall_gains(labels, probabilities[student], probabilities[other])
+            gains = recall_gains(labels, probabilities[student], probabilities[other], patients)
             rarest_first = sorted(gains, key=lambda label: counts[label])
             detail["recalls"][other] = {dataset.classes[label]: gains[label] for label in rarest_first}
     stored = ({model: p.astype(np.float32) for model, p in of.items()} for of in (probabilities, val_probabilities))
-    return Evaluation(metrics, compared, detail, labels, next(stored), val_labels, next(stored))
+    return Evaluation(metrics, compared, detail, labels, next(stored), val_labels, next(stored), patients)
 
 
 def _figures(
-    labels: np.ndarray, probabilities: np.ndarray, val_labels: np.ndarray, val_probabilities: np.ndarray | None, ordered: bool
+    test: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray] | None, ordered: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The figures of one seed's model, some only where `val_probabilities` are given; and those of the validation images."""
+    """The figures of one seed's model, some only where `val` is given; and those of the validation images.
+
+    Both are labels (N,) and probabilities (N, K).
+    """
     from pipeline.evaluation.calibration import calibrated, fit_temperature
     from pipeline.evaluation.metrics import operating_points, score, youden_threshold
 
-    figures, of_validation = score(labels, probabilities, ordered), {}
-    if probabilities.shape[1] == 2:
-        threshold = None if val_probabilities is None else youden_threshold(val_labels, val_probabilities)
-        figures |= operating_points(labels, probabilities, threshold)
+    figures, of_validation = score(*test, ordered), {}
+    if test[1].shape[1] == 2:
+        threshold = youden_threshold(*val) if val else None
+        figures |= operating_points(*test, threshold)
         if threshold is not None:
             figures["youden_threshold"] = threshold
-            of_validation = operating_points(val_labels, val_probabilities, threshold)
-    if val_probabilities is not None:
-        figures |= calibrated(labels, probabilities, fit_temperature(val_labels, val_probabilities))
+            of_validation = operating_points(*val, threshold)
+    if val:
+        figures |= calibrated(*test, fit_temperature(*val))
     return figures, of_validation
 
 
 Predictions = tuple[dict[str, Any], int | None, dict[str, np.ndarray]]
 
 
-def _predict(folder: Path, dataset: Dataset, splits: Mapping[str, "Split"]) -> Predictions:
+def _predict(folder: Path, data: "TestData") -> Predictions:
     """One model's `Evaluation.detail` (without `figures`), number of parameters, and by split probabilities, float64 (S, N, K).
 
-    Of a teacher that is a file of logits, the number is not known, and splits that it has no logits of are left out.
+    Of a teacher that is a file of logits, the number is not known. Splits without images, or without its logits, are left out.
     """
     from pipeline.evaluation.metrics import by_class, over_seeds
 
-    outside = outside_in(folder)
+    outside, splits = outside_in(folder), ["test", *(["val"] if len(data.val.labels) else [])]
     detail, parameters, probabilities = (
-        _of_outside(outside, dataset, splits) if outside else _of_checkpoints(folder, dataset, splits)
+        _of_outside(outside, data.dataset, splits) if outside else _of_checkpoints(folder, data, splits)
     )
-    labels = splits["test"].labels.cpu().numpy()
-    classes = [by_class(labels, of_seed, dataset.classes) for of_seed in probabilities["test"]]
-    detail["by_class"] = {name: over_seeds([figures[name] for figures in classes]) for name in dataset.classes}
+    labels, names = data.test.labels.cpu().numpy(), data.dataset.classes
+    classes = [by_class(*tested(labels, of_seed), names) for of_seed in probabilities["test"]]
+    detail["by_class"] = {name: over_seeds([figures[name] for figures in classes]) for name in names}
     return detail, parameters, probabilities
 
 
-def _of_outside(paths: Mapping[int, Path], dataset: Dataset, splits: Mapping[str, "Split"]) -> Predictions:
+def _of_outside(paths: Mapping[int, Path], dataset: Dataset, splits: Sequence[str]) -> Predictions:
     """As `_predict`, without `by_class`, from the files of a teacher from outside by seed."""
     from scipy.special import softmax
 
@@ -186,19 +207,23 @@ def _of_outside(paths: Mapping[int, Path], dataset: Dataset, splits: Mapping[str
     return network | files | nothing, first.weights, probabilities
 
 
-def _of_checkpoints(folder: Path, dataset: Dataset, splits: Mapping[str, "Split"]) -> Predictions:
+def _of_checkpoints(folder: Path, data: "TestData", splits: Sequence[str]) -> Predictions:
     """As `_predict`, without `by_class`, from the checkpoints in `folder`."""
+    from pipeline.data.prepared import take
     from pipeline.networks.checkpoints import load_checkpoint
     from pipeline.networks.inference import predict
 
     paths, descriptions, probabilities = checkpoints_in(folder), [], {split: [] for split in splits}
     for path in paths:
-        classifier, description = load_checkpoint(path, splits["test"].labels.device)
-        if description.dataset != dataset:
+        classifier, description = load_checkpoint(path, data.test.labels.device)
+        if description.dataset != data.dataset:
             raise UserError(f"{path}: trained on other data ({description.dataset.name}) than is in data/: run dvc repro")
         descriptions.append(description)
-        for split, (images, _) in splits.items():
-            probabilities[split].append(predict(classifier, images).cpu().double().softmax(dim=1).numpy())
+        for split in splits:
+            images, rows = getattr(data, split), data.rows(split, description.seed)
+            answers = np.full((len(images.labels), len(data.dataset.classes)), np.nan)
+            answers[rows] = predict(classifier, take(images, rows).images).cpu().double().softmax(dim=1).numpy()
+            probabilities[split].append(answers)
     first = descriptions[0]
     detail = {
         **{key: getattr(first, key) for key in ("architecture", "arguments", "parameters", "setting")},
@@ -247,7 +272,7 @@ def write_evaluation(evaluation: Evaluation, root: Path) -> None:
 
     from pipeline.evaluation.metrics import confusion
 
-    metrics, comparisons, detail, labels, probabilities, val_labels, val_probabilities = evaluation
+    metrics, comparisons, detail, labels, probabilities, val_labels, val_probabilities, patients = evaluation
     (answer, *_) = comparisons.values()
     metric = answer["metric"]
     headline = {model: {metric: figures[metric]} for model, figures in metrics.items()}
@@ -263,7 +288,10 @@ def write_evaluation(evaluation: Evaluation, root: Path) -> None:
     write_json(in_detail, detail | {"metrics": metrics, "comparisons": comparisons})
     arrays, seeds = io.BytesIO(), next(iter(detail["models"].values()))["seeds"]
     validation = {f"val_{model}": of_model for model, of_model in val_probabilities.items()}
-    np.savez_compressed(arrays, labels=labels, seeds=np.array(seeds), **probabilities, val_labels=val_labels, **validation)
+    whose = {} if patients is None else {"patients": patients}
+    np.savez_compressed(
+        arrays, labels=labels, seeds=np.array(seeds), **probabilities, val_labels=val_labels, **validation, **whose
+    )
     write_atomic(in_predictions, arrays.getvalue())
 
 
@@ -276,9 +304,10 @@ def read_evaluation(track: str, read: Callable[[str], bytes]) -> Evaluation:
         models, classes = detail["models"], detail["dataset"]["classes"]
         with tempfile.NamedTemporaryFile() as file:
             Path(file.name).write_bytes(read(path := in_predictions))
-            arrays = read_npz(Path(file.name), ["labels", *models, "val_labels", *(f"val_{model}" for model in models)])
+            names = ["labels", *models, "val_labels", *(f"val_{model}" for model in models), "patients"]
+            arrays = read_npz(Path(file.name), names)
         labels, probabilities = arrays["labels"], {model: arrays[model] for model in models}
-        val_labels = arrays.get("val_labels", np.empty(0, np.int64))
+        val_labels, patients = arrays.get("val_labels", np.empty(0, np.int64)), arrays.get("patients")
         validation = {model: arrays[f"val_{model}"] for model in models if f"val_{model}" in arrays}
         for images, of_models in ((len(labels), probabilities), (len(val_labels), validation)):
             for model, of_model in of_models.items():
@@ -286,4 +315,4 @@ def read_evaluation(track: str, read: Callable[[str], bytes]) -> Evaluation:
                     raise ValueError(f"{model}: probabilities of shape {of_model.shape}")
     except Exception as error:  # of a dozen types, on whatever anybody's experiment has in these files
         raise UserError(f"{path}: missing or damaged: {error}: run dvc repro evaluate@{track}") from error
-    return Evaluation(metrics, comparisons, detail, labels, probabilities, val_labels, validation)
+    return Evaluation(metrics, comparisons, detail, labels, probabilities, val_labels, validation, patients)

@@ -3,9 +3,14 @@
 Two things are left to chance: the training (its seed) and which images are in the test split. Every seed sees every image, as
 every reader sees every case in a study of diagnostic imaging; the analysis is that of such studies, by Obuchowski and Rockette
 (1995, Communications in Statistics 24:285-308) with Hillis' degrees of freedom (2007, Statistics in Medicine 26:596-619).
+Images of one patient are left out together (Obuchowski 1997, Biometrics 53:567-578).
+
+In a cross-validation every seed has training and test images of its own, so that their choice varies with the seed: there the
+analysis is the corrected resampled t-test of Nadeau and Bengio (2003, Machine Learning 52:239-281). Probabilities are NaN where a
+seed did not test an image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, stdev, variance
 from typing import NamedTuple
 
@@ -13,13 +18,13 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import binomtest, nct, t
 
-from pipeline.evaluation.jackknife import FIGURES, LOWER_IS_BETTER
+from pipeline.evaluation.jackknife import FIGURES, LOWER_IS_BETTER, Figure
 
 CONFIDENCE = 0.95
 POWER = 0.8
 FEWEST = 3  # seeds that say anything about how much training varies
 OF_CLASSES = ("auc", "balanced_accuracy")  # means over the classes
-FEWEST_IMAGES = 10  # of every class, for these: below, the jackknife does not see how much one image decides
+FEWEST_IMAGES = 10  # of every class, for these: below, the jackknife does not see how much one image decides; and patients
 
 
 class Comparison(NamedTuple):
@@ -39,12 +44,16 @@ class Comparison(NamedTuple):
     detectable: float  # the smallest gain that as many seeds and images would show with a probability of 80 %; NaN for one seed
     seeds: int
     images: int
-    smallest_class: int  # of the test images' classes, the images of the rarest
+    smallest_class: int  # of the test images' classes, the patients (where they are not known, the images) of the rarest
+    patients: int = 0  # whose images were left out together; 0: not known, every image by itself
+    folds: int = 0  # of a cross-validation, in which each seed tests one; 0: every seed tests all images
 
     @property
     def enough(self) -> bool:
-        """Whether there are seeds and images for a verdict."""
-        return self.seeds >= FEWEST and (self.metric not in OF_CLASSES or self.smallest_class >= FEWEST_IMAGES)
+        """Whether there are seeds, images and patients for a verdict."""
+        cases = self.patients or FEWEST_IMAGES
+        rarest = self.smallest_class if self.metric in OF_CLASSES else FEWEST_IMAGES
+        return self.seeds >= FEWEST and min(cases, rarest) >= FEWEST_IMAGES
 
     @property
     def equivalent(self) -> bool:
@@ -59,54 +68,102 @@ class Comparison(NamedTuple):
         return "equivalent" if self.equivalent else "undecided"
 
     def as_json(self) -> dict[str, float | str]:
-        """The figures and the verdict, without those that a single seed, or models without a difference, do not have."""
+        """The figures and the verdict, without what a single seed, models without a difference, or the data do not have."""
+        absent = {key for key in ("patients", "folds") if not getattr(self, key)}
         figures = {key: value for key, value in self._asdict().items() if isinstance(value, str) or np.isfinite(value)}
+        figures = {key: value for key, value in figures.items() if key not in absent}
         return figures | {"verdict": self.verdict}
 
 
 def compare(
-    labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray, metric: str = "accuracy", margin: float = 0.0
+    labels: np.ndarray,
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    metric: str = "accuracy",
+    margin: float = 0.0,
+    patients: np.ndarray | None = None,
 ) -> Comparison:
-    """Two models by their probabilities, (S, N, K), of N images with `labels`, (N,); row s of both is of the same seed."""
+    """Two models by their probabilities, (S, N, K), of N images with `labels`, (N,); row s of both is of the same seed.
+
+    `patients`, int (N,), says whose an image is, if that is known.
+    """
     if ours.shape != theirs.shape:
         raise ValueError(f"the two models have other seeds or images: {ours.shape} and {theirs.shape}")
-    figure, sign = FIGURES[metric], -1 if metric in LOWER_IS_BETTER else 1
-    gains, without = [], []
-    for of_ours, of_theirs in zip(ours, theirs, strict=True):
-        (value, values), (other, others) = figure(labels, of_ours), figure(labels, of_theirs)
-        gains.append(sign * (value - other))
-        without.append(sign * (values - others))
-    return analyse(gains, np.stack(without), metric, margin, int(np.unique(labels, return_counts=True)[1].min()))
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    (our_values, our_without), (their_values, their_without) = (by_seed(FIGURES[metric], labels, p) for p in (ours, theirs))
+    gains, without = sign * (our_values - their_values), sign * (our_without - their_without)
+    return analyse(gains.tolist(), without, metric, margin, labels, patients)
 
 
-def analyse(gains: Sequence[float], without: np.ndarray, metric: str, margin: float, smallest_class: int) -> Comparison:
-    """The analysis of gains by seed, (S,), and of the same without each image, (S, N).
+def by_seed(
+    figure: Callable[[np.ndarray, np.ndarray], Figure], labels: np.ndarray, probabilities: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A figure of the images that each seed tests, (S,), and the same without each of them, (S, N), NaN for the others."""
+    values, without = np.empty(len(probabilities)), np.full(probabilities.shape[:2], np.nan)
+    for seed, of_seed in enumerate(probabilities):
+        tested = ~np.isnan(of_seed[:, 0])
+        values[seed], without[seed, tested] = figure(labels[tested], of_seed[tested])
+    return values, without
+
+
+def analyse(
+    gains: Sequence[float],
+    without: np.ndarray,
+    metric: str,
+    margin: float,
+    labels: np.ndarray,
+    patients: np.ndarray | None = None,
+) -> Comparison:
+    """The analysis of gains by seed, (S,), and of the same without each image, (S, N); arguments as of `compare`.
 
     The variance of the mean gain is s^2 / S + V: s^2 that of the seeds' gains, V the mean of the jackknife's covariances over
     images of two seeds' gains (0 if negative). Its degrees of freedom are (S - 1) * (total / (s^2 / S))^2.
+
+    In a cross-validation it is s^2 * (1 / S + the test images' number as a share of the training images'), with S - 1.
     """
     (seeds, images), gain = without.shape, fmean(gains)
-    (error, df), half = _error(gains, without), half_width(gains)
+    smallest_class = min(_cases(labels, patients).values())
+    tested, folds = ~np.isnan(without), 0
+    if tested.all() or seeds == 1:
+        whose = None if patients is None else patients[tested[0]]
+        (error, df), half = _error(gains, without[:, tested[0]], whose), half_width(gains)
+    else:
+        folds = round(tested.size / tested.sum())
+        (error, df), half = _error_of_folds(gains, folds), half_width(gains)
     critical, one_sided = (float(t.ppf(share, df)) for share in ((1 + CONFIDENCE) / 2, CONFIDENCE))
     wide, narrow = error * critical, error * one_sided
     p = 2 * float(t.sf(abs(gain) / error, df)) if error else float(gain == 0)
     low, high, low_90, high_90 = gain - wide, gain + wide, gain - narrow, gain + narrow
     detectable = error * _detectable(df, critical) if seeds > 1 else float("nan")
     seeds_low, seeds_high = gain - half, gain + half
+    intervals = low, high, seeds_low, seeds_high, low_90, high_90
+    known = 0 if patients is None else len(np.unique(patients))
     return Comparison(
-        metric, margin, gain, low, high, seeds_low, seeds_high, low_90, high_90, p, df, detectable, seeds, images, smallest_class
+        metric, margin, gain, *intervals, p, df, detectable, seeds, images, smallest_class, patients=known, folds=folds
     )
 
 
-def _error(gains: Sequence[float], without: np.ndarray, images_at_least: bool = False) -> tuple[float, float]:
+def _error_of_folds(gains: Sequence[float], folds: int) -> tuple[float, float]:
+    """As `_error`, of a cross-validation in which one fold tests, the next validates and the others train."""
+    of_seeds, seeds = variance(gains), len(gains)
+    return (of_seeds * (1 / seeds + 1 / (folds - 2))) ** 0.5, seeds - 1
+
+
+def _error(
+    gains: Sequence[float], without: np.ndarray, patients: np.ndarray | None = None, images_at_least: bool = False
+) -> tuple[float, float]:
     """The standard error of the mean gain and its degrees of freedom, as `analyse` has them.
 
     With `images_at_least`, s^2 counts as no less than what images alone contribute to it: the mean variance over images of a
     seed's gain, minus V. Where seeds and images are few, s^2 is small, or zero, by chance.
     """
     seeds, images = without.shape
-    centred = without - without.mean(axis=1, keepdims=True)
-    covariance = (images - 1) / images * centred @ centred.T
+    influences = (images - 1) / images * (without.mean(axis=1, keepdims=True) - without)  # of each image on the gain
+    if patients is not None:
+        members = np.unique(patients, return_inverse=True)[1]
+        influences = np.stack([np.bincount(members, of_seed) for of_seed in influences])
+    cases = influences.shape[1]
+    covariance = cases / max(cases - 1, 1) * influences @ influences.T
     of_one = float(covariance.trace()) / seeds
     if seeds == 1:
         return of_one**0.5, float("inf")
@@ -116,26 +173,43 @@ def _error(gains: Sequence[float], without: np.ndarray, images_at_least: bool = 
     return total**0.5, (seeds - 1) * (total / (of_seeds / seeds)) ** 2 if of_seeds else float("inf")
 
 
-def recall_gains(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dict[int, dict[str, float]]:
+def recall_gains(
+    labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray, patients: np.ndarray | None = None
+) -> dict[int, dict[str, float]]:
     """The recall of one model minus that of another, by class that the labels hold; arguments as of `compare`.
 
     Of each: `images`, `gain` and, of a class with FEWEST_IMAGES and with FEWEST seeds, `low` and `high`: simultaneous 95 %
     intervals over seeds and images (Bonferroni), by the analysis of accuracy on the class's images with `images_at_least`.
     """
-    counts = dict(zip(*(array.tolist() for array in np.unique(labels, return_counts=True)), strict=True))
-    tested = [label for label, images in counts.items() if images >= FEWEST_IMAGES and len(ours) >= FEWEST]
+    whole = not np.isnan(ours).any()
+    counts = _cases(labels)
+    tested = [label for label, cases in _cases(labels, patients).items() if cases >= FEWEST_IMAGES and len(ours) >= FEWEST]
     difference = 1.0 * (ours.argmax(axis=2) == labels) - (theirs.argmax(axis=2) == labels)
+    difference[np.isnan(ours[:, :, 0])] = np.nan
     rows = {}
     for label, images in counts.items():
         of_class = difference[:, labels == label]
-        gains = of_class.mean(axis=1)
+        gains = np.nanmean(of_class, axis=1)  # every fold has images of every class
         rows[label] = {"images": images, "gain": float(gains.mean())}
         if label in tested:
             without = (of_class.sum(axis=1, keepdims=True) - of_class) / (images - 1)
-            error, df = _error(gains.tolist(), without, images_at_least=True)
+            whose = None if patients is None else patients[labels == label]
+            error, df = (
+                _error(gains.tolist(), without, whose, images_at_least=True)
+                if whole
+                else _error_of_folds(gains.tolist(), round(of_class.size / np.count_nonzero(~np.isnan(of_class))))
+            )
             half = error * float(t.ppf(1 - (1 - CONFIDENCE) / 2 / len(tested), df))
             rows[label] |= {"low": rows[label]["gain"] - half, "high": rows[label]["gain"] + half}
     return rows
+
+
+def _cases(labels: np.ndarray, patients: np.ndarray | None = None) -> dict[int, int]:
+    """How many images, or patients where they are known, each of the labels' classes has."""
+    of_labels = {int(label): labels == label for label in np.unique(labels)}
+    if patients is None:
+        return {label: int(members.sum()) for label, members in of_labels.items()}
+    return {label: len(np.unique(patients[members])) for label, members in of_labels.items()}
 
 
 def _detectable(df: float, critical: float) -> float:

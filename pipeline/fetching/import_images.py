@@ -137,8 +137,8 @@ def _arrays(source: Path, files: list[ImageFile], images: np.ndarray, resize: Re
             arrays[f"{part}_images"] = images[start : start + len(members)]
         if members and part in SPLITS:
             arrays[f"{part}_labels"] = np.array([numbers[file.label] for file in members])
-            if members[0].patient:
-                arrays[f"{part}_groups"] = np.array([file.patient for file in members], np.str_)
+        if any(file.patient for file in members):
+            arrays[f"{part}_groups"] = np.array([file.patient for file in members], np.str_)
         start += len(members)
     as_source(source, source.name, arrays)
     return arrays

@@ -2,69 +2,135 @@
 
 import hashlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.core.errors import user_error
+from pipeline.core.errors import UserError, user_error
 from pipeline.core.files import atomic_file, write_atomic
-from pipeline.data.dataset import SPLITS, UNKNOWN, Dataset
+from pipeline.data.dataset import SPLITS, UNKNOWN, Dataset, held_out
 from pipeline.data.npy import read_npy
 from pipeline.fetching.duplicates import duplicates
 from pipeline.fetching.sources import Source
 
 CHUNK = 2**24  # bytes
-VALIDATION_SEED = 0  # the same images validate whatever the training's seed
+Parts = dict[str, list[tuple[str, np.ndarray]]]  # by split: of which of the source's, and which rows of it
+SEED = 0  # the same images validate, and are in the same fold, whatever the training's seed
 
 
-def prepare(source: Source, validation: float, folder: Path) -> Dataset:
+def prepare(source: Source, validation: float, folder: Path, folds: int | None = None) -> Dataset:
     """Write `source` into `folder` and return its description.
 
     Without a validation split in the source, a share of `validation` of its training images becomes one, stratified by
-    class, always the same images; it is empty for 0. Unlabelled images follow the training images, with the label UNKNOWN. Raises
-    UserError if a class has too few images for a validation split.
+    class, always the same images, about that many where patients are kept together; it is empty for 0. For a cross-validation,
+    all images of the source are parted into `folds`, likewise. Unlabelled images follow the training images, labelled UNKNOWN.
+    Raises UserError if there are too few images or patients, and for a source without test images but for folds.
     """
-    rows, origin = {split: np.arange(len(labels)) for split, (_, labels) in source.splits.items()}, "official"
-    if "val" not in rows and validation == 0:
-        rows["val"], origin = rows["train"][:0], "none"
-    elif "val" not in rows:
-        from sklearn.model_selection import train_test_split
-
-        origin = f"{validation:g} of the training images, stratified, seed {VALIDATION_SEED}"
-        options = {"stratify": source.splits["train"][1], "random_state": VALIDATION_SEED}
-        with user_error(f"dataset {source.name}: no validation split can be cut from its training images", ValueError):
-            rows["train"], rows["val"] = train_test_split(rows["train"], test_size=validation, **options)
-    digest, counts = hashlib.sha256(), {split: len(rows[split]) for split in SPLITS}
-    for split in SPLITS:
-        images, labels = source.splits.get(split, source.splits["train"])
-        parts = [(images, labels, rows[split])]
+    if not folds and "test" not in source.splits:
+        raise UserError(f"dataset {source.name} has no test images: give it some, or set the track's folds, such as 5")
+    if folds:
+        everything, origin = [(split, np.arange(len(labels))) for split, (_, labels) in source.splits.items()], "the next fold"
+        parts, of_folds = {"train": everything, "val": [("train", np.arange(0))], "test": everything}, _folds(source, folds)
+    else:
+        parts, origin = _parts(source, validation)
+    digest = hashlib.sha256()
+    for split, of_split in parts.items():
+        arrays = [(*source.splits[name], rows) for name, rows in of_split]
         if split == "train" and source.unlabelled is not None:
-            counts["unlabelled"] = number = len(source.unlabelled)
-            parts.append((source.unlabelled, np.full(number, UNKNOWN, np.int64), np.arange(number)))
-        _write(folder / split / "images.npy", [(images, of_part) for images, _, of_part in parts], digest)
-        _write(folder / split / "labels.npy", [(labels, of_part) for _, labels, of_part in parts], digest)
-    pairs = duplicates({split: read_npy(folder / split / "images.npy") for split in SPLITS})  # mapped, just written
+            number = len(source.unlabelled)
+            arrays.append((source.unlabelled, np.full(number, UNKNOWN, np.int64), np.arange(number)))
+        _write(folder / split / "images.npy", [(images, rows) for images, _, rows in arrays], digest)
+        _write(folder / split / "labels.npy", [(labels, rows) for _, labels, rows in arrays], digest)
+    if source.patients:
+        _write(folder / "test" / "patients.npy", [(source.patients[name], rows) for name, rows in parts["test"]])
+    if folds:
+        _write(folder / "train" / "folds.npy", [(of_folds, np.arange(len(of_folds)))], digest)
+        _write(folder / "test" / "folds.npy", [(of_folds, np.arange(sum(len(rows) for _, rows in parts["test"])))])
+    images = {split: sum(len(rows) for _, rows in of_split) for split, of_split in parts.items()}
+    stored = {split: read_npy(folder / split / "images.npy") for split in SPLITS}  # mapped, just written
+    if folds:
+        labelled = of_folds[: images["test"]]
+        images = {split: int(held_out(labelled, folds, 0, split).sum()) for split in ("val", "test")}
+        images = {"train": len(labelled) - sum(images.values())} | images
+        stored = {f"fold {fold}": stored["test"][labelled == fold] for fold in range(folds)}
+    if source.unlabelled is not None:
+        images["unlabelled"] = len(source.unlabelled)
+    pairs = duplicates(stored)
     dataset = Dataset(
         name=source.name,
         classes=source.classes,
         image_shape=source.splits["train"][0].shape[1:],
         mean=source.mean,
         std=source.std,
-        images=counts,
+        images=images,
         validation=origin,
         fingerprint=digest.hexdigest(),
         resize=source.resize,
         ordered=source.ordered,
-        shared_images=dict(Counter(f"{pair.other_split}/{pair.split}" for pair in pairs)),
+        shared_images=dict(Counter("fold/another fold" if folds else f"{pair.other_split}/{pair.split}" for pair in pairs)),
+        folds=folds or 0,
     )
     write_atomic(folder / "dataset.json", dataset.model_dump_json(indent=2) + "\n")
     return dataset
 
 
-def _write(path: Path, parts: Sequence[tuple[np.ndarray, np.ndarray]], digest: "hashlib._Hash") -> None:
+def _parts(source: Source, validation: float) -> tuple[Parts, str]:
+    """The source's splits, and where the validation split comes from."""
+    parts, origin = {split: [(split, np.arange(len(labels)))] for split, (_, labels) in source.splits.items()}, "official"
+    if "val" not in parts:
+        (_, train), *_ = parts["train"]
+        val, origin = train[:0], "none"
+        if validation:
+            (train, val), kept = _cut(source, validation), ", patients kept together" if source.patients else ""
+            origin = f"{validation:g} of the training images, stratified{kept}, seed {SEED}"
+        parts |= {"train": [("train", train)], "val": [("train", val)]}
+    return {split: parts[split] for split in SPLITS if split in parts}, origin
+
+
+def _cut(source: Source, validation: float) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the training images that stay, and those of a validation split."""
+    from sklearn.model_selection import StratifiedGroupKFold, train_test_split
+
+    labels, patients = source.splits["train"][1], source.patients.get("train")
+    with user_error(f"dataset {source.name}: no validation split can be cut from its training images", ValueError):
+        if patients is None:
+            options = {"stratify": labels, "random_state": SEED}
+            return train_test_split(np.arange(len(labels)), test_size=validation, **options)
+        splitter = StratifiedGroupKFold(max(2, round(1 / validation)), shuffle=True, random_state=SEED)
+        return next(splitter.split(labels, labels, patients))
+
+
+def _folds(source: Source, folds: int) -> np.ndarray:
+    """The fold that each image is in, int64 (N,): those of all splits, then the unlabelled ones.
+
+    Every class is in every fold. An unlabelled image is in its patient's, in none where that is not known.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    labels = np.concatenate([labels for _, labels in source.splits.values()])
+    patients = np.concatenate([source.patients[split] for split in source.splits]) if source.patients else None
+    splitter = (StratifiedKFold if patients is None else StratifiedGroupKFold)(folds, shuffle=True, random_state=SEED)
+    of_images = np.empty(len(labels), np.int64)
+    with user_error(f"dataset {source.name}: {folds} folds: too few images or patients", ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a class with few images: checked here
+        for fold, (_, rows) in enumerate(splitter.split(labels, labels, patients)):
+            of_images[rows] = fold
+        for label, name in enumerate(source.classes):
+            if len(np.unique(of_images[labels == label])) < folds:
+                raise ValueError(f"a fold would be without class {name}")
+    if source.unlabelled is None:
+        return of_images
+    of_patients = dict(zip(patients.tolist(), of_images.tolist(), strict=True)) if patients is not None else {}
+    whose = source.patients.get("unlabelled", np.full(len(source.unlabelled), UNKNOWN))
+    return np.concatenate([of_images, [of_patients.get(patient, UNKNOWN) for patient in whose.tolist()]])
+
+
+def _write(path: Path, parts: Sequence[tuple[np.ndarray, np.ndarray]], digest: "hashlib._Hash | None" = None) -> None:
     """Write those rows of each array, one after the other, as an .npy file, a chunk at a time, and add them to the digest."""
+    digest = digest or hashlib.sha256()
     (array, _), *_ = parts
     shape = (sum(len(rows) for _, rows in parts), *array.shape[1:])
     digest.update(f"{path.parent.name}/{path.stem} {array.dtype} {shape}\n".encode())

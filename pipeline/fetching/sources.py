@@ -3,10 +3,11 @@
 import difflib
 import gzip
 import hashlib
+import itertools
 import os
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -36,13 +37,14 @@ class Source:
 
     name: str  # of a user's own set: the file's
     classes: list[str]  # label k belongs to classes[k]
-    # train, test and perhaps val: images, uint8 (N, H, W, C) with C 1 or 3, and labels, int64 (N,) in 0..len(classes) - 1
+    # train and perhaps val and test: images, uint8 (N, H, W, C) with C 1 or 3, and labels, int64 (N,) in 0..len(classes) - 1
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
     mean: float = 0.5  # input scaling: (pixel / 255 - mean) / std
     std: float = 0.5
     unlabelled: np.ndarray | None = None  # images, uint8 (N, H, W, C), to learn from through a teacher
     resize: Resize | None = None  # how the images got their size, if the file says so
     ordered: bool = False  # whether the classes are grades, from the lowest to the highest
+    patients: Mapping[str, np.ndarray] = field(default_factory=dict)  # whose the images are, int64 (N,), by split, if it is known
 
 
 def own_file(dataset: str) -> Path | None:
@@ -149,7 +151,10 @@ def _medmnist(flag: str, size: int) -> Source:
 
 def _read(path: Path, name: str, classes: list[str] | None = None) -> Source:
     parts = [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")]
-    return as_source(path, name, read_npz(path, [*parts, "unlabelled_images", "class_names", "resize", "ordered"]), classes)
+    groups = [f"{split}_groups" for split in (*SPLITS, "unlabelled")]
+    return as_source(
+        path, name, read_npz(path, [*parts, *groups, "unlabelled_images", "class_names", "resize", "ordered"]), classes
+    )
 
 
 def as_source(path: Path, name: str, arrays: Mapping[str, np.ndarray], classes: list[str] | None = None) -> Source:
@@ -162,7 +167,7 @@ def as_source(path: Path, name: str, arrays: Mapping[str, np.ndarray], classes: 
     for split in SPLITS:
         keys = f"{split}_images", f"{split}_labels"
         missing = [key for key in keys if key not in arrays]
-        if len(missing) == 2 and split == "val":
+        if len(missing) == 2 and split != "train":
             continue
         if missing:
             raise UserError(f"{path}: {missing[0]} is missing; {split}_images and {split}_labels go together")
@@ -172,7 +177,7 @@ def as_source(path: Path, name: str, arrays: Mapping[str, np.ndarray], classes: 
         unlabelled, _ = _check_split(f"{path}: unlabelled", unlabelled, np.zeros(unlabelled.shape[:1], np.int64))
         shapes["unlabelled"] = unlabelled.shape[1:]
     _require(len(set(shapes.values())) == 1, f"{path}: the splits' images differ in shape (H, W, C): {shapes}")
-    train_labels, test_labels = splits["train"][1], splits["test"][1]
+    train_labels = splits["train"][1]
     if classes is None:
         largest = min(int(train_labels.max()), len(train_labels) - 1)  # every class needs an image
         names = arrays.get("class_names", np.arange(largest + 1).astype(str))
@@ -189,12 +194,40 @@ def as_source(path: Path, name: str, arrays: Mapping[str, np.ndarray], classes: 
         _require(0 <= labels.min() <= labels.max() < len(classes), f"{path}: {split}_labels out of range: {extent}")
     if absent := set(range(len(classes))) - set(train_labels.tolist()):
         raise UserError(f"{path}: train_labels has no image of class {min(absent)}, yet there are {len(classes)} classes")
-    _require(len(set(test_labels.tolist())) > 1, f"{path}: test_labels are all of one class: there is nothing to measure")
+    several = "test" not in splits or len(np.unique(splits["test"][1])) > 1
+    _require(several, f"{path}: test_labels are all of one class: there is nothing to measure")
     resize = str(arrays["resize"]) if "resize" in arrays else None
     _require(resize in (None, *get_args(Resize)), f"{path}: resize: one of {', '.join(get_args(Resize))} is wanted")
     ordered = arrays.get("ordered", np.array(False))
     _require((ordered.dtype, ordered.shape) == (bool, ()), f"{path}: ordered: True or False is wanted")
-    return Source(name, classes, splits, unlabelled=unlabelled, resize=resize, ordered=bool(ordered))
+    described = {"unlabelled": unlabelled, "resize": resize, "ordered": bool(ordered)}
+    return Source(name, classes, splits, **described, patients=_patients(path, arrays, splits, unlabelled))
+
+
+def _patients(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    splits: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    unlabelled: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """Whose the images are, numbered over all splits, of the arrays `<split>_groups`; none where the file does not say."""
+    sizes = {split: len(labels) for split, (_, labels) in splits.items()}
+    if not any(f"{split}_groups" in arrays for split in sizes):
+        return {}
+    if unlabelled is not None and "unlabelled_groups" in arrays:
+        sizes["unlabelled"] = len(unlabelled)
+    for split, images in sizes.items():
+        groups = arrays.get(f"{split}_groups")
+        fits = groups is not None and groups.dtype.kind in "iuU" and groups.shape == (images,)
+        _require(fits, f"{path}: {split}_groups: a whole number or a string for each of {images} images is wanted")
+    names, numbers = np.unique(np.concatenate([arrays[f"{split}_groups"].astype(str) for split in sizes]), return_inverse=True)
+    patients = dict(zip(sizes, np.split(numbers, np.cumsum([*sizes.values()])[:-1]), strict=True))
+    for one, other in itertools.combinations(splits, 2):
+        if len(both := np.intersect1d(patients[one], patients[other])):
+            raise UserError(
+                f"{path}: {str(names[both[0]])!r} is in {one}_groups and in {other}_groups: a patient belongs into one split"
+            )
+    return patients
 
 
 def _check_split(where: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

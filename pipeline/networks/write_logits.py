@@ -32,6 +32,8 @@ def main(data: Path, out: Path, checkpoints: Sequence[Path], augmentation: str =
         raise UserError(f"{out}: the file to write, the second argument, ends in .npz")
     dataset, chosen = load_dataset(data), choose_device(device)
     check_augmentation(augmentation, dataset.name)
+    if dataset.folds:
+        raise UserError(f"{data}: of a cross-validation, in which every seed has other training images: set folds to null")
     models = []
     for path in checkpoints:
         model, description = load_checkpoint(path, chosen)

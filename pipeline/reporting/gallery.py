@@ -24,7 +24,7 @@ def confidently_wrong(evaluation: Evaluation) -> pd.DataFrame:
     (student, _), *others = (name.split("_vs_") for name in evaluation.comparisons)
     if not others:
         return pd.DataFrame(columns=columns)
-    labels, teacher, student = (evaluation.labels, *(evaluation.probabilities[model] for model in (others[0][0], student)))
+    labels, teacher, student = (evaluation.labels, *map(evaluation.rounds, (others[0][0], student)))
     right, wrong = (teacher.argmax(axis=2) == labels).all(axis=0), (student.argmax(axis=2) != labels).mean(axis=0) > 0.5
     images = np.flatnonzero(right & wrong)
     rows, of_images = np.arange(len(images)), labels[images]

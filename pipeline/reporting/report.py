@@ -76,7 +76,8 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     content["answer"], *against_teacher = comparisons.values()
     content["headroom"] = against_teacher[-1] if against_teacher else None
     pairs = [name.split("_vs_") for name in comparisons][1:]
-    few = content["answer"]["metric"] in OF_CLASSES and content["answer"]["smallest_class"] < FEWEST_IMAGES
+    rarest = content["answer"]["smallest_class"] if content["answer"]["metric"] in OF_CLASSES else FEWEST_IMAGES
+    few = min(rarest, content["answer"].get("patients", FEWEST_IMAGES)) < FEWEST_IMAGES
     content["inferiority"] = [(*pair, few or c["high"] >= c["margin"]) for pair, c in zip(pairs, against_teacher, strict=True)]
     classes, recalls = evaluation.detail["dataset"]["classes"], evaluation.detail["recalls"]
     rarest_first = recalls[other]  # those with test images

@@ -113,7 +113,8 @@ def results_table(evaluation: Evaluation, original_dataset: str) -> str:
     (model, *_) = evaluation.probabilities
     seeds = len(evaluation.probabilities[model])
     images = " / ".join(f"{dataset['images'][split]:,}" for split in ("train", "val", "test"))
-    heading = f"{evaluation.detail['track']}: {dataset['name']}, {images} training / validation / test images, "
+    heading = f"{evaluation.detail['track']}: {dataset['name']}, {images} training / validation / test images"
+    heading += f", of the first of {dataset['folds']} folds, " if dataset.get("folds") else ", "
     heading += f"{seeds} seed{'s' if seeds > 1 else ''}"
     table = markdown_table(["model", *columns], zip(evaluation.metrics, *columns.values(), strict=True))
     notes = ["± is the standard deviation over the seeds."] if seeds > 1 else []

@@ -137,7 +137,7 @@ def judge(
     if not seeds:
         return CHALLENGER, f"no seed in common with {against}: they cannot be compared in pairs"
     both = (np.stack([predictions[seed] for seed in seeds]) for predictions in (ours, theirs))
-    comparison = compare(labels, *both, metric, margin)
+    comparison = compare(labels, *both, metric, margin, read_npz(predictions, ["patients"]).get("patients"))
     words = {"undecided": "undecided whether better than", "equivalent": "equivalent to"}
     relation = f"{words.get(comparison.verdict, f'{comparison.verdict} than')} {against}"
     gain, low, high = (difference(metric, value) for value in (comparison.gain, comparison.low, comparison.high))

@@ -156,7 +156,7 @@ class Mirror:
 
     def _test(self, run: "Run", parent: "Run", evaluation: "Evaluation", record: "Record", row: int) -> None:
         """A checkpoint's run holds its test results."""
-        labels, probabilities = evaluation.labels, evaluation.probabilities[record.model][row]
+        labels, probabilities = evaluation.by_seed(record.model)[row]
         figures = evaluation.detail["models"][record.model]["figures"][row]
         tags = {PARENT_ID: parent.info.run_id}
         digest = _digest(json.dumps([figures, tags]), labels.tobytes(), probabilities.tobytes())

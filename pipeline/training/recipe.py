@@ -99,6 +99,7 @@ def check_method(recipe: Recipe) -> None:
     plain = method.get("divergence") == "forward" and not standardized
     one = len(recipe.teachers) < 2 and not any(path.suffix == ".npz" for path in recipe.teachers)
     for wrong, reason in (
+        (dataset.folds and not one, "folds want a teacher of the student's own seed, neither an ensemble nor a file"),
         (name == "dkd" and two, "dkd wants three classes or more: of two, it is dkd.alpha times kd"),
         (
             standardized and two,
@@ -162,7 +163,7 @@ def _carry_out(
     entry.write(record)
     report(record)
     try:
-        data = load_training_data(recipe.data, device)
+        data = load_training_data(recipe.data, device, recipe.seed)
         val = part(data.val, recipe.label_fraction, recipe.seed)  # no more labels to select an epoch by than to train on
         classifier, epochs = _training(recipe, device, data._replace(val=val), progress)
         for progress in epochs:

@@ -5,16 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import accuracy_score, recall_score
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
-from pipeline.data.prepared import Split, TrainingData
+from pipeline.data.prepared import Split, TrainingData, load_test_data
 from pipeline.evaluation.calibration import fit_temperature
-from pipeline.evaluation.comparisons import FILES, Evaluation, loss_curves, read_evaluation, write_evaluation
+from pipeline.evaluation.comparisons import FILES, Evaluation, evaluate_track, loss_curves, read_evaluation, write_evaluation
+from pipeline.fetching.preparation import prepare
+from pipeline.fetching.sources import read_source
 from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.description import checkpoint_path
+from pipeline.reporting.figures import draw_figures
+from pipeline.reporting.report import render
 from tests.evaluation.samples import PLAN, SEEDS, evaluate, save
+from tests.reporting.conftest import COSTS, EXPORTED
 
 PATHS = [path.format("distillation") for path in FILES]
 
@@ -141,3 +147,36 @@ def test_reading_needs_no_heavy_library():
     heavy = {"torch", "sklearn", "scipy", "pandas", "matplotlib", "mlflow", "dvc"}
     code = f"import sys, pipeline.evaluation.comparisons; assert not {heavy} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_in_a_cross_validation_every_seed_is_measured_on_its_own_fold(tmp_path: Path, npz: Path):
+    dataset = prepare(read_source(str(npz)), 0.1, tmp_path / "data", folds=3)
+    held = load_test_data(tmp_path / "data", torch.device("cpu"))
+    for model in PLAN.models:
+        for seed in range(6):
+            save(tmp_path / "models", dataset, model, seed)
+    plan = PLAN.models, PLAN.comparisons, PLAN.teachers
+    evaluation = evaluate_track("distillation", tmp_path / "models", held, *plan)
+    labels, probabilities = evaluation.labels, evaluation.probabilities["teacher"]
+    assert (len(labels), probabilities.shape) == (700, (6, 700, 10))
+    for seed, of_seed in enumerate(probabilities):
+        assert np.array_equal(~np.isnan(of_seed[:, 0]), held.rows("test", seed))
+        assert np.array_equal(~np.isnan(evaluation.val_probabilities["teacher"][seed][:, 0]), held.rows("test", seed + 1))
+        rows, figures = held.rows("test", seed), evaluation.detail["models"]["teacher"]["figures"][seed]
+        assert figures["accuracy"] == accuracy_score(labels[rows], of_seed[rows].argmax(axis=1))
+    pooled_labels, pooled = evaluation.pooled("teacher")
+    assert (pooled.shape, np.isnan(pooled).any(), len(pooled_labels)) == ((1400, 10), False, 1400)
+    rounds = evaluation.rounds("teacher")
+    assert np.array_equal(rounds[0][held.rows("test", 2)], probabilities[2][held.rows("test", 2)])
+    assert np.array_equal(rounds[1][held.rows("test", 2)], probabilities[5][held.rows("test", 2)])
+    answer = evaluation.comparisons["student_distilled_vs_student_alone"]
+    assert (answer["folds"], answer["images"], answer["df"]) == (3, 700, 5)
+    write_evaluation(evaluation, tmp_path)
+    again = read(tmp_path)
+    np.testing.assert_array_equal(again.probabilities["teacher"], probabilities)
+    figures = draw_figures(again, COSTS, EXPORTED)
+    text = render("markdown", "Q", again, COSTS, EXPORTED, dict.fromkeys(figures, "f"))
+    assert "seed s is tested on fold s mod 3" in text
+    assert "over 6 seeds and 700 test images in 3 folds" in text
+    assert "corrected resampled t-test" in text
+    assert "nan" not in text

@@ -129,6 +129,90 @@ def test_the_verdicts(gain: float, margin: float, verdict: str):
     assert compare(np.zeros(4000, int), *models, margin=margin).verdict == verdict
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "auc", "balanced_accuracy", "nll", "ece"])
+def test_copies_of_a_patients_image_say_no_more_than_the_image(metric: str):
+    labels, *models = simulated(np.random.default_rng(5), **AUC["both vary"])
+    copies = np.random.default_rng(6).permutation(np.repeat(np.arange(624), 4))
+    once = compare(labels, *models, metric)
+    copied = [labels[copies], *(model[:, copies] for model in models)]
+    together, apart = compare(*copied, metric, patients=copies), compare(*copied, metric)
+    assert (together.patients, together.images, once.patients) == (624, 2496, 0)
+    for field in ("gain", "low", "high", "p", "df"):
+        assert getattr(together, field) == pytest.approx(getattr(once, field), rel=0.02), field
+    assert apart.high - apart.low < once.high - once.low
+    gains = (recall_gains(*rows, whose)[1] for rows, whose in (((labels, *models), None), (copied, copies)))
+    assert next(gains)["low"] == pytest.approx(next(gains)["low"], rel=0.02)
+
+
+@pytest.mark.parametrize(("patients", "verdict"), [(9, "undecided"), (10, "better")])
+def test_a_few_patients_give_no_verdict(patients: int, verdict: str):
+    labels, whose = np.arange(400) % 2, np.arange(400) % patients
+    right = np.random.default_rng(0).random((5, 400)) < 0.7
+    ours, theirs = one_hot((right | True) == (labels == 0)), one_hot(right == (labels == 0))
+    assert compare(labels, ours, theirs, patients=whose).verdict == verdict
+
+
+@pytest.mark.slow
+def test_false_verdicts_of_images_that_patients_have_in_common_are_as_claimed():
+    """100 patients, each with 4 images of much the same difficulty."""
+    random, false = np.random.default_rng(8), np.zeros(2)
+    labels, whose = np.repeat([0, 1], 200), np.repeat(np.arange(100), 4)
+    for _ in range(2000):
+        score = random.normal(0, 1, (2, 1, 100)).repeat(4, axis=2) + random.normal(0, 0.5, (2, 5, 400)) + 2 * labels
+        both = np.stack([1 - norm.cdf(score - 1), norm.cdf(score - 1)], axis=3)
+        false += [compare(labels, *both, "auc", patients=p).verdict in ("better", "worse") for p in (whose, None)]
+    together, apart = false / 2000
+    assert 0.03 <= together <= 0.07 < 0.2 < apart
+
+
+def of_folds(random: np.random.Generator, gains: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels of 600 images, and probabilities (S, 600, 2) of two models, each seed on a fifth: NaN on the other images."""
+    labels, folds = random.permutation(600) % 2, np.arange(600) % 5
+    models = []
+    for shares in (0.7 + gains, np.full(len(gains), 0.7)):
+        right = random.random((len(gains), 600)) < shares[:, None]
+        answers = one_hot(right == (labels == 0)).astype(float)
+        answers[folds != np.arange(len(gains))[:, None] % 5] = np.nan
+        models.append(answers)
+    return labels, *models
+
+
+def test_of_folds_it_is_the_corrected_resampled_t_test():
+    labels, ours, theirs = of_folds(np.random.default_rng(1), np.linspace(0.05, 0.15, 10))
+    result, gains = compare(labels, ours, theirs), []
+    for mine, other in zip(ours, theirs, strict=True):
+        rows = ~np.isnan(mine[:, 0])
+        gains.append(np.mean(mine[rows].argmax(1) == labels[rows]) - np.mean(other[rows].argmax(1) == labels[rows]))
+    half = t.ppf(0.975, 9) * (np.var(gains, ddof=1) * (1 / 10 + 120 / 360)) ** 0.5
+    assert [result.gain, result.low, result.high] == pytest.approx([np.mean(gains), np.mean(gains) - half, np.mean(gains) + half])
+    assert (result.folds, result.df, result.images, result.seeds) == (5, 9, 600, 10)
+    assert result.seeds_high - result.gain == pytest.approx(half_width(gains))
+    row = recall_gains(labels, ours, theirs)[0]
+    of_class = compare(labels[labels == 0], ours[:, labels == 0], theirs[:, labels == 0])
+    assert [row["gain"], row["images"]] == [pytest.approx(of_class.gain), 300]
+    assert row["low"] == pytest.approx(of_class.gain - (of_class.gain - of_class.low) * t.ppf(1 - 0.025 / 2, 9) / t.ppf(0.975, 9))
+    single = compare(labels, ours[:1], theirs[:1])
+    assert (single.images, single.verdict, np.isfinite([single.low, single.high]).all()) == (600, "undecided", True)
+
+
+@pytest.mark.slow
+def test_false_verdicts_of_folds_are_at_most_as_claimed():
+    """Two logistic regressions, each on features of its own that are as good, of 300 images in folds that share training images."""
+    from sklearn.linear_model import LogisticRegression
+
+    random, false = np.random.default_rng(9), 0
+    for _ in range(300):
+        labels = random.permutation(300) % 2
+        features, folds = random.normal(0, 1, (2, 300, 8)) + 0.4 * labels[:, None], random.permutation(300) % 5
+        models = np.full((2, 5, 300, 2), np.nan)
+        for model, fold in np.ndindex(2, 5):
+            train, test = (folds != fold) & (folds != (fold + 1) % 5), folds == fold
+            fitted = LogisticRegression().fit(features[model, train], labels[train])
+            models[model, fold, test] = fitted.predict_proba(features[model, test])
+        false += compare(labels, *models, "auc").verdict in ("better", "worse")
+    assert false / 300 <= 0.065
+
+
 @pytest.mark.parametrize(("positive", "verdict"), [(9, "undecided"), (10, "better")])
 def test_a_class_of_a_few_images_gives_no_verdict_on_means_over_classes(positive: int, verdict: str):
     labels = np.repeat([0, 1], (400, positive))

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 
 from pipeline.core.errors import UserError
 from pipeline.data.dataset import UNKNOWN, load_dataset
-from pipeline.data.prepared import load_split, load_training_data
+from pipeline.data.prepared import load_split, load_test_data, load_training_data, take
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import Source, read_source
 from tests.conftest import write_npz
@@ -98,3 +99,83 @@ def test_without_a_validation_split_all_images_are_trained_on(tmp_path: Path):
     dataset = prepare(source, 0, tmp_path / "data")
     assert (dataset.images, dataset.validation) == ({"train": 400, "val": 0, "test": 200}, "none")
     assert load_split(tmp_path / "data", "val", CPU).images.shape == (0, 8, 8, 1)
+
+
+def write_patients(path: Path, **changed: np.ndarray) -> Path:
+    """A set whose patients have four images each: 100 in train, 25 in val, 50 in test."""
+    groups = {
+        "train_groups": np.arange(400) // 4,
+        "val_groups": 100 + np.arange(100) // 4,
+        "test_groups": 125 + np.arange(200) // 4,
+    }
+    return write_npz(path, **groups, **changed)
+
+
+def test_whose_the_test_images_are_lies_beside_them(npz: Path, tmp_path: Path):
+    prepare(read_source(str(write_patients(tmp_path / "a.npz"))), 0.1, tmp_path / "out")
+    patients = load_test_data(tmp_path / "out", CPU).patients
+    assert np.array_equal(patients == patients[0], np.arange(200) < 4)
+    assert len(np.unique(patients)) == 50
+    prepare(read_source(str(npz)), 0.1, tmp_path / "unknown")
+    assert load_test_data(tmp_path / "unknown", CPU).patients is None
+
+
+def test_a_validation_split_that_is_cut_parts_no_patient(tmp_path: Path):
+    path = write_patients(tmp_path / "a.npz", val_images=None, val_labels=None)
+    source = read_source(str(path))
+    dataset = prepare(source, 0.25, tmp_path / "out")
+    assert dataset.validation == "0.25 of the training images, stratified, patients kept together, seed 0"
+    assert dataset.images["val"] == pytest.approx(100, abs=12)
+    whose = dict(zip(map(bytes, source.splits["train"][0]), source.patients["train"], strict=True))
+    data = load_training_data(tmp_path / "out", CPU)
+    train, val = ({whose[bytes(image)] for image in split.images.numpy()} for split in (data.train, data.val))
+    assert not train & val
+
+
+def test_folds_test_every_image_once_and_part_no_patient(tmp_path: Path):
+    unlabelled = {"unlabelled_images": np.full((6, 8, 8), 3, np.uint8), "unlabelled_groups": np.array([0, 0, 7, 7, 999, 999])}
+    source = read_source(str(write_patients(tmp_path / "a.npz", **unlabelled)))
+    dataset = prepare(source, 0.1, tmp_path / "out", folds=5)
+    assert load_dataset(tmp_path / "out") == dataset
+    assert (dataset.folds, sum(dataset.images.values()), dataset.validation) == (5, 706, "the next fold")
+    held = load_test_data(tmp_path / "out", CPU)
+    tested = np.stack([held.rows("test", seed) for seed in range(10)])
+    assert (tested.sum(axis=0) == 2).all(), "ten seeds, five folds"
+    for seed in range(5):
+        assert np.array_equal(held.rows("val", seed), held.rows("test", seed + 1))
+        data = load_training_data(tmp_path / "out", CPU, seed)
+        held_out = held.rows("test", seed) | held.rows("val", seed)
+        assert not np.isin(held.patients[~held_out], held.patients[held_out]).any()
+        assert np.array_equal(data.train.images[: (~held_out).sum()], held.test.images[~held_out])
+        assert np.array_equal(data.val.labels, take(held.test, held.rows("val", seed)).labels)
+        known = [source.patients["train"][4 * patient] for patient in (0, 7)]
+        out = [np.isin(patient, held.patients[held_out]) for patient in known]
+        assert (data.train.labels == UNKNOWN).sum() == 6 - 2 * sum(out), "those of patients that are held out are, too"
+        assert data.train.labels[data.train.labels != UNKNOWN].bincount(minlength=10).min() > 0
+
+
+def test_folds_need_no_test_images_and_their_parting_is_part_of_the_fingerprint(npz: Path, tmp_path: Path):
+    source = read_source(str(npz))
+    prints = {prepare(source, 0.1, tmp_path / str(folds), folds).fingerprint for folds in (None, 3, 4)}
+    assert len(prints) == 3
+    del (splits := dict(source.splits))["test"]
+    without = replace(source, splits=splits)
+    assert sum(prepare(without, 0.1, tmp_path / "less", folds=3).images.values()) == 500
+    with pytest.raises(UserError, match="has no test images: give it some, or set the track's folds"):
+        prepare(without, 0.1, tmp_path / "out")
+
+
+def test_equal_images_in_two_folds_are_counted(npz: Path, tmp_path: Path):
+    arrays = dict(np.load(npz))
+    arrays["test_images"][:50] = arrays["train_images"][:50]
+    source = read_source(str(write_npz(tmp_path / "a.npz", **arrays)))
+    assert prepare(source, 0.1, tmp_path / "out", folds=3).shared_images["fold/another fold"] > 10
+
+
+def test_too_few_images_or_patients_for_the_folds_is_one_clear_error(tmp_path: Path):
+    rare = {"train_labels": np.r_[np.arange(398) % 9, 9, 9], "val_labels": np.arange(100) % 9, "test_labels": np.arange(200) % 9}
+    with pytest.raises(UserError, match="5 folds: too few images or patients: a fold would be without class 9"):
+        prepare(read_source(str(write_npz(tmp_path / "rare.npz", **rare))), 0.1, tmp_path / "out", folds=5)
+    two = {"train_groups": np.zeros(400, int), "val_groups": np.ones(100, int), "test_groups": np.full(200, 2)}
+    with pytest.raises(UserError, match="5 folds: too few images or patients"):
+        prepare(read_source(str(write_npz(tmp_path / "two.npz", **two))), 0.1, tmp_path / "out", folds=5)

@@ -65,11 +65,20 @@ def test_an_own_file_is_read_with_or_without_its_optional_parts_by_a_path_from_t
     assert read_source(str(write_npz(no_mirror / "grades.npz", ordered=np.array(True)))).ordered
 
 
+WHOSE = {
+    f"{split}_groups": np.arange(images) + start
+    for split, images, start in (("train", 400, 0), ("val", 100, 400), ("test", 200, 500))
+}
+
+
 @pytest.mark.parametrize(
     ("replaced", "named"),
     [
         ({"train_images": None}, "train_images is missing"),
         ({"test_labels": None}, "test_labels is missing"),
+        ({"train_groups": np.arange(400)}, "val_groups: a whole number or a string for each of 100 images is wanted"),
+        (WHOSE | {"test_groups": np.arange(200) / 1}, "test_groups: a whole number or a string"),
+        (WHOSE | {"test_groups": np.arange(399, 599)}, "'399' is in train_groups and in test_groups"),
         ({"val_labels": None}, "val_images and val_labels go together"),
         ({"train_images": IMAGES / 255}, "train_images have dtype float64"),
         ({"train_images": IMAGES[:, 0]}, r"train_images have shape \(400, 8\)"),
