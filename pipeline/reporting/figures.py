@@ -32,8 +32,8 @@ def draw_figures(evaluation: Evaluation, costs: Mapping[str, Any], exported: Map
     `costs` and `exported` are the contents of metrics/<track>_costs.json and metrics/<track>_export.json. Of more than 30 classes
     there is no curves.png.
     """
-    labels, probabilities, classes = evaluation.labels, evaluation.probabilities, evaluation.detail["dataset"]["classes"]
-    bins = {model: [reliability(labels, of_seed) for of_seed in of_model] for model, of_model in probabilities.items()}
+    classes = evaluation.detail["dataset"]["classes"]
+    bins = {model: [reliability(*of_seed) for of_seed in evaluation.by_seed(model)] for model in evaluation.probabilities}
     figures = {
         "loss_curves": plot_loss_curves(loss_curves(evaluation)),
         "reliability": plot_reliability(bins),

@@ -149,6 +149,7 @@ def test_reading_needs_no_heavy_library():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_in_a_cross_validation_every_seed_is_measured_on_its_own_fold(tmp_path: Path, npz: Path):
     dataset = prepare(read_source(str(npz)), 0.1, tmp_path / "data", folds=3)
     held = load_test_data(tmp_path / "data", torch.device("cpu"))

@@ -197,7 +197,7 @@ def test_of_folds_it_is_the_corrected_resampled_t_test():
 
 @pytest.mark.slow
 def test_false_verdicts_of_folds_are_at_most_as_claimed():
-    """Two logistic regressions, each on features of its own that are as good, of 300 images in folds that share training images."""
+    """Two logistic regressions, each on features of its own that are as good; 300 images, in folds that share training images."""
     from sklearn.linear_model import LogisticRegression
 
     random, false = np.random.default_rng(9), 0
