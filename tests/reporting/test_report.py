@@ -1,7 +1,6 @@
 import html
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,12 +12,13 @@ from pipeline.core.files import write_json
 from pipeline.data.prepared import Split, TrainingData
 from pipeline.evaluation.comparisons import Evaluation, write_evaluation
 from pipeline.reporting.report import data_uri, render, sentence
+from tests.browser import CHROMIUM, FLAGS, needs_browser, open_browser
 from tests.conftest import ROOT, digits
 from tests.evaluation.samples import PLAN, evaluate
 from tests.reporting.conftest import COSTS, EXPORTED
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<img src=/etc/passwd onerror=alert(1)> | ![cat](/etc/passwd) # {{ 7 * 7 }} $x^2$ <script>"
+SCREEN = {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": True}
 FIGURES = ["gains", "size", "reliability", "loss_curves", "confusion", "curves"]
 ADDRESSES = {"markdown": "figures/gains.png", "html": data_uri(b"png")}
 
@@ -219,13 +219,22 @@ def test_the_stage_writes_table_report_and_figures(page: Path):
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_the_page_opens_in_a_browser_without_a_request_or_an_error(page: Path, tmp_path: Path):
     """The page's own policy forbids every request, so that one would be an error on the console."""
-    options = "headless no-sandbox disable-gpu disable-background-networking disable-component-update disable-sync no-first-run"
-    command = [CHROMIUM, *(f"--{option}" for option in options.split()), f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [CHROMIUM, *(f"--{flag}" for flag in FLAGS), f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--enable-logging=stderr", "--dump-dom", page.as_uri()]
     for element, refused in (("", False), ('<img src="http://127.0.0.1:9/x.png">', True)):  # or the test could not fail
         page.write_text(page.read_text().replace("</body>", f"{element}</body>"))
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         assert ("How it was run" in done.stdout, "CONSOLE" in done.stderr) == (True, refused), done.stderr
+
+
+@needs_browser
+def test_on_a_narrow_screen_tables_scroll_and_the_page_does_not(page: Path, tmp_path: Path):
+    with open_browser(tmp_path / "profile") as browser:
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", SCREEN)
+        browser.get(page.as_uri())
+        sideways = "const wider = (element) => element.scrollWidth > element.clientWidth; return "
+        sideways += "[wider(document.documentElement), [...document.querySelectorAll('table')].some(wider), innerWidth]"
+        assert browser.execute_script(sideways) == [False, True, 400]
 
 
 def test_the_committed_report_is_made_of_the_committed_figures():

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,12 +29,11 @@ from selenium.webdriver.support.wait import WebDriverWait
 from pipeline.core.tracking_uri import tracking_uri
 from pipeline.params import load_params
 from pipeline.tracking.mirror import Mirror
+from tests.browser import needs_browser, open_browser
 from tests.checkout import free_port, wait_for
 from tests.conftest import ROOT
 from tests.tracking.samples import make_evaluation, make_record
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 CLOSE = "//*[@data-component-id='mlflow.assistant.chat_panel.close']"
 COLUMNS = ("gain", "verdict", "accuracy")
@@ -45,7 +43,7 @@ SHARES = {
 }
 
 pytestmark = [
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver"),
+    needs_browser,
     pytest.mark.slow,  # tests/reporting opens the report in Chromium
 ]
 
@@ -105,14 +103,7 @@ def address(store: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def new_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """Chromium, as a new visitor has it."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    quiet = ("disable-background-networking", "disable-component-update", "disable-sync", "disable-quic", "no-first-run")
-    profile = f"user-data-dir={tmp_path_factory.mktemp('profile')}"
-    for flag in ("headless", "no-sandbox", "disable-gpu", "window-size=1700,1000", *quiet, profile):
-        options.add_argument(f"--{flag}")
-    with webdriver.Chrome(options, webdriver.ChromeService(DRIVER)) as browser:
+    with open_browser(tmp_path_factory.mktemp("profile"), "window-size=1700,1000") as browser:
         yield browser
 
 
