@@ -14,7 +14,7 @@ DEMO := -S baselines.dataset=mnist5k -S baselines.pretrained=false -S baselines.
         -S distillation.dataset=mnist5k -S distillation.label_fraction=0.1 -S distillation.epochs=3 -S 'seeds=[0,1]'
 
 .PHONY: help install demo test test-all lint format ui compare sync study study-table register serve publish bench gpu-check faults \
-        screenshots lock clean
+        try screenshots lock clean
 
 help:
 	@echo "Start"
@@ -30,6 +30,7 @@ help:
 	@echo "Serve"
 	@echo "  make register                 the exported student into MLflow's registry (TRACK=baselines: of that track), champion if it is better"
 	@echo "  make serve                    the champion on http://127.0.0.1:5001 (SERVE_PORT=5001)"
+	@echo "  make try                      a published student in the browser, on http://127.0.0.1:5002 (TRACK=distillation: digits; needs npm)"
 	@echo "  make publish                  the exported students and their model card into models/student/, to be committed"
 	@echo "Develop"
 	@echo "  make test                     the tests to run before a commit; test-all: every test"
@@ -88,6 +89,10 @@ register: .venv/installed
 
 serve: .venv/installed
 	PORT=$(or $(SERVE_PORT),5001) python -m pipeline.serving.server $(TRACK)
+
+# Chest X-rays, as pipeline.serving.predict, unless TRACK is given.
+try: .venv/installed
+	PORT=$(or $(TRY_PORT),5002) python -m pipeline.serving.try_student $(if $(filter-out file,$(origin TRACK)),$(TRACK))
 
 publish: .venv/installed
 	python -m pipeline.serving.publish
