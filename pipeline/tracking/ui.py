@@ -22,7 +22,7 @@ COLUMNS = {
     "gain": 310,
     "verdict": 140,
     "accuracy": 160,
-    "auc": 180,
+    "auc": 190,
     "dataset": 120,
 }  # tags of runs: widths in pixels
 

@@ -103,7 +103,7 @@ def address(store: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def new_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    with open_browser(tmp_path_factory.mktemp("profile"), "window-size=1700,1000") as browser:
+    with open_browser(tmp_path_factory.mktemp("profile"), "window-size=1720,1000") as browser:
         yield browser
 
 
@@ -159,8 +159,10 @@ def test_make_ui_opens_the_table_of_results_which_answers_without_a_click(
         assert gains[0] != gains[1]
     if SCREENSHOTS:
         click(new_browser, CLOSE)
+        auc = "//*[@role='columnheader' and contains(@col-id, '`auc`')]"
+        wait_until(new_browser, lambda: new_browser.find_element(By.XPATH, auc), "the column for which there is room then")
         page = Image.open(io.BytesIO(new_browser.get_screenshot_as_png())).convert("RGB")
-        cropped = page.crop((195, 0, page.width, 560))
+        cropped = page.crop((195, 0, page.width, 510))
         cropped.quantize(256).save(Path(SCREENSHOTS) / "mlflow-results.png", optimize=True)
 
 
