@@ -217,6 +217,24 @@ def test_every_method_and_control_trains_resumes_and_gives_the_same_bytes(method
     assert path.read_bytes() != plain.read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["retinamnist", "mnist5k"])
+def test_on_real_images_every_method_resumes_to_the_same_bytes(dataset: str, mirror: Path, tmp_path: Path):
+    prepare(read_source(dataset), 0.1, tmp_path / "data")
+    settings = {"epochs": 2, "batch_size": 128, "lr": 0.001, "precision": "auto"}
+    big = Recipe("teacher", "resnet18", {"stem": "imagenet"}, settings | {"epochs": 1}, 0, tmp_path / "data", "cpu")
+    student = dataclasses.replace(big, model="student_distilled", architecture="simple_cnn", arguments={}, settings=settings)
+    paths = (train(big, tmp_path, lambda record: None),)
+    written = set()
+    for method in (KD, KD | {"divergence": "reverse"}, DKD, DIST, WTTM, RKD):
+        learner = dataclasses.replace(student, method=method, teachers=paths)
+        interrupt(learner, tmp_path / "root")
+        bytes_of = [train(learner, tmp_path / root, lambda record: None).read_bytes() for root in ("root", "other")]
+        assert bytes_of[0] == bytes_of[1], method["name"]
+        written.add(bytes_of[0])
+    assert len(written) == 6
+
+
 def test_a_method_is_a_function(teacher: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def agree(hard, weight):
         return lambda logits, labels, done, said: {"apart": weight * (logits.softmax(1) - said.softmax(1)).abs().mean()}
