@@ -124,13 +124,13 @@ def test_every_make_target_that_a_page_names_exists():
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_somewhere(page: str):
     links = re.findall(r"\]\(([^)]+)\)", PAGES[page])
-    headings = {
-        re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
-        for line in PAGES[page].splitlines()
-        if line[:1] == "#"
-    }
     for link in (link for link in links if "://" not in link):
-        assert link.removeprefix("#") in headings if link[0] == "#" else (ROOT / Path(page).parent / link).exists(), link
+        path, _, heading = link.partition("#")
+        target = ROOT / Path(page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if heading:
+            lines = [line.lstrip("# ") for line in target.read_text().splitlines() if line[:1] == "#"]
+            assert heading in [re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in lines], link
 
 
 def test_every_page_begins_with_a_command():
