@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from pipeline import evaluate_export, export_student
 from pipeline.core.files import md5, read_json
-from pipeline.data.prepared import Split, TrainingData
+from pipeline.data.prepared import Split, TestData, TrainingData
 from pipeline.export.onnx_export import export_onnx
 from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import load_checkpoint, new_classifier, save_checkpoint
@@ -66,11 +66,11 @@ def trained(tmp_path: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(export_student, "load_training_data", lambda *_: data)
     monkeypatch.setattr(export_student, "AGREEMENT", 1.01)
-    monkeypatch.setattr(evaluate_export, "load_split", lambda *_: data.val)
+    monkeypatch.setattr(evaluate_export, "load_test_data", lambda *_: TestData(data.dataset, data.val, data.val))
     description = describe(data.dataset)
     better = [description.history[0].model_copy(update={"val_accuracy": 0.9})]
     checkpoints = {"student_distilled/seed0": description, "teacher/seed0": description}
-    checkpoints["teacher/seed1"] = description.model_copy(update={"history": better})
+    checkpoints["teacher/seed1"] = description.model_copy(update={"history": better, "seed": 1})
     for number, (name, described) in enumerate(checkpoints.items()):
         classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, number)
         save_checkpoint(Path(f"models/distillation/{name}.safetensors"), classifier, described)
@@ -85,7 +85,7 @@ def measured() -> dict:
 def test_the_best_teacher_lies_beside_the_student_and_its_agreement_is_reported(trained: Path, data: TrainingData):
     export_student.main("distillation")
     best = Path("models/distillation/teacher/seed1.safetensors")
-    assert read_json(trained / "choice.json")["teacher"] == {"checkpoint": best.name, "checkpoint_md5": md5(best)}
+    assert read_json(trained / "choice.json")["teacher"] == {"checkpoint": best.name, "checkpoint_md5": md5(best), "seed": 1}
     images, labels = data.val.images, data.val.labels.numpy()
     expected = predict(load_checkpoint(best, torch.device("cpu"))[0], images).softmax(dim=1).numpy()
     float32, int8 = (Student(trained / f"{name}.onnx").probabilities(images.numpy()) for name in ("teacher", "teacher_int8"))
