@@ -91,7 +91,7 @@ def _draw_costs(axes: Axes, evaluation: Evaluation, costs: Mapping[str, Any], ex
             entries[f"{literal(model)}, latency not known"] = line
             continue
         latency = costs[model]["latency_ms"]
-        inches = sum(0.9 < other / latency < 1.1 for other in drawn) / 8
+        inches = sum(0.9 < other / latency < 1.1 for other in drawn) / 16
         aside = ScaledTranslation(inches, 0, axes.figure.dpi_scale_trans)
         options = style | {"linestyle": "none", "markersize": 8, "markeredgecolor": "black", "capsize": 4}
         marker = axes.errorbar(latency, value, half or None, transform=axes.transData + aside, **options)
