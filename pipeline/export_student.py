@@ -82,8 +82,8 @@ def best_in(folder: Path) -> Path:
 def export_teacher(source: Path, data: Path, folder: Path) -> dict[str, str | int]:
     """Write the best checkpoint in `source` into `folder`: teacher.onnx and, its ranges from training images, teacher_int8.onnx.
 
-    `data` is the prepared set that it was trained on. Returns `checkpoint`, its name, `checkpoint_md5` and `seed`; of a teacher from
-    outside and of a network that PyTorch or the project's ONNX files have no operators for, the `reason` why there are no files.
+    `data` is the prepared set that it was trained on. Returns `checkpoint`, its name, `checkpoint_md5` and `seed`. Of a teacher
+    from outside and of a network that PyTorch or the project's ONNX files have no operators for, the `reason` why there are none.
     """
     if outside_in(source):
         return {"reason": "a teacher from outside is a file of what it says, not a network"}
