@@ -3,6 +3,9 @@
 The best of the seeds is decided on the validation images. The int8 version stays if it names the same class as the float32 one
 often enough, on the training and validation images together: a bound on its accuracy would loosen where there are few images.
 Both give probabilities at the temperature that fits the validation images, if there are any.
+
+Beside them lies, to compare with, the best of the teacher's seeds, exported and quantized likewise: what does int8 make of the
+big network? It stays however often its two versions agree; evaluate_export says how often.
 """
 
 from pathlib import Path
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.core.cli import run
+from pipeline.core.errors import UserError, is_disk_full, one_line
 from pipeline.core.files import atomic_folder, md5, write_atomic, write_json
 from pipeline.data.prepared import load_training_data
 from pipeline.evaluation.calibration import fit_temperature
@@ -19,6 +23,7 @@ from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.description import checkpoints_in, read_description
 from pipeline.networks.inference import predict
+from pipeline.networks.outside import outside_in
 from pipeline.params import TRACKS, load_params
 
 AGREEMENT = 0.995  # share of the images that float32 and int8 must name the same class of
@@ -27,10 +32,9 @@ MEDMNIST_RESIZE = {"dermamnist": "stretch", "octmnist": "crop", "pneumoniamnist"
 
 
 def main(track: str) -> None:
-    threads, cpu = load_params().threads, torch.device("cpu")
+    threads, cpu, plan = load_params().threads, torch.device("cpu"), TRACKS[track]
     torch.set_num_threads(threads)
-    checkpoints = checkpoints_in(Path("models") / track / TRACKS[track].distilled)
-    best = max(checkpoints, key=lambda path: read_description(path).best())
+    best = best_in(Path("models") / track / plan.distilled)
     classifier, description = load_checkpoint(best, cpu)
     dataset, train, val = load_training_data(Path("data") / track, cpu, description.seed)
     labels = val.labels.numpy()
@@ -60,11 +64,42 @@ def main(track: str) -> None:
             "int8_agreement": agreement,
             "int8_at_least": AGREEMENT,
             "int8_kept": int8.exists(),
+            "teacher": export_teacher(Path("models") / track / plan.teacher, Path("data") / track, folder),
         }
         write_json(folder / "choice.json", choice)
     verdict = "kept" if choice["int8_kept"] else "not kept"
     shown = "validation accuracy {:.4f}, int8 {:.4f}, ".format(*accuracies) if len(labels) else ""
     print(f"{best.name}: temperature {temperature:.3f}, {shown}int8 names the same class {agreement:.2%}: {verdict}")
+    if "reason" in choice["teacher"]:
+        print(f"{plan.teacher}: not exported: {choice['teacher']['reason']}")
+
+
+def best_in(folder: Path) -> Path:
+    """The checkpoint of the seed that is best on the validation images. Raises UserError if there are none."""
+    return max(checkpoints_in(folder), key=lambda path: read_description(path).best())
+
+
+def export_teacher(source: Path, data: Path, folder: Path) -> dict[str, str | int]:
+    """Write the best checkpoint in `source` into `folder`: teacher.onnx and, its ranges from training images, teacher_int8.onnx.
+
+    `data` is the prepared set that it was trained on. Returns `checkpoint`, its name, `checkpoint_md5` and `seed`. Of a teacher
+    from outside and of a network that PyTorch or the project's ONNX files have no operators for, the `reason` why there are none.
+    """
+    if outside_in(source):
+        return {"reason": "a teacher from outside is a file of what it says, not a network"}
+    best, cpu = best_in(source), torch.device("cpu")
+    classifier, description = load_checkpoint(best, cpu)
+    dataset, train, _ = load_training_data(data, cpu, description.seed)
+    float32 = folder / "teacher.onnx"
+    try:
+        export_onnx(classifier, dataset.image_shape, dataset.classes, float32)
+    except Exception as error:  # of a dozen types
+        if is_disk_full(error):
+            raise
+        reason = one_line(error) if isinstance(error, UserError) else type(error).__name__  # whose text names places
+        return {"reason": f"{description.architecture} cannot be exported: {reason}"}
+    quantize(float32, train.images[:1000].numpy(), dataset.classes, folder / "teacher_int8.onnx")
+    return {"checkpoint": best.name, "checkpoint_md5": md5(best), "seed": description.seed}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from pipeline.networks.outside import outside_in
 from pipeline.params import TRACKS
 from pipeline.training.cache import read_record, trainings_folder
 
+OF_NETWORK = ("parameters", "multiply_adds", "training_seconds", "with_teacher_seconds")  # the same when it is exported
+
 
 def main(track: str) -> None:
     costs, plan = {}, TRACKS[track]
@@ -31,7 +33,9 @@ def main(track: str) -> None:
         teachers = len(read_description(paths[plan.distilled][0]).teachers_md5)
         distilled["with_teacher_seconds"] = distilled["training_seconds"] + teachers * teacher["training_seconds"]
     for path in sorted((Path("models/exported") / track).glob("*.onnx")):
-        costs[path.name] = {"file_bytes": path.stat().st_size} | inference_cost(path)
+        network = costs[plan.teacher if path.name.startswith("teacher") else plan.distilled]
+        costs[path.name] = {key: network[key] for key in OF_NETWORK if key in network}
+        costs[path.name] |= {"file_bytes": path.stat().st_size} | inference_cost(path)
     code = {"commit": commit(), "code_is_committed": code_is_committed()}
     write_json(Path(f"metrics/{track}_costs.json"), {"models": costs, "machine": machine(), **code})
     for model, cost in costs.items():

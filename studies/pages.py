@@ -12,7 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from pipeline.core.files import read_json, write_atomic
 from pipeline.core.provenance import commit
 from pipeline.evaluation.metrics import over_seeds
-from pipeline.reporting.tables import difference, escape, markdown_table, p_value, scale, unit
+from pipeline.reporting.tables import difference, escape, markdown_table, p_text, scale, unit
 from studies.contrasts import ALPHA, Findings, Question, Row, Section, outcome, sequence
 from studies.tasks import MODELS
 
@@ -37,9 +37,11 @@ def markdown(found: Findings) -> str:
     counts = ", ".join(f"{verdict} {sum(of_point.startswith(verdict) for of_point in verdicts)}" for verdict in VERDICTS)
     remain, fixed = sum(p < ALPHA for p in found.holm.values()), _common(found, found.rows)
     page = [
-        f"Study {found.name}: {len(found.paths)} of {len(found.rows)} points finished, on commit `{commit()}`; {_text(fixed)}.",
+        f"Study {found.name}: {len(found.paths)} of {len(found.rows)} points finished, collected by commit `{commit()}`; "
+        f"{_text(fixed)}.",
         f"The distilled student against the same student alone, at 95 % each: {counts}. Of the {len(found.holm)} comparisons "
-        f"in no fixed sequence, {remain} remain at 5 % after correction for their number (Holm 1979; missing ones count).",
+        f"in no fixed sequence, {remain} remain at 5 % after correction for their number (Holm 1979; missing ones count). "
+        "A positive difference is an improvement, of a loss or an error too.",
     ]
     claims = ["contrast", "claim", "difference", "interval"]
     if found.contrasts:
@@ -88,7 +90,7 @@ def _by_holm(question: Question, found: Findings) -> list[str]:
     if answer is None or p is None:
         return ["", "not run" if answer is None else "in the fixed sequence"]
     result = "worse" if question.claim == "better" and answer.gain < 0 else question.claim.replace("_", " ")
-    return [p_value(p), result if p < ALPHA else "not shown"]
+    return [p_text(p), result if p < ALPHA else "not shown"]
 
 
 def _section(section: Section, found: Findings, fixed: Mapping[str, Any]) -> list[str]:
@@ -115,7 +117,7 @@ def _interval(question: Question | None, found: Findings) -> list[str]:
         return ["not run" if question else "", "", ""]
     gain, *ends = _differences(question, answer.gain, answer.low, answer.high)
     p = found.holm.get(question.test)
-    return [gain, " to ".join(ends), "in the fixed sequence" if p is None else p_value(p)]
+    return [gain, " to ".join(ends), "in the fixed sequence" if p is None else p_text(p)]
 
 
 def points_table(found: Findings) -> pd.DataFrame:

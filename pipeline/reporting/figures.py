@@ -7,18 +7,14 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
-from matplotlib.transforms import ScaledTranslation
 from scipy.stats import t
 
 from pipeline.evaluation.comparisons import Evaluation, loss_curves
-from pipeline.evaluation.jackknife import LOWER_IS_BETTER
 from pipeline.evaluation.metrics import confusion, reliability
 from pipeline.evaluation.statistics import CONFIDENCE
 from pipeline.reporting.curves import plot_curves
-from pipeline.reporting.report import FIGURES
 from pipeline.reporting.style import STYLES, SURE, add_legend, literal, png
-from pipeline.reporting.tables import scale, unit
+from pipeline.reporting.summary import plot_summary
 
 SIDE_BY_SIDE = 10  # classes up to which the confusion matrices of several models stand side by side
 MOST_COUNTS = 30  # classes up to which the counts are written into a confusion matrix
@@ -35,10 +31,9 @@ def draw_figures(evaluation: Evaluation, costs: Mapping[str, Any], exported: Map
     classes = evaluation.detail["dataset"]["classes"]
     bins = {model: [reliability(*of_seed) for of_seed in evaluation.by_seed(model)] for model in evaluation.probabilities}
     figures = {
+        "summary": plot_summary(evaluation, costs["models"], exported),
         "loss_curves": plot_loss_curves(loss_curves(evaluation)),
         "reliability": plot_reliability(bins),
-        "gains": plot_gains(evaluation),
-        "size": plot_size(evaluation, costs["models"], exported),
         "confusion": plot_confusion({model: confusion(*evaluation.pooled(model)) for model in bins}, classes),
     }
     if len(classes) <= MOST_CURVES:
@@ -126,54 +121,4 @@ def plot_reliability(bins: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
     rows[1, 0].set(ylabel="predictions")
     entries = {"perfectly calibrated": diagonal, f"all seeds, {SURE} over them": bar, "not every seed has predictions": hollow}
     add_legend(figure, entries)
-    return figure
-
-
-def plot_gains(evaluation: Evaluation) -> Figure:
-    """Each comparison's gain in the figure that verdicts are on, with its 95 % interval, every seed's, and the margin."""
-    comparisons, models = evaluation.comparisons, evaluation.detail["models"]
-    figure = Figure(figsize=(8, 1.6 + 0.6 * len(comparisons)), layout="constrained")
-    axes, answer = figure.subplots(), next(iter(comparisons.values()))
-    metric, factor = answer["metric"], scale(answer["metric"])
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    for row, (name, comparison) in enumerate(comparisons.items()):
-        gain, low, high = (factor * comparison[key] for key in ("gain", "low", "high"))
-        mean = axes.errorbar(gain, row, xerr=[[gain - low], [high - gain]], fmt="D", color="black", capsize=5)
-        ours, theirs = (np.array([seed[metric] for seed in models[model]["figures"]]) for model in name.split("_vs_"))
-        seeds = axes.scatter(factor * sign * (ours - theirs), [row + 0.25] * len(ours), marker="|", s=80, color="0.4")
-    margin = axes.axvspan(-factor * answer["margin"], factor * answer["margin"], color="0.9", zorder=0)
-    axes.axvline(0, linestyle=":", color="black", linewidth=1)
-    axes.set_yticks(range(len(comparisons)), [name.replace("_vs_", "\nagainst ") for name in comparisons])
-    axes.set(ylim=(len(comparisons) - 0.5, -0.5), xlabel=f"gain on the test images ({unit(metric)})")
-    add_legend(figure, {f"mean, {SURE} over seeds and images": mean, "one seed": seeds, "within the margin": margin})
-    return figure
-
-
-def plot_size(evaluation: Evaluation, costs: Mapping[str, Any], exported: Mapping[str, Any]) -> Figure:
-    """The figure that verdicts are on, with its 95 % interval, over the size of the file (kB, logarithmic), a marker per model.
-
-    It is the accuracy if an exported student has not got that figure. Of models of one size, the later ones stand a bit aside.
-    """
-    figures = {model: evaluation.metrics.get(model) or exported[model.removesuffix(".onnx")] for model in costs}
-    metric = next(iter(evaluation.comparisons.values()))["metric"]
-    metric = metric if all(metric in of_model for of_model in figures.values()) else "accuracy"
-    heading, factor, _ = FIGURES[metric]
-    figure, entries, sizes = Figure(figsize=(9, 4), layout="constrained"), {}, []
-    axes = figure.subplots()
-    axes.set(xscale="log", xlabel="size of the file (kB)", ylabel=f"{heading} on the test images")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:,g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    for style, (model, cost) in zip(STYLES, costs.items(), strict=False):
-        size, value = cost["file_bytes"] / 1000, factor * figures[model][metric]
-        half = factor * figures[model].get(f"{metric}_ci95", 0)
-        aside = ScaledTranslation(sum(0.9 < other / size < 1.1 for other in sizes) / 8, 0, figure.dpi_scale_trans)  # inches
-        options = style | {"linestyle": "none", "markersize": 7, "capsize": 4, "transform": axes.transData + aside}
-        label = f"{model}, {SURE} over seeds" if half else f"{model}, the exported seed" if ".onnx" in model else model
-        entries[label] = axes.errorbar(size, value, half or None, **options)
-        axes.update_datalim([(size, value - half), (size, value + half)])
-        sizes.append(size)
-    axes.margins(0.15)
-    axes.autoscale_view()
-    add_legend(figure, entries, columns=2)
     return figure

@@ -16,7 +16,7 @@ from pipeline.evaluation.comparisons import Evaluation
 from pipeline.evaluation.metrics import over_seeds
 from pipeline.evaluation.statistics import CONFIDENCE, FEWEST, FEWEST_IMAGES, OF_CLASSES, POWER
 from pipeline.reporting.gallery import confidently_wrong, gallery_table
-from pipeline.reporting.tables import difference, escape, markdown_table, mean, p_value, points, unit
+from pipeline.reporting.tables import difference, escape, markdown_table, mean, p_text, points, unit
 
 HARDEST = 3  # classes named as hardest
 MOST_LOST = 10  # classes named as lost
@@ -46,10 +46,12 @@ OPERATING_POINTS = {  # also of detail's validation_figures
     "sensitivity_youden": "sensitivity at Youden's threshold",
     "specificity_youden": "specificity at Youden's threshold",
 }
-COSTS = {  # of metrics/<track>_costs.json
+COSTS = {  # of a model's figures and metrics/<track>_costs.json
+    "accuracy": FIGURES["accuracy"],
+    "auc": FIGURES["auc"],
     "parameters": ("parameters", 1, 0),
     "multiply_adds": ("multiply-adds", 1, 0),
-    "file_bytes": ("file (kB)", 1e-3, 0),
+    "file_bytes": ("file (bytes)", 1, 0),
     "training_seconds": ("training of a seed (s)", 1, 1),
     "with_teacher_seconds": ("with its teacher's (s)", 1, 1),
     "latency_ms": ("latency, 1 image (ms)", 1, 2),
@@ -109,10 +111,11 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
         "classes": _classes(evaluation, model, other),
         "calibration": _by_model(evaluation.metrics, CALIBRATION) if "temperature" in evaluation.metrics[model] else None,
         "gallery": gallery_table(wrong, classes),
-        "costs": _by_model(costs["models"], COSTS),
+        "costs": _costs(evaluation, costs["models"], exported, other),
         "parameters": _parameters(models),
     }
-    content["tables"]["operating_points"] = None
+    content["pretrained"] = models[other]["parameters"].get("student.pretrained")
+    content["other"], content["tables"]["operating_points"], content["shift"] = other, None, None
     if len(classes) == 2:
         content["tables"]["operating_points"], content["shift"] = _operating_points(evaluation)
         content["of_class"] = [
@@ -173,7 +176,7 @@ def _gains(comparisons: Json) -> Table:
     rows = []
     for name, comparison in comparisons.items():
         intervals = [_interval(comparison, kind) for kind in ("", "seeds_")]
-        p = p_value(comparison["p"])
+        p = p_text(comparison["p"])
         detectable = difference(metric, comparison["detectable"])[1:] if "detectable" in comparison else ""
         verdict = comparison["verdict"]
         if comparison["seeds"] < FEWEST:
@@ -208,6 +211,21 @@ def _by_model(models: Json, columns: Mapping[str, tuple[str, float, int]]) -> Ta
     return ["model", *(heading for heading, _, _ in columns.values())], rows
 
 
+def _costs(evaluation: Evaluation, costs: Json, exported: Json, alone: str) -> Table:
+    """A row per route to a cheap model: the track's models, and the exported files; a dash where something is not known."""
+    routes = {}
+    for model, figures in evaluation.metrics.items():
+        entry, route = evaluation.detail["models"][model], model
+        if entry["architecture"].startswith("outside: "):
+            route = f"{model} ({entry['architecture'].removeprefix('outside: ')})"
+        elif model == alone and entry["parameters"].get("student.pretrained"):
+            route = f"{model} (the pretrained small network)"
+        routes[route] = figures | costs.get(model, {})
+    routes |= {file: exported[name] | costs[file] for name in exported if (file := f"{name}.onnx") in costs}
+    headings, rows = _by_model(routes, COSTS)
+    return headings, [[cell or "–" for cell in row] for row in rows]
+
+
 def _classes(evaluation: Evaluation, model: str, other: str) -> Table:
     """By class, rarest in training first: the student, and its gains over the other model and, in recall, its teacher."""
     detail = evaluation.detail
@@ -224,7 +242,12 @@ def _classes(evaluation: Evaluation, model: str, other: str) -> Table:
 
 
 def _recall_gain(row: Json) -> str:
-    return points(row["gain"]) + (f" ({points(row['low'])} to {points(row['high'])})" if "low" in row else "")
+    gain = points(row["gain"])
+    if "low" not in row:
+        return gain
+    if row["low"] == row["high"]:  # no image and no seed differs from another: they do not say how sure that is
+        return f"{gain} ({'all images and seeds alike' if row['gain'] else 'no difference in any seed'})"
+    return f"{gain} ({points(row['low'])} to {points(row['high'])})"
 
 
 def _operating_points(evaluation: Evaluation) -> tuple[Table, dict[str, Any] | None]:

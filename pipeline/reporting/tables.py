@@ -75,8 +75,8 @@ def difference(metric: str, value: float) -> str:
     return f"{value:+.4f}" if metric == "nll" else points(value)
 
 
-def p_value(p: float) -> str:
-    """A value of p as text."""
+def p_text(p: float) -> str:
+    """A p value as text."""
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 

@@ -1,7 +1,7 @@
 """Which MLflow runs made and measured a checkpoint. Read only.
 
     python -m pipeline.tracking.lineage models/distillation/teacher/seed0.safetensors     a checkpoint
-    python -m pipeline.tracking.lineage models/exported/distillation/student.onnx         an exported student
+    python -m pipeline.tracking.lineage models/exported/distillation/student.onnx         an exported model
     python -m pipeline.tracking.lineage HEAD~3                                            the checkpoints of a git revision
     python -m pipeline.tracking.lineage warm-owl                                          those of a DVC experiment
 
@@ -42,6 +42,8 @@ def of_file(path: Path) -> dict[str, str]:
     choice = path.with_name("choice.json")
     with user_error(f"{choice}: does not say what was exported", KeyError, then="dvc repro export_student"):
         content = read_json(choice)
+        if path.name.startswith("teacher"):
+            content = content["teacher"]
         return {f"{path}, of {content['checkpoint']}": content["checkpoint_md5"]}
 
 

@@ -6,13 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from dvc_render.vega import VegaRenderer
+from matplotlib.axes import Axes
 
 from pipeline.evaluation.comparisons import Evaluation, loss_curves, write_evaluation
 from pipeline.evaluation.statistics import half_width
 from pipeline.params import TRACKS
 from pipeline.reporting.curves import GRID, mean_curves, plot_curves
-from pipeline.reporting.figures import draw_figures, plot_confusion, plot_gains, plot_loss_curves, plot_reliability, plot_size
+from pipeline.reporting.figures import draw_figures, plot_confusion, plot_loss_curves, plot_reliability
 from pipeline.reporting.gallery import confidently_wrong, gallery_table, plot_gallery
+from pipeline.reporting.summary import plot_summary, reversed_verdict
 from tests.conftest import ROOT
 from tests.reporting.conftest import COSTS, EXPORTED
 from tests.tracking.samples import make_evaluation, make_record
@@ -20,7 +22,7 @@ from tests.tracking.samples import make_evaluation, make_record
 
 def test_every_figure_of_the_report_is_drawn_and_drawn_alike(evaluation: Evaluation):
     figures = draw_figures(evaluation, COSTS, EXPORTED)
-    assert list(figures) == [f"{name}.png" for name in ("loss_curves", "reliability", "gains", "size", "confusion", "curves")]
+    assert list(figures) == [f"{name}.png" for name in ("summary", "loss_curves", "reliability", "confusion", "curves")]
     assert all(png.startswith(b"\x89PNG") for png in figures.values())
     assert draw_figures(evaluation, COSTS, EXPORTED) == figures
 
@@ -50,14 +52,106 @@ def test_names_are_no_mathematics():
     figure.canvas.print_figure("/dev/null", format="png")  # or Matplotlib raises
 
 
-def test_gains_and_loss_curves_are_those_of_the_evaluation(evaluation: Evaluation):
-    ours, theirs = (evaluation.detail["models"][model]["figures"] for model in ("student_distilled", "student_alone"))
-    expected = [100 * (a["accuracy"] - b["accuracy"]) for a, b in zip(ours, theirs, strict=True)]
-    points = [collection.get_offsets()[:, 0] for collection in plot_gains(evaluation).axes[0].collections]
-    assert any(gains.shape == (2,) and np.allclose(gains, expected) for gains in points)
+def test_loss_curves_are_those_of_the_evaluation(evaluation: Evaluation):
     panels = plot_loss_curves(loss_curves(evaluation)).axes
     assert [axes.get_title() for axes in panels] == list(evaluation.metrics)
     assert panels[0].lines[1].get_ydata().tolist() == [1, 0.5]
+
+
+def summary(evaluation: Evaluation, costs: dict = COSTS["models"]) -> tuple[Axes, Axes, list[str]]:
+    """The two panels, drawn, and the entries of the legend."""
+    figure = plot_summary(evaluation, costs, EXPORTED)
+    figure.canvas.print_figure("/dev/null", format="png")
+    (legend,), (left, right) = figure.legends, figure.axes
+    assert not left.get_legend()
+    assert not right.get_legend()
+    assert legend.get_window_extent().y1 < min(axes.get_window_extent().y0 for axes in (left, right)), "it hides no data"
+    return left, right, [text.get_text() for text in legend.get_texts()]
+
+
+def of_five_seeds(evaluation: Evaluation, **changes: object) -> Evaluation:
+    comparisons = {name: comparison | {"seeds": 5} | changes for name, comparison in evaluation.comparisons.items()}
+    return evaluation._replace(comparisons=comparisons)
+
+
+def test_the_summary_shows_headroom_gain_and_deployment_with_their_intervals(evaluation: Evaluation):
+    numbers = {"gain": 0.01, "low": -0.02, "high": 0.04, "verdict": "worse, by less than the margin", "margin": 0.005}
+    left, _, legend = summary(of_five_seeds(evaluation, **numbers))
+    assert [label.get_text() for label in left.get_yticklabels()] == [
+        "headroom\nteacher\n- student_alone",
+        "gain\nstudent_distilled\n- student_alone",
+        "deployment\nstudent_distilled\n- teacher",
+        "deployment\nstudent_alone\n- teacher",
+    ]
+    there = "+1.00 (-2.00 to +4.00)\nworse, by less than the margin"
+    back = "-1.00 (-4.00 to +2.00)\nbetter, by less than the margin"
+    assert [text.get_text() for text in left.texts] == [there, there, back, back]
+    lines = [
+        collection.get_segments()[0][:, 0].tolist() for collection in left.collections if hasattr(collection, "get_segments")
+    ]
+    assert lines == [pytest.approx([-2, 4])] * 2 + [pytest.approx([-4, 2])] * 2
+    assert (left.patches[0].get_x(), left.patches[0].get_width()) == pytest.approx((-0.5, 1)), "the margin"
+    ours, theirs = (evaluation.detail["models"][model]["figures"] for model in ("student_distilled", "student_alone"))
+    gains = [100 * (a["accuracy"] - b["accuracy"]) for a, b in zip(ours, theirs, strict=True)]
+    marks = [collection.get_offsets() for collection in left.collections]
+    assert any(len(of) == 2 and np.allclose(of[:, 0], gains) and np.allclose(of[:, 1], 1.25) for of in marks), "one per seed"
+    assert "95 % interval over seeds and images" in legend
+
+
+def test_the_summary_of_too_few_seeds_has_no_interval_and_of_two_models_one_row(evaluation: Evaluation):
+    first = dict(list(evaluation.comparisons.items())[:1])
+    students = {model: figures for model, figures in evaluation.metrics.items() if model != "teacher"}
+    left, right, legend = summary(evaluation._replace(comparisons=first, metrics=students))
+    (text,) = (text.get_text() for text in left.texts)
+    assert re.fullmatch(r"[+-]\d+\.\d\d\na smoke test", text)
+    assert not any(hasattr(collection, "get_segments") for collection in left.collections)
+    assert "95 % interval over seeds and images" not in legend
+    assert len(right.containers) == 2 + 4
+
+
+def test_the_summary_has_a_shape_per_model_at_its_figure_and_latency(evaluation: Evaluation):
+    latencies = {model: cost | {"latency_ms": 0.1 * 2**n} for n, (model, cost) in enumerate(COSTS["models"].items())}
+    _, right, legend = summary(evaluation, latencies)
+    assert (right.get_xscale(), right.get_ylabel()) == ("log", "accuracy (%) on the test images")
+    points = [container.lines[0].get_xydata()[0].tolist() for container in right.containers]
+    values = [100 * figures["accuracy"] for figures in evaluation.metrics.values()] + [92.9] * 4
+    assert points == [pytest.approx([0.1 * 2**n, value]) for n, value in enumerate(values)]
+    assert len({container.lines[0].get_marker() for container in right.containers}) == 7, "readable without colours"
+    assert {"teacher", "student_int8.onnx, one seed", "teacher_int8.onnx, one seed"} <= set(legend)
+    del latencies["teacher"]
+    _, right, legend = summary(evaluation, latencies)
+    assert "teacher, latency not known" in legend
+    assert right.lines[0].get_ydata() == [values[0]] * 2
+
+
+@pytest.mark.parametrize(("metric", "label"), [("auc", "AUC on"), ("nll", "NLL (nats) on the test images, lower is better")])
+def test_the_summary_is_of_the_figure_that_verdicts_are_on(evaluation: Evaluation, metric: str, label: str):
+    left, right, _ = summary(of_five_seeds(evaluation, metric=metric))
+    assert right.get_ylabel().startswith(label)
+    ours, theirs = (evaluation.metrics[model][metric] for model in ("student_distilled", "student_alone"))
+    improvement = 100 * (ours - theirs) if metric == "auc" else theirs - ours
+    marks = [collection.get_offsets() for collection in left.collections]
+    assert any(len(of) == 2 and np.isclose(of[:, 0].mean(), improvement) and np.allclose(of[:, 1], 1.25) for of in marks)
+
+
+def test_hostile_names_are_text_in_the_summary(evaluation: Evaluation):
+    hostile = {"teacher": r"$\frac{" + "x" * 60 + "$", "student_distilled": "x_{1}^{2} $ & % \n ~", "student_alone": "n" * 90}
+    models = {hostile[model]: entry for model, entry in evaluation.detail["models"].items()}
+    pairs = ((map(hostile.get, name.split("_vs_")), comparison) for name, comparison in evaluation.comparisons.items())
+    renamed = evaluation._replace(
+        metrics={hostile[model]: figures for model, figures in evaluation.metrics.items()},
+        comparisons={"_vs_".join(pair): comparison for pair, comparison in pairs},
+        detail=evaluation.detail | {"models": models},
+    )
+    left, *_, legend = summary(renamed, {hostile.get(model, model): cost for model, cost in COSTS["models"].items()})
+    shown = [label.get_text() for label in left.get_yticklabels()]
+    assert shown[0].splitlines()[1:] == [r"\$\frac{" + "x" * 12 + "…" + "x" * 11 + r"\$", "- " + "n" * 19 + "…" + "n" * 12]
+    assert r"x_{1}^{2} \$ & % ~" in legend
+
+
+@pytest.mark.parametrize(("verdict", "back"), [("undecided", "undecided"), ("equivalent", "equivalent"), ("better", "worse")])
+def test_a_verdict_the_other_way_round(verdict: str, back: str):
+    assert (reversed_verdict(verdict), reversed_verdict(back)) == (back, verdict)
 
 
 def test_the_intervals_of_a_reliability_diagram_are_over_the_seeds():
@@ -69,16 +163,6 @@ def test_the_intervals_of_a_reliability_diagram_are_over_the_seeds():
     (segment,) = container.lines[2][0].get_segments()
     assert segment[:, 1].tolist() == pytest.approx([0.7 - half_width(accuracies), 0.7 + half_width(accuracies)])
     assert axes.lines[2].get_xydata().tolist() == [[0.4, 1.0], [0.8, pytest.approx(0.7)]]
-
-
-def test_the_size_figure_is_of_what_verdicts_are_on_where_all_models_have_it(evaluation: Evaluation):
-    for values in evaluation.comparisons.values():
-        assert values["metric"] == "accuracy"
-    of_auc = {name: comparison | {"metric": "auc"} for name, comparison in evaluation.comparisons.items()}
-    with_auc = {name: figures | {"auc": 0.9} for name, figures in EXPORTED.items()}
-    for exported, heading in ((EXPORTED, "accuracy (%) on"), (with_auc, "AUC on")):
-        axes = plot_size(evaluation._replace(comparisons=of_auc), COSTS["models"], exported).axes[0]
-        assert axes.get_ylabel().startswith(heading)
 
 
 def test_curves_at_their_steps():

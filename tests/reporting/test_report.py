@@ -19,8 +19,8 @@ from tests.reporting.conftest import COSTS, EXPORTED
 
 HOSTILE = "<img src=/etc/passwd onerror=alert(1)> | ![cat](/etc/passwd) # {{ 7 * 7 }} $x^2$ <script>"
 SCREEN = {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": True}
-FIGURES = ["gains", "size", "reliability", "loss_curves", "confusion", "curves"]
-ADDRESSES = {"markdown": "figures/gains.png", "html": data_uri(b"png")}
+FIGURES = ["summary", "reliability", "loss_curves", "confusion", "curves"]
+ADDRESSES = {"markdown": "figures/summary.png", "html": data_uri(b"png")}
 
 
 def rendered(format: str, evaluation: Evaluation, exported: dict = EXPORTED) -> str:
@@ -47,12 +47,14 @@ def test_the_report_answers_in_the_order_of_the_questions(format: str, evaluatio
         "How much",
         "On which classes",
     ]
-    parts += ["Hardest for student_distilled, by F1: ", "At what cost", "student_int8: accuracy 92.90 %"]
-    parts += ["How sure", "How it was run", "0" * 64, "c0ffee"]
+    parts += ["Hardest for student_distilled, by F1: ", "At what cost", "student_int8.onnx: probabilities within 0.01"]
+    parts += ["How sure", "Limits", "How it was run", "0" * 64, "c0ffee"]
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
     learned = evaluation.detail | {"models": dict.fromkeys(PLAN.models, evaluation.detail["models"]["teacher"])}
-    other = rendered(format, evaluation._replace(detail=learned), {key: EXPORTED[key] for key in ("pytorch", "student")})
+    other = rendered(
+        format, evaluation._replace(detail=learned), {key: EXPORTED[key] for key in EXPORTED if key != "student_int8"}
+    )
     assert ("not shown to be more accurate" in other, "int8: not kept" in other) == (False, True)
 
 
@@ -90,6 +92,69 @@ def test_headroom_and_inferiority_are_said(evaluation: Evaluation):
     text = rendered("markdown", evaluation._replace(comparisons=enough))
     assert "cannot tell" not in text
     assert "student_distilled is non-inferior to teacher by the margin of 30.00 points of accuracy; student_alone is" in text
+
+
+def table(text: str, first: str) -> dict[str, dict[str, str]]:
+    """The rows of a report's table by their first cell; `first` and another are its first headings."""
+    lines = text[re.search(rf"\| {first} ", text).start() :].split("\n\n")[0].splitlines()
+    headings, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return {row[0]: dict(zip(headings, row, strict=True)) for row in rows}
+
+
+def test_every_route_to_a_cheap_model_is_in_one_table(evaluation: Evaluation):
+    text = rendered("markdown", evaluation)
+    rows = table(text.partition("## At what cost")[2], "model")
+    assert list(rows) == [*PLAN.models, "student.onnx", "student_int8.onnx", "teacher.onnx", "teacher_int8.onnx"]
+    for row in rows.values():
+        assert {"accuracy (%)", "AUC", "file (bytes)", "multiply-adds", "with its teacher's (s)"} <= row.keys()
+        assert "" not in row.values(), "a dash where something is not known"
+    assert [rows["teacher_int8.onnx"][key] for key in ("accuracy (%)", "AUC", "file (bytes)")] == ["92.90", "0.9870", "4,000"]
+    assert "teacher_int8.onnx: probabilities within 0.01 of those of teacher.onnx, the same class for 99.90 %" in text
+    assert "not run" not in text, "of options that the parameters do not have"
+
+
+def test_a_linear_probe_a_pretrained_student_and_a_missing_teacher_are_said_in_the_table_of_routes(evaluation: Evaluation):
+    models = {model: dict(entry) for model, entry in evaluation.detail["models"].items()}
+    models["teacher"]["architecture"] = "outside: linear probe"
+    for model, pretrained in (("student_alone", True), ("student_distilled", True)):
+        models[model]["parameters"] = {"teacher.features": "f.npz", "student.pretrained": pretrained}
+    other = evaluation._replace(detail=evaluation.detail | {"models": models})
+    exported = {key: EXPORTED[key] for key in ("pytorch", "student", "student_int8")} | {"no_teacher": "a reason <b>"}
+    costs = {model: cost for model, cost in COSTS["models"].items() if "teacher" not in model}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COSTS, "models", costs)
+        text = rendered("markdown", other, exported)
+    rows = table(text.partition("## At what cost")[2], "model")
+    students = "student_distilled", "student_alone (the pretrained small network)"
+    assert list(rows) == ["teacher (linear probe)", *students, "student.onnx", "student_int8.onnx"]
+    assert rows["teacher (linear probe)"]["latency, 1 image (ms)"] == rows["teacher (linear probe)"]["multiply-adds"] == "–"
+    assert "There is no int8 version of teacher: a reason &#60;b&#62;." in text
+    assert "The linear probe's row is without the network that made its features" in text
+    assert "teacher_int8" not in text
+    for model in ("student_alone", "student_distilled"):
+        models[model]["parameters"] = {"teacher.features": None, "student.pretrained": False}
+    text = rendered("markdown", other, exported)
+    assert "A pretrained small network was not run (`student.pretrained`). A linear probe was not run" in text
+
+
+def test_limits_are_named_once(evaluation: Evaluation):
+    text = rendered("markdown", evaluation)
+    limits = text.partition("## Limits")[2].partition("## ")[0]
+    for words in ("is 8x8 pixels", "same patient", "images from elsewhere", "count as independent"):
+        assert words in limits
+        assert text.count(words) == 1
+
+
+def test_a_class_without_any_difference_has_no_interval(evaluation: Evaluation):
+    recalls = {other: {name: dict(row) for name, row in rows.items()} for other, rows in evaluation.detail["recalls"].items()}
+    (first, second, third, *_), rows = recalls["teacher"], recalls["teacher"]
+    for name, gain, half in ((first, 0.0, 0.0), (second, -1.0, 0.0), (third, 0.0, 0.1)):
+        rows[name] |= {"gain": gain, "low": gain - half, "high": gain + half}
+    text = rendered("markdown", evaluation._replace(detail=evaluation.detail | {"recalls": recalls}))
+    cells = {name: row["recall over teacher (points)"] for name, row in table(text, "class").items()}
+    assert cells[first] == "+0.00 (no difference in any seed)"
+    assert cells[second] == "-100.00 (all images and seeds alike)"
+    assert cells[third] == "+0.00 (-10.00 to +10.00)"
 
 
 def test_lost_classes_are_named_beside_the_verdict_rarest_first(evaluation: Evaluation):
@@ -138,7 +203,7 @@ def test_calibration_before_and_after_scaling_and_what_cannot_be_judged_without_
     text, figures = rendered("markdown", evaluation, exported), evaluation.metrics["teacher"]
     cells = [f"{figures[key]:.4f} ± {figures[f'{key}_sd']:.4f}" for key in ("nll", "nll_calibrated")]
     assert re.search(rf"\| teacher +\| {figures['temperature']:.3f} ± \S+ +\| {cells[0]} +\| {cells[1]} ", text)
-    assert "its logits are divided by the temperature 1.250, fitted on those images. On the test images" in text
+    assert "its logits divided by the temperature 1.250, fitted on the validation images; in PyTorch that" in text
     images = data.dataset.images | {"val": 0}
     without = data._replace(val=Split(data.val.images[:0], data.val.labels[:0]))
     without = without._replace(dataset=data.dataset.model_copy(update={"images": images}))

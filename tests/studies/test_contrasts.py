@@ -154,9 +154,10 @@ def test_the_pages_of_an_unfinished_study(points: list[Point], tmp_path: Path):
         found(points, [{"title": "gain"}, {"at": PICKED | {"recipe": "plain", "kd": "soft"}}], [{"split": "val"}]), tmp_path
     )
     assert page == (tmp_path / "small.md").read_text()
-    assert page.startswith("Study small: 4 of 5 points finished, on commit `")
+    assert page.startswith("Study small: 4 of 5 points finished, collected by commit `")
     assert "`; seeds &#91;0, 1, 2&#93;, evaluation.margin 0.03.\n" in page
     assert "at 95 % each: better 4, worse 0, equivalent 0, undecided 0. Of the 6 comparisons in no fixed sequence, " in page
+    assert "A positive difference is an improvement, of a loss or an error too." in page
     tables = [
         [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("| ")]
         for part in page.split("\n## ")[1:]

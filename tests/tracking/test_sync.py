@@ -171,6 +171,13 @@ def test_lineage_names_the_runs_of_a_file_an_export_a_revision_and_an_experiment
     write_atomic(checkout / "models/exported/distillation/choice.json", json.dumps(choice))
     lineage.main("models/exported/distillation/student.onnx")
     assert described.partition("\n")[2] in capsys.readouterr().out
+    write_atomic(checkout / "models/exported/distillation/teacher_int8.onnx", b"")
+    other = "models/distillation/student_distilled/seed0.safetensors"
+    choice |= {"teacher": {"checkpoint": "seed0.safetensors", "checkpoint_md5": md5(Path(other))}}
+    write_atomic(checkout / "models/exported/distillation/choice.json", json.dumps(choice))
+    lineage.main("models/exported/distillation/teacher_int8.onnx")
+    of_teacher = capsys.readouterr().out
+    assert f"of seed0.safetensors  {md5(Path(other))}\n    student_distilled/seed0, run " in of_teacher
     lineage.main("HEAD")
     assert described in capsys.readouterr().out
     lineage.main("warm-owl")
