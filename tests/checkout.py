@@ -30,8 +30,8 @@ CURVES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 class Checkout:
     """A checkout and a shell in it, without this process's settings for DVC, MLflow and data."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, experiment: str | None = None) -> None:
+        self.folder, self.experiment = folder, experiment  # of MLflow, whose runs are looked at; None: all
         foreign = ("DVC_", "MLFLOW_", "DATA_MIRROR", "RETRAIN", "TRAININGS_", "TRACK_LATER")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)} | {"PATH": path}
@@ -80,17 +80,19 @@ class Checkout:
         return wait_until(idle, 600)
 
     def mlflow_runs(self, uri: str | None = None) -> list[Run]:
-        """Every run of a store, by default of the checkout's own."""
+        """The runs of a store, by default of the checkout's own."""
         client = MlflowClient(uri or f"sqlite:///{self.folder}/mlflow.db")
-        return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+        experiments = [found for found in client.search_experiments() if self.experiment in (None, found.name)]
+        return client.search_runs([found.experiment_id for found in experiments]) if experiments else []
 
-    def by_name(self) -> Counter[str]:
-        return Counter(run.info.run_name for run in self.mlflow_runs())
+    def by_name(self, uri: str | None = None) -> Counter[str]:
+        return Counter(run.info.run_name for run in self.mlflow_runs(uri))
 
-    def unsound_runs(self, names: Iterable[str], epochs: int) -> int:
-        """How many runs are missing, more than `names` says, or incomplete in the checkout's own store."""
-        wanted, runs = Counter(names), [run for run in self.mlflow_runs() if "/seed" in run.info.run_name]
-        sound = Counter(run.info.run_name for run in runs if complete(f"sqlite:///{self.folder}/mlflow.db", run, epochs))
+    def unsound_runs(self, names: Iterable[str], epochs: int, uri: str | None = None) -> int:
+        """How many trainings' runs are missing, more than `names` says, or incomplete in a store."""
+        wanted, runs = Counter(names), [run for run in self.mlflow_runs(uri) if "/seed" in run.info.run_name]
+        client = MlflowClient(uri or f"sqlite:///{self.folder}/mlflow.db")
+        sound = Counter(run.info.run_name for run in runs if complete(client, run, epochs))
         named = Counter(run.info.run_name for run in runs if run.info.run_name in wanted)
         return (wanted - sound).total() + (named - wanted).total()
 
@@ -116,9 +118,8 @@ def checksums(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): md5(path) for path in folder.rglob("*") if path.is_file()}
 
 
-def complete(uri: str, run: Run, epochs: int) -> bool:
+def complete(client: MlflowClient, run: Run, epochs: int) -> bool:
     """Whether a training's run is finished, names its checkpoint, and has every point of its curves once."""
-    client = MlflowClient(uri)
     curves = [client.get_metric_history(run.info.run_id, curve) for curve in CURVES]
     points = [sorted(point.step for point in curve) for curve in curves]
     once = points == [list(range(1, epochs + 1))] * len(CURVES)

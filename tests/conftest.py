@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ from sklearn.datasets import load_digits
 
 from pipeline.data.dataset import Dataset
 from pipeline.data.prepared import Split, TrainingData
+from pipeline.fetching.preparation import prepare
+from pipeline.fetching.sources import read_source
 from tests.checkout import ROOT, Checkout, copy_checkout
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 torch.set_num_threads(1)  # as a training, whatever the machine has
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would what tests start
 
 
 DIGITS = Dataset(
@@ -49,6 +53,11 @@ def write_npz(path: Path, **replaced: np.ndarray | None) -> Path:
     } | replaced
     np.savez(path, **{key: array for key, array in arrays.items() if array is not None})
     return path
+
+
+def prepare_npz(folder: Path, validation: float = 0.1, **replaced: np.ndarray | None) -> Dataset:
+    """The set of such a file, prepared in a folder; the file lies beside it."""
+    return prepare(read_source(str(write_npz(folder.with_suffix(".npz"), **replaced))), validation, folder)
 
 
 def is_mapped(address: int) -> bool:

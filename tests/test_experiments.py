@@ -65,15 +65,15 @@ def test_another_temperature_trains_the_distilled_student_alone_and_its_run_says
     assert (run_id, checksum) == (runs[f"{warmer}/seed0"].info.run_id, runs[f"{warmer}/seed0"].data.tags["checkpoint_md5"])
 
 
-def test_three_experiments_at_once_fill_a_store_that_did_not_exist(checkout: Checkout):
-    temperatures = (2, 3, 4)
+def test_two_experiments_at_once_fill_a_store_that_did_not_exist(checkout: Checkout):
+    temperatures = (2, 3)
     for temperature in temperatures:
         checkout.dvc("exp", "run", "--queue", "--name", f"t{temperature}", "-S", f"kd.temperature={temperature}", EVALUATION)
     checkout.environment["MLFLOW_TRACKING_URI"] = "sqlite:///fresh.db"
-    checkout.dvc("queue", "start", "-j", "3")
+    checkout.dvc("queue", "start", "-j", "2")
     del checkout.environment["MLFLOW_TRACKING_URI"]
     states = checkout.queued()
-    assert states == dict.fromkeys(("t2", "t3", "t4"), "Success"), checkout.dvc("queue", "logs", "t2", expect=None)
+    assert states == {"t2": "Success", "t3": "Success"}, checkout.dvc("queue", "logs", "t2", expect=None)
     client = MlflowClient(f"sqlite:///{checkout.folder}/fresh.db")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     names = ["teacher", "student_alone", *(f"student_distilled T={temperature}" for temperature in temperatures)]
@@ -81,8 +81,8 @@ def test_three_experiments_at_once_fill_a_store_that_did_not_exist(checkout: Che
     assert Counter(run.info.run_name for run in runs) == expected
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert all("test_accuracy" in run.data.metrics for run in runs)
-    assert {"t2", "t3", "t4"} <= {run.data.tags.get("dvc.experiment") for run in runs}
-    assert {"t2", "t3", "t4"} <= set(re.split("[,\n]", checkout.dvc("exp", "show", "--csv")))
+    assert {"t2", "t3"} <= {run.data.tags.get("dvc.experiment") for run in runs}
+    assert {"t2", "t3"} <= set(re.split("[,\n]", checkout.dvc("exp", "show", "--csv")))
 
 
 @pytest.mark.parametrize("setting", ["+kd.temprature=6", "kd.alpha=2"])
@@ -101,7 +101,6 @@ def test_a_misspelt_setting_is_stopped_by_dvc_itself(checkout: Checkout):
 
 
 def test_changed_content_behind_an_unchanged_path_is_noticed(checkout: Checkout):
-    checkout.dvc("repro", EVALUATION)
     assert stages_run(checkout.dvc("repro", EVALUATION)) == []
     images = np.load(checkout.folder / "images.npz")["test_images"]
     write_npz(checkout.folder / "images.npz", test_images=255 - images)

@@ -29,8 +29,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     return checkout
 
 
-def repeated(checkout: Checkout, expect: int = 0) -> str:
-    return checkout.dvc("repro", REPORT, expect=expect)
+def reported(checkout: Checkout) -> str:
+    """Run the graph up to the evaluation, and the report with the costs as they were; what DVC said."""
+    output = checkout.dvc("repro", "evaluate@distillation")
+    checkout.run(*checkout.stage("report distillation"))
+    return output
 
 
 def rewrite(checkout: Checkout, name: str = "ensemble.npz", **replaced: np.ndarray | None) -> None:
@@ -57,13 +60,13 @@ def test_an_ensembles_logits_distil_and_the_report_has_the_teacher(checkout: Che
     assert "make sync" not in checkout.output
     checkout.run(*checkout.stage("tracking.sync"))
     assert {run.info.run_name for run in checkout.mlflow_runs()} == runs
-    assert stages_run(repeated(checkout)) == []
+    assert stages_run(checkout.dvc("repro", REPORT)) == []
 
 
 def test_a_changed_file_is_noticed_and_one_without_test_logits_is_not_measured(checkout: Checkout):
     before = md5(checkout.folder / "models/distillation/student_distilled/seed0.safetensors")
     rewrite(checkout, test_logits=None, train_logits=2 * np.load(checkout.folder / "ensemble.npz")["train_logits"])
-    assert {"fetch_data@distillation", "train_teacher", "distill_student@distillation"} <= set(stages_run(repeated(checkout)))
+    assert {"fetch_data@distillation", "train_teacher", "distill_student@distillation"} <= set(stages_run(reported(checkout)))
     assert md5(checkout.folder / "models/distillation/student_distilled/seed0.safetensors") != before
     assert "It was not measured" in (checkout.folder / "metrics/report.md").read_text()
     assert "teacher" not in read_json(checkout.folder / "metrics/distillation.json")
@@ -72,26 +75,17 @@ def test_a_changed_file_is_noticed_and_one_without_test_logits_is_not_measured(c
 def test_an_experiments_copy_finds_the_file(checkout: Checkout):
     checkout.run("git", "add", "-A")
     checkout.run("git", "commit", "-qm", "a teacher from outside")
-    output = checkout.dvc("exp", "run", "--temp", "--name", "warm", "-S", "kd.temperature=6", REPORT)
+    output = checkout.dvc("exp", "run", "--temp", "--name", "warm", "-S", "kd.temperature=6", "evaluate@distillation")
     assert "distill_student@distillation" in stages_run(output)
     compared = checkout.run(*checkout.stage("tracking.compare"), "HEAD", "warm").stdout
     assert re.findall(r"warm against HEAD, (\w+):", compared) == ["student_distilled", "student_alone"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda logits: logits[:-1], r"train_logits has shape \(399, 10\), not \(400, 10\)"),
-        (lambda logits: logits * np.nan, "train_logits has a value that is no finite number"),
-        (lambda logits: logits[:, :-1], r"train_logits has shape \(400, 9\), not \(400, 10\)"),
-    ],
-)
-def test_a_bad_file_is_refused_in_one_line(checkout: Checkout, change, message: str):
+def test_a_bad_file_is_refused_in_one_line(checkout: Checkout):
     good = (checkout.folder / "ensemble.npz").read_bytes()
-    rewrite(checkout, train_logits=change(np.load(checkout.folder / "ensemble.npz")["train_logits"]))
-    done = checkout.run(*checkout.stage("train_teacher"), expect=1)
-    (line,) = done.stderr.splitlines()
-    assert re.fullmatch(f"error: teacher.logits: ensemble.npz: {message}.*", line)
+    rewrite(checkout, train_logits=np.load(checkout.folder / "ensemble.npz")["train_logits"][:-1])
+    (line,) = checkout.run(*checkout.stage("train_teacher"), expect=1).stderr.splitlines()
+    assert line.startswith("error: teacher.logits: ensemble.npz: train_logits has shape (399, 10), not (400, 10)")
     (checkout.folder / "ensemble.npz").write_bytes(good)
 
 
@@ -103,7 +97,7 @@ def test_features_become_a_linear_probe_in_the_tables(checkout: Checkout):
     checkout.set(teacher__logits=None, teacher__features="features.npz")
     (line,) = checkout.run(*checkout.stage("train_teacher"), expect=1).stderr.splitlines()
     assert "has changed: run dvc repro" in line
-    assert "linear probe on features.npz, C = " in repeated(checkout)
+    assert "linear probe on features.npz, C = " in reported(checkout)
     metrics = read_json(checkout.folder / "metrics/detail/distillation.json")["metrics"]["teacher"]
     assert metrics["accuracy"] > 0.8, "as scikit-learn on these pixels"
     assert metrics["parameters"] == 650
@@ -112,8 +106,8 @@ def test_features_become_a_linear_probe_in_the_tables(checkout: Checkout):
 
 def test_a_missing_file_is_named_and_null_brings_the_network_back(checkout: Checkout):
     checkout.set(teacher__features="nowhere.npz")
-    assert "nowhere.npz: there is no such file" in repeated(checkout, expect=255)
+    assert "nowhere.npz: there is no such file" in checkout.dvc("repro", "train_teacher", expect=255)
     checkout.set(teacher__features=None)
-    repeated(checkout)
+    checkout.dvc("repro", "train_teacher")
     assert list(Path(checkout.folder / "data/own/distillation/teacher").iterdir()) == []
     assert sorted(path.suffix for path in (checkout.folder / "models/distillation/teacher").iterdir()) == [".safetensors"] * 2

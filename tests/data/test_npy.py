@@ -1,4 +1,4 @@
-"""Large arrays stay on the disk. What is damaged or malicious: tests/faults/test_inputs.py."""
+"""Large arrays stay on the disk. What is damaged or malicious: tests/faults/test_inputs.py, too."""
 
 import errno
 import shutil
@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.data.npy import SMALL, read_npy, read_npz
+from tests.hostile import NO_ARRAY
 
 
 def test_an_archive_is_unpacked_onto_the_disk_and_leaves_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -37,6 +38,13 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path):
     np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros(2 * SMALL, np.uint8))
     with pytest.raises(UserError, match=r"bomb\.npz.*134,\d\d\d,\d\d\d bytes, over 100 times"):
         read_npz(tmp_path / "bomb.npz", ["images"])
+
+
+def test_a_header_that_lies_is_refused(tmp_path: Path):
+    for content in NO_ARRAY:
+        (tmp_path / "a.npy").write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.npy"):
+            read_npy(tmp_path / "a.npy")
 
 
 BLANK = np.zeros((60_000, 28, 28), np.uint8)  # compresses as well as a bomb

@@ -4,6 +4,7 @@ With the variable FAULTS set there are all of them, else a fast cut.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 
 from pipeline.core.files import write_atomic
 from pipeline.core.provenance import code_is_committed, commit, machine
+from tests.checkout import SMALL, Checkout, checksums, copy_checkout
 
 FULL = "FAULTS" in os.environ
 RESULTS = Path(__file__).with_name("results.md")
 EXPLANATION = """Written by `make faults`: each kind of fault, each fault, and where. Survived means: nothing missing (lost) and
 nothing other than without the fault (wrong); what exactly, each test says."""
-REPORTS: list[pytest.TestReport] = []  # of all workers
+STUDENTS = "models/distillation/student_alone"
+EPOCHS, SEEDS = 8, [0, 1, 2, 3] if FULL else [0, 1]
 
 
 @dataclass
@@ -41,25 +44,37 @@ def outcome(record_property: Callable[[str, object], None]) -> Iterator[Outcome]
     assert row.lost == row.wrong == 0, row
 
 
-def tables(outcomes: list[dict]) -> list[str]:
-    """A row for each kind of fault, its numbers summed up; a row for each fault."""
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Write the page: a row for each kind of fault, its numbers summed up, a row for each fault, and where."""
+    reports = [report for of_kind in terminalreporter.stats.values() for report in of_kind if hasattr(report, "when")]
+    outcomes = [value for report in reports if report.when == "teardown" for _, value in report.user_properties]
+    if not (FULL and outcomes):
+        return
     frame = pd.DataFrame(outcomes).sort_values("fault").rename(columns={"details": ""})
     frame.insert(2, "survived", (frame["injected"] - frame["lost"] - frame["wrong"]).clip(0))
     kinds = frame.drop(columns="fault").groupby(frame["fault"].str.partition(":")[0].rename("fault")).sum().reset_index()
-    return [rows.to_markdown(index=False, tablefmt="github") for rows in (kinds, frame)]
+    code = commit()[:12] + ("" if code_is_committed() else " with uncommitted changes")
+    minutes = sum(report.duration for report in reports) / 60
+    where = pd.DataFrame([{"commit": code, "minutes, of all tests together": f"{minutes:.1f}"} | machine()])
+    tables = [rows.to_markdown(index=False, tablefmt="github", disable_numparse=rows is where) for rows in (kinds, frame, where)]
+    write_atomic(RESULTS, "\n\n".join(["# Faults", EXPLANATION, *tables]) + "\n")
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Collect what the tests and, with xdist, its workers report."""
-    REPORTS.append(report)
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout whose students were trained alone, undisturbed; `expected` has the MD5 of their checkpoints."""
+    checkout = copy_checkout(tmp_path_factory.mktemp("trained"), **SMALL, distillation__epochs=EPOCHS, seeds=SEEDS)
+    checkout.dvc("repro", "train_student_alone")
+    checkout.expected = checksums(checkout.folder / STUDENTS)
+    return checkout
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the page."""
-    outcomes = [value for report in REPORTS if report.when == "teardown" for _, value in report.user_properties]
-    if FULL and outcomes and not hasattr(session.config, "workerinput"):
-        code = commit()[:12] + ("" if code_is_committed() else " with uncommitted changes")
-        minutes = sum(report.duration for report in REPORTS) / 60
-        where = {"commit": code, "minutes, of all tests together": f"{minutes:.1f}"} | machine()
-        place = pd.DataFrame([where]).to_markdown(index=False, tablefmt="github", disable_numparse=True)
-        write_atomic(RESULTS, "\n\n".join(["# Faults", EXPLANATION, *tables(outcomes), place]) + "\n")
+@pytest.fixture
+def untrained(trained: Checkout, request: pytest.FixtureRequest) -> Checkout:
+    """The same checkout with the data alone, and an experiment in MLflow of the test's own."""
+    for folder in (STUDENTS, ".trainings"):
+        shutil.rmtree(trained.folder / folder, ignore_errors=True)
+    checkout = Checkout(trained.folder, experiment=request.node.name)
+    checkout.set(distillation__epochs=EPOCHS, seeds=SEEDS, tracking__experiment=checkout.experiment)
+    checkout.expected = trained.expected
+    return checkout

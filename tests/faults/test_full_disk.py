@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.checkout import SMALL, Checkout, checksums, copy_checkout
+from tests.conftest import stages_run
 from tests.faults.conftest import FULL
 
 pytestmark = pytest.mark.faults
 STAGES = [] if FULL else ["train_teacher", "evaluate@distillation"]  # all of both tracks, or these
-SIZE = "4G"
 LEFT = (5 * 2**20, 2**18)  # bytes
 OBSERVED = ("costs.json", "report.md", "report.html", "summary.png")  # differ from run to run
 
@@ -25,7 +25,7 @@ OBSERVED = ("costs.json", "report.md", "report.html", "summary.png")  # differ f
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own; where that is not allowed, the test is skipped."""
-    command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(tmp_path)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=4G", "tmpfs", str(tmp_path)]
     if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("mounting a file system needs root")
     yield tmp_path
@@ -33,17 +33,19 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_spoils_nothing(disk: Path, outcome):
-    outcome.fault, stopped = "disk with 5 MB or 256 kB left", 0
-    checkout = copy_checkout(disk / "checkout", **SMALL, baselines__epochs=1, distillation__epochs=1, seeds=[0])
+    checkout, stopped = copy_checkout(disk / "checkout", **SMALL, baselines__epochs=1, distillation__epochs=1, seeds=[0]), 0
     output = checkout.dvc("repro", *STAGES)
-    stages = STAGES or [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
-    expected = _results(checkout)
+    stages, expected, outcome.fault = STAGES or stages_run(output), _results(checkout), "disk with 5 MB or 256 kB left"
     for stage in stages:
         for left in LEFT:
-            done = _run_on_full_disk(checkout, stage, left)
+            shutil.rmtree(checkout.folder / ".trainings", ignore_errors=True)  # or a finished one would be taken
+            with (disk / "filler").open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(shutil.disk_usage(disk).free - left, 1))
+            done = checkout.run("dvc", "repro", "--force", "--single-item", stage, expect=None)
+            (disk / "filler").unlink()
+            stopped += done.returncode != 0
             output = (done.stdout + done.stderr).lower()
             clear = "traceback" not in output and any(text in output for text in ("no space left", "disk is full"))
-            stopped += done.returncode != 0
             if done.returncode and not clear:
                 print(f"{stage}, {left} bytes left: {output}")
                 outcome.wrong += 1
@@ -52,18 +54,6 @@ def test_a_full_disk_spoils_nothing(disk: Path, outcome):
             print(f"{stage}: other results than before: {different}")
             outcome.lost += 1
     outcome.injected, outcome.details = len(stages) * len(LEFT), f"{stopped} stages stopped"
-
-
-def _run_on_full_disk(checkout: Checkout, stage: str, left: int) -> subprocess.CompletedProcess:
-    """Run a stage, without finished trainings to take, with so many bytes left."""
-    shutil.rmtree(checkout.folder / ".trainings", ignore_errors=True)
-    filler, free = checkout.folder.parent / "filler", shutil.disk_usage(checkout.folder).free
-    with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(free - left, 1))
-    try:
-        return checkout.run("dvc", "repro", "--force", "--single-item", stage, expect=None)
-    finally:
-        filler.unlink()
 
 
 def _results(checkout: Checkout) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pipeline.data.dataset import UNKNOWN, load_dataset
 from pipeline.data.prepared import load_split, load_test_data, load_training_data, take
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import Source, read_source
-from tests.conftest import write_npz
+from tests.conftest import prepare_npz, write_npz
 
 CPU = torch.device("cpu")
 
@@ -55,8 +55,8 @@ def test_a_class_with_one_image_leaves_no_stratified_split(tmp_path: Path):
         prepare(source, 0.1, tmp_path / "out")
 
 
-def test_what_most_sets_do_not_have_is_not_in_their_description(npz: Path, tmp_path: Path):
-    prepare(read_source(str(npz)), 0.1, tmp_path / "out")
+def test_what_most_sets_do_not_have_is_not_in_their_description(tmp_path: Path):
+    prepare_npz(tmp_path / "out")
     keys = json.loads((tmp_path / "out" / "dataset.json").read_text()).keys()
     assert list(keys) == ["name", "classes", "image_shape", "mean", "std", "images", "validation", "fingerprint"]
 
@@ -66,16 +66,15 @@ def test_the_rule_of_resizing_and_equal_images_in_two_splits_are_in_the_descript
     arrays["test_images"][:3] = arrays["train_images"][0]
     arrays["test_images"][3] = arrays["val_images"][5]
     arrays["val_images"][7] = arrays["train_images"][9]
-    path = write_npz(tmp_path / "other.npz", **arrays, resize=np.array("crop"))
-    dataset = prepare(read_source(str(path)), 0.1, tmp_path / "out")
+    dataset = prepare_npz(tmp_path / "out", **arrays, resize=np.array("crop"))
     assert dataset.shared_images == {"train/val": 1, "train/test": 3, "val/test": 1}
     assert load_dataset(tmp_path / "out") == dataset
     assert dataset.resize == "crop"
 
 
 @pytest.mark.parametrize("file", ["dataset.json", "train/images.npy", "val/labels.npy"])
-def test_damaged_prepared_data_is_refused_by_name(npz: Path, tmp_path: Path, file: str):
-    prepare(read_source(str(npz)), 0.1, tmp_path / "out")
+def test_damaged_prepared_data_is_refused_by_name(tmp_path: Path, file: str):
+    prepare_npz(tmp_path / "out")
     path = tmp_path / "out" / file
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(UserError, match=path.name):
@@ -84,7 +83,7 @@ def test_damaged_prepared_data_is_refused_by_name(npz: Path, tmp_path: Path, fil
 
 def test_unlabelled_images_follow_the_training_images(tmp_path: Path):
     unlabelled = np.full((30, 8, 8), 3, np.uint8)
-    dataset = prepare(read_source(str(write_npz(tmp_path / "a.npz", unlabelled_images=unlabelled))), 0.1, tmp_path / "data")
+    dataset = prepare_npz(tmp_path / "data", unlabelled_images=unlabelled)
     assert dataset.images == {"train": 400, "val": 100, "test": 200, "unlabelled": 30}
     train = load_split(tmp_path / "data", "train", CPU)
     assert (len(train.images), train.labels[400:].unique().tolist()) == (430, [UNKNOWN])
@@ -95,8 +94,7 @@ def test_unlabelled_images_follow_the_training_images(tmp_path: Path):
 
 
 def test_without_a_validation_split_all_images_are_trained_on(tmp_path: Path):
-    source = read_source(str(write_npz(tmp_path / "a.npz", val_images=None, val_labels=None)))
-    dataset = prepare(source, 0, tmp_path / "data")
+    dataset = prepare_npz(tmp_path / "data", 0, val_images=None, val_labels=None)
     assert (dataset.images, dataset.validation) == ({"train": 400, "val": 0, "test": 200}, "none")
     assert load_split(tmp_path / "data", "val", CPU).images.shape == (0, 8, 8, 1)
 

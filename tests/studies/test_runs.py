@@ -101,5 +101,5 @@ def test_the_same_command_does_what_is_missing(on_ray: Checkout):
 def test_the_stages_find_the_trainings(one_by_one: Checkout):
     one_by_one.set(distillation__epochs=EPOCHS, kd__alpha=0.1)
     one_by_one.run(*one_by_one.stage("fetch_data distillation"))
-    for stage in ("train_teacher", "train_student_alone", "distill_student distillation"):
+    for stage in ("train_teacher", "distill_student distillation"):
         assert one_by_one.run(*one_by_one.stage(stage)).stdout.count("taken from .trainings/") == 2

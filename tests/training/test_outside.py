@@ -17,20 +17,18 @@ from pipeline.data.augmentation import view_indices
 from pipeline.data.dataset import load_dataset
 from pipeline.data.labels import known_labels
 from pipeline.data.prepared import TrainingData, load_training_data
-from pipeline.fetching.preparation import prepare
-from pipeline.fetching.sources import read_source
 from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.description import read_description
-from pipeline.networks.inference import ensemble, predict
+from pipeline.networks.inference import predict
 from pipeline.networks.outside import read_outside, read_outside_logits
 from pipeline.networks.write_logits import main as write_logits
 from pipeline.training.answers import answers
 from pipeline.training.outside import STRENGTHS, write_teachers
-from pipeline.training.recipe import Recipe, train
-from tests.conftest import digits, write_npz
+from pipeline.training.recipe import Recipe
+from tests.conftest import digits, prepare_npz
+from tests.training.conftest import KD, trained
 
 CPU = torch.device("cpu")
-KD = {"name": "kd", "temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
 UNLABELLED = digits(750)[0][700:]  # 50 images
 RANDOM = np.random.default_rng(0)
 
@@ -161,7 +159,7 @@ def test_the_probe_is_scikit_learns_regression_chosen_on_validation(prepared: Tr
 def test_a_probe_of_two_classes_of_views_and_without_validation(tmp_path: Path):
     labels = digits(700)[1]
     two = {"train_labels": labels[:400, None] % 2, "test_labels": labels[500:, None] % 2, "val_labels": None, "val_images": None}
-    prepare(read_source(str(write_npz(tmp_path / "two.npz", **two, unlabelled_images=UNLABELLED))), 0, tmp_path / "two")
+    prepare_npz(tmp_path / "two", 0, **two, unlabelled_images=UNLABELLED)
     data = load_training_data(tmp_path / "two", CPU)
     indices = view_indices("shifts", 8, 8)
     views = data.train.images.flatten(1)[:, indices].numpy().astype(np.float32)  # (450, 9, 64)
@@ -179,10 +177,9 @@ def test_a_probe_of_two_classes_of_views_and_without_validation(tmp_path: Path):
 def test_the_written_logits_of_checkpoints_are_what_a_student_of_them_learns_from(
     teacher: Recipe, tmp_path: Path, augmentation: str
 ):
-    source = write_npz(tmp_path / "more.npz", unlabelled_images=UNLABELLED)
-    prepare(read_source(str(source)), 0.1, data := tmp_path / "more")
+    prepare_npz(data := tmp_path / "more", unlabelled_images=UNLABELLED)
     teacher = dataclasses.replace(teacher, data=data)
-    paths = [train(dataclasses.replace(teacher, seed=seed), tmp_path / "root", lambda record: None) for seed in (0, 1)]
+    paths = [trained(dataclasses.replace(teacher, seed=seed), tmp_path / "root") for seed in (0, 1)]
     write_logits(data, tmp_path / "two.npz", paths, augmentation, "cpu")
     folder = make(tmp_path / "two.npz", load_training_data(data, CPU), augmentation=augmentation)
     student = dataclasses.replace(teacher, model="student_distilled", method=KD, augmentation=augmentation)
@@ -191,23 +188,21 @@ def test_the_written_logits_of_checkpoints_are_what_a_student_of_them_learns_fro
     logits = [answers(recipe, CPU, train_split, indices, False) for recipe in (of_networks, of_file)]
     assert torch.equal(*logits)
     assert len(logits[0]) == 450 * (9 if augmentation == "shifts" else 1)
-    first, second = (read_description(train(recipe, tmp_path / "root", lambda record: None)) for recipe in (of_networks, of_file))
+    first, second = (read_description(trained(recipe, tmp_path / "root")) for recipe in (of_networks, of_file))
     assert first.history == second.history
     assert first.digest != second.digest
     assert second.teachers_md5 == [md5(folder / "seed0.npz")]
     other = dataclasses.replace(of_file, augmentation="none" if augmentation == "shifts" else "shifts")
     with pytest.raises(UserError, match="not the views of augmentation"):
-        train(other, tmp_path / "root", lambda record: None)
+        trained(other, tmp_path / "root")
 
 
 def test_the_writer_says_what_is_wrong_and_its_logits_are_the_models(teacher: Recipe, tmp_path: Path):
-    path = train(teacher, tmp_path / "root", lambda record: None)
+    path = trained(teacher, tmp_path / "root")
     with pytest.raises(UserError, match=r"the second argument, ends in \.npz"):
         write_logits(teacher.data, path, [path])
-    write_npz(
-        tmp_path / "two.npz", **{f"{part}_labels": digits(n)[1] % 2 for part, n in (("train", 400), ("val", 100), ("test", 200))}
-    )
-    prepare(read_source(str(tmp_path / "two.npz")), 0.1, tmp_path / "two")
+    labels = {f"{part}_labels": digits(n)[1] % 2 for part, n in (("train", 400), ("val", 100), ("test", 200))}
+    prepare_npz(tmp_path / "two", **labels)
     with pytest.raises(UserError, match="trained on other classes"):
         write_logits(tmp_path / "two", tmp_path / "out.npz", [path], device="cpu")
     write_logits(teacher.data, tmp_path / "out.npz", [path], device="cpu")
@@ -216,9 +211,3 @@ def test_the_writer_says_what_is_wrong_and_its_logits_are_the_models(teacher: Re
     assert np.array_equal(written["val_logits"], predict(load_checkpoint(path, CPU)[0], images).numpy())
     shapes = {f"{split}_logits": (number, 10) for split, number in (("train", 400), ("val", 100), ("test", 200))}
     assert {name: written[name].shape for name in written.files if name != "fingerprint"} == shapes
-
-
-def test_an_ensemble_is_the_mean_of_the_probabilities():
-    models = [torch.randn(5, 3) for _ in range(3)]
-    mean = torch.stack([logits.softmax(1) for logits in models]).mean(0)
-    torch.testing.assert_close(ensemble(models).exp(), mean)

@@ -19,12 +19,12 @@ from pipeline.training.answers import answers, permuted
 from pipeline.training.cache import Record, read_record
 from pipeline.training.losses import METHODS
 from pipeline.training.recipe import Recipe, check_method, train
-from tests.conftest import write_npz
-from tests.training.conftest import SETTINGS
+from tests.conftest import digits, prepare_npz
+from tests.training.conftest import KD, SETTINGS, trained
 
 
 def key(recipe: Recipe, root: Path) -> str:
-    return read_description(train(recipe, root, lambda record: None)).digest
+    return read_description(trained(recipe, root)).digest
 
 
 def test_a_training_leaves_checkpoint_and_record(teacher: Recipe, tmp_path: Path):
@@ -40,7 +40,7 @@ def test_a_training_leaves_checkpoint_and_record(teacher: Recipe, tmp_path: Path
 
 
 def test_a_finished_training_is_taken_from_the_cache(teacher: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    before = train(teacher, tmp_path / "root", lambda record: None).read_bytes()
+    before = trained(teacher, tmp_path / "root").read_bytes()
     monkeypatch.setattr(module, "_carry_out", None)
     records = []
     assert train(teacher, tmp_path / "root", records.append).read_bytes() == before
@@ -67,7 +67,7 @@ def test_an_interrupted_training_resumes_to_the_same_bytes(teacher: Recipe, tmp_
     seen = []
     path = train(teacher, tmp_path / "root", lambda record: seen.append(len(record.history)))
     assert seen == [1, 2, 2]
-    assert path.read_bytes() == train(teacher, tmp_path / "other", lambda record: None).read_bytes()
+    assert path.read_bytes() == trained(teacher, tmp_path / "other").read_bytes()
     record = read_record(tmp_path / "root", path.parent.name)
     assert len(record.loads) == 2
 
@@ -82,12 +82,10 @@ def test_a_loss_that_is_not_finite_is_recorded_and_told(teacher: Recipe, tmp_pat
 
 def test_the_digest_changes_with_whatever_decides_the_training(teacher: Recipe, tmp_path: Path, monkeypatch):
     root = tmp_path / "root"
-    student = {"method": {"name": "kd", "temperature": 5.0, "alpha": 0.7, "divergence": "forward"}, "model": "student_distilled"}
-    path = train(teacher, root, lambda record: None)
-    other = train(dataclasses.replace(teacher, seed=1), root, lambda record: None)
-    distilled = dataclasses.replace(teacher, **student, teachers=(path,))
-    write_npz(tmp_path / "more.npz", val_images=None, val_labels=None)
-    prepare(read_source(str(tmp_path / "more.npz")), 0.1, tmp_path / "more")
+    path = trained(teacher, root)
+    other = trained(dataclasses.replace(teacher, seed=1), root)
+    distilled = dataclasses.replace(teacher, method=KD, model="student_distilled", teachers=(path,))
+    prepare_npz(tmp_path / "more", val_images=None, val_labels=None)
     varied = [
         teacher,
         dataclasses.replace(teacher, seed=1),
@@ -97,7 +95,7 @@ def test_the_digest_changes_with_whatever_decides_the_training(teacher: Recipe, 
         dataclasses.replace(teacher, settings=SETTINGS | {"lr": 0.02}),
         dataclasses.replace(teacher, arguments={"width": 5, "hidden": 8}),
         distilled,
-        dataclasses.replace(distilled, method=student["method"] | {"temperature": 6.0}),
+        dataclasses.replace(distilled, method=KD | {"temperature": 6.0}),
         dataclasses.replace(distilled, teachers=(other,)),
         dataclasses.replace(distilled, teachers=(path, other)),
         dataclasses.replace(teacher, label_smoothing=0.1),
@@ -113,10 +111,9 @@ def test_the_digest_changes_with_whatever_decides_the_training(teacher: Recipe, 
 
 def test_seeds_of_one_setting_share_its_name(teacher: Recipe, tmp_path: Path):
     root = tmp_path / "root"
-    paths = [train(dataclasses.replace(teacher, seed=seed), root, lambda record: None) for seed in (0, 1)]
-    kd = {"name": "kd", "temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
+    paths = [trained(dataclasses.replace(teacher, seed=seed), root) for seed in (0, 1)]
     students = [
-        train(dataclasses.replace(teacher, model="s", seed=seed, method=kd, teachers=(path,)), root, lambda record: None)
+        trained(dataclasses.replace(teacher, model="s", seed=seed, method=KD, teachers=(path,)), root)
         for seed, path in enumerate(paths)
     ]
     for checkpoints in (paths, students):
@@ -126,11 +123,8 @@ def test_seeds_of_one_setting_share_its_name(teacher: Recipe, tmp_path: Path):
     assert read_description(students[1]).teachers_md5 == [md5(paths[1])]
 
 
-KD = {"name": "kd", "temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
-
-
 def test_the_teachers_answer_to_a_view_is_that_to_the_image_shifted(teacher: Recipe, tmp_path: Path):
-    path = train(teacher, tmp_path / "root", lambda record: None)
+    path = trained(teacher, tmp_path / "root")
     augmented = dataclasses.replace(teacher, method=KD, teachers=(path,), augmentation="shifts")
     images, device = load_split(teacher.data, "train", torch.device("cpu")).images[:20], torch.device("cpu")
     logits = answers(augmented, device, Split(images, torch.zeros(20, dtype=int)), view_indices("shifts", 8, 8), False)
@@ -142,7 +136,7 @@ def test_the_teachers_answer_to_a_view_is_that_to_the_image_shifted(teacher: Rec
 
 
 def test_an_ensemble_is_the_mean_of_its_probabilities(teacher: Recipe, tmp_path: Path):
-    paths = tuple(train(dataclasses.replace(teacher, seed=seed), tmp_path / "root", lambda record: None) for seed in (0, 1))
+    paths = tuple(trained(dataclasses.replace(teacher, seed=seed), tmp_path / "root") for seed in (0, 1))
     device = torch.device("cpu")
     val = load_split(teacher.data, "val", device)
     logits = answers(dataclasses.replace(teacher, teachers=paths), device, val, None, False)
@@ -150,31 +144,24 @@ def test_an_ensemble_is_the_mean_of_its_probabilities(teacher: Recipe, tmp_path:
     torch.testing.assert_close(logits.softmax(1), expected)
 
 
-def test_every_part_of_a_recipe_trains_resumes_and_gives_the_same_bytes(npz: Path, tmp_path: Path):
-    images = np.load(npz)["train_images"]
-    write_npz(tmp_path / "more.npz", unlabelled_images=images[:90, ::-1])
-    prepare(read_source(str(tmp_path / "more.npz")), 0.1, tmp_path / "more")
+def test_every_part_of_a_recipe_trains_resumes_and_gives_the_same_bytes(tmp_path: Path):
+    prepare_npz(tmp_path / "more", unlabelled_images=digits(90)[0][:, ::-1])
     options = {"schedule": "one_cycle", "weight_decay": 0.01, "selection": "auc"}
     strong = {"augmentation": "flips_and_shifts", "label_smoothing": 0.1, "class_weights": "balanced", "label_fraction": 0.3}
     big = Recipe("teacher", "simple_cnn", {}, SETTINGS | options, 0, tmp_path / "more", "cpu", **strong)
-    small = dataclasses.replace(
-        big, model="student_distilled", method=KD, teachers=(train(big, tmp_path / "root", lambda record: None),)
-    )
+    small = dataclasses.replace(big, model="student_distilled", method=KD, teachers=(trained(big, tmp_path / "root"),))
     interrupt(small, tmp_path / "root")
-    path = train(small, tmp_path / "root", lambda record: None)
-    assert path.read_bytes() == train(small, tmp_path / "other", lambda record: None).read_bytes()
+    path = trained(small, tmp_path / "root")
+    assert path.read_bytes() == trained(small, tmp_path / "other").read_bytes()
     description = read_description(path)
-    assert description.val_images == sum(max(1, round(0.3 * count)) for count in np.bincount(np.load(npz)["val_labels"].ravel()))
+    assert description.val_images == sum(max(1, round(0.3 * count)) for count in np.bincount(digits(500)[1][400:]))
     assert all(0 < epoch.val_auc <= 1 for epoch in description.history)
 
 
 def test_a_training_without_validation_images_keeps_its_last_epoch(tmp_path: Path):
-    write_npz(tmp_path / "a.npz", val_images=None, val_labels=None)
-    prepare(read_source(str(tmp_path / "a.npz")), 0, tmp_path / "data")
+    prepare_npz(tmp_path / "data", 0, val_images=None, val_labels=None)
     settings = SETTINGS | {"selection": "last"}
-    path = train(
-        Recipe("teacher", "simple_cnn", {}, settings, 0, tmp_path / "data", "cpu"), tmp_path / "root", lambda record: None
-    )
+    path = trained(Recipe("teacher", "simple_cnn", {}, settings, 0, tmp_path / "data", "cpu"), tmp_path / "root")
     description = read_description(path)
     assert (description.best_epoch, description.val_images, description.chance, description.best()) == (2, 0, 0, (0, 0))
 
@@ -183,7 +170,7 @@ def test_images_are_not_mirrored_where_that_changes_their_meaning(tmp_path: Path
     prepare(read_source("mnist5k"), 0.1, tmp_path / "data")
     recipe = Recipe("teacher", "simple_cnn", {}, SETTINGS, 0, tmp_path / "data", "cpu", augmentation="flips_and_shifts")
     with pytest.raises(UserError, match="mnist5k mean something else when mirrored: take shifts"):
-        train(recipe, tmp_path / "root", lambda record: None)
+        trained(recipe, tmp_path / "root")
 
 
 DKD = {"name": "dkd", "weight": 1, "alpha": 1, "beta": 8, "temperature": 4, "warm_up": 0.5, "logit_standardization": True}
@@ -207,13 +194,13 @@ HALF = {"label_fraction": 0.5}
     ],
 )
 def test_every_method_and_control_trains_resumes_and_gives_the_same_bytes(method: dict, options: dict, teacher: Recipe, tmp_path):
-    big = train(dataclasses.replace(teacher, architecture="resnet18", arguments={"stem": "cifar"}), tmp_path, lambda record: None)
+    big = trained(dataclasses.replace(teacher, architecture="resnet18", arguments={"stem": "cifar"}), tmp_path)
     options |= {"augmentation": "shifts", "model": "student_distilled"}
     student = dataclasses.replace(teacher, method=method, teachers=(big,), **options)
     interrupt(student, tmp_path / "root")
-    path = train(student, tmp_path / "root", lambda record: None)
-    assert path.read_bytes() == train(student, tmp_path / "other", lambda record: None).read_bytes()
-    plain = train(dataclasses.replace(student, method=KD, answers="teacher"), tmp_path / "root", lambda record: None)
+    path = trained(student, tmp_path / "root")
+    assert path.read_bytes() == trained(student, tmp_path / "other").read_bytes()
+    plain = trained(dataclasses.replace(student, method=KD, answers="teacher"), tmp_path / "root")
     assert path.read_bytes() != plain.read_bytes()
 
 
@@ -240,9 +227,9 @@ def test_a_method_is_a_function(teacher: Recipe, tmp_path: Path, monkeypatch: py
         return lambda logits, labels, done, said: {"apart": weight * (logits.softmax(1) - said.softmax(1)).abs().mean()}
 
     monkeypatch.setitem(METHODS, "agree", agree)
-    paths = (train(teacher, tmp_path / "root", lambda record: None),)
+    paths = (trained(teacher, tmp_path / "root"),)
     student = dataclasses.replace(teacher, method={"name": "agree", "weight": 3.0}, teachers=paths)
-    first, last = read_description(train(student, tmp_path / "root", lambda record: None)).history
+    first, last = read_description(trained(student, tmp_path / "root")).history
     assert first.terms["apart"] > last.terms["apart"] > 0
 
 
@@ -266,12 +253,11 @@ def test_a_method_that_cannot_be_had_is_refused_in_a_line(
         labels = {
             f"{split}_labels": np.arange(count)[:, None] % 2 for split, count in (("train", 400), ("val", 100), ("test", 200))
         }
-        write_npz(tmp_path / "two.npz", **labels)
+        prepare_npz(tmp_path / "two", **labels)
         options = {"data": tmp_path / "two"}
-        prepare(read_source(str(tmp_path / "two.npz")), 0.1, tmp_path / "two")
     check_method(dataclasses.replace(teacher, method=KD))
     with pytest.raises(UserError, match=wrong):
-        train(dataclasses.replace(teacher, method=method, **options), tmp_path / "root", lambda record: None)
+        trained(dataclasses.replace(teacher, method=method, **options), tmp_path / "root")
 
 
 def test_permuted_answers_stay_within_a_class_and_keep_their_views():

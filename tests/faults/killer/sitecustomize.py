@@ -4,10 +4,10 @@ KILL_COUNTER names a file that gets a byte for each such place, in whichever pro
 process is killed (an even number: with its whole group).
 """
 
-import functools
 import os
 import signal
 import sqlite3
+import sys
 
 
 def place() -> None:
@@ -18,18 +18,13 @@ def place() -> None:
         os.kill(os.getpid() if number % 2 else 0, signal.SIGKILL)  # 0: every process of the group
 
 
-class Connection(sqlite3.Connection):
-    def commit(self) -> None:
-        if self.in_transaction:
-            place()
-        super().commit()
-
-
-def replace(*arguments, **options) -> None:
-    place()
-    original(*arguments, **options)
+def connect(*arguments, **options) -> sqlite3.Connection:
+    connection = original(*arguments, **options)
+    connection.set_trace_callback(lambda statement: place() if statement.upper().startswith("COMMIT") else None)
+    return connection
 
 
 if "KILL_COUNTER" in os.environ:
-    original, os.replace = os.replace, replace
-    sqlite3.connect = sqlite3.dbapi2.connect = functools.partial(sqlite3.connect, factory=Connection)
+    sys.addaudithook(lambda event, _: place() if event == "os.rename" else None)  # os.replace's too
+    original, sqlite3.connect = sqlite3.connect, connect
+    sqlite3.dbapi2.connect = connect
