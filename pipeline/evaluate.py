@@ -6,7 +6,7 @@ import torch
 
 from pipeline.core.cli import run
 from pipeline.data.npy import read_npy
-from pipeline.data.prepared import load_test_data
+from pipeline.data.prepared import load_evaluation_data
 from pipeline.evaluation.comparisons import evaluate_track, write_evaluation
 from pipeline.networks.inference import choose_device
 from pipeline.params import TRACKS, load_params
@@ -17,7 +17,7 @@ def main(track: str) -> None:
     params, folder, plan = load_params(), Path("data") / track, TRACKS[track]
     torch.set_num_threads(params.threads)
     mirror, device = Mirror(params.tracking.experiment), choose_device(params.device)
-    held = load_test_data(folder, device)
+    held = load_evaluation_data(folder, device)
     train_labels = read_npy(folder / "train" / "labels.npy")
     if held.folds is not None:  # of the first seed, whose numbers those of the others resemble
         train_labels = train_labels[: len(held.folds)][~(held.rows("test", 0) | held.rows("val", 0))]

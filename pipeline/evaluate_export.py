@@ -10,7 +10,7 @@ import torch
 
 from pipeline.core.cli import run
 from pipeline.core.files import read_json, write_json
-from pipeline.data.prepared import load_test_data, take
+from pipeline.data.prepared import load_evaluation_data, take
 from pipeline.evaluation.jackknife import FIGURES
 from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import load_checkpoint
@@ -21,7 +21,7 @@ from pipeline.params import TRACKS, load_params
 def main(track: str) -> None:
     folder, threads, cpu = Path("models/exported") / track, load_params().threads, torch.device("cpu")
     torch.set_num_threads(threads)
-    data, teacher = load_test_data(Path("data") / track, cpu), read_json(folder / "choice.json")["teacher"]
+    data, teacher = load_evaluation_data(Path("data") / track, cpu), read_json(folder / "choice.json")["teacher"]
     classifier, description = load_checkpoint(folder / "student.safetensors", cpu)
     test = take(data.test, data.rows("test", description.seed))
     logits, images, labels = predict(classifier, test.images), test.images.numpy(), test.labels.numpy()

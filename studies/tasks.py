@@ -115,7 +115,7 @@ def evaluate(digest: str, device: str, threads: int, seeds: Sequence[int], data:
     """
     import torch
 
-    from pipeline.data.prepared import load_test_data
+    from pipeline.data.prepared import load_evaluation_data
     from pipeline.evaluation.metrics import score
     from pipeline.networks.inference import choose_device
 
@@ -125,7 +125,7 @@ def evaluate(digest: str, device: str, threads: int, seeds: Sequence[int], data:
             link = checkpoint_path(Path(folder, model), seed)
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(checkpoint)
-        held = load_test_data(data, choose_device(device))
+        held = load_evaluation_data(data, choose_device(device))
         evaluation = evaluate_track("distillation", Path(folder), held, MODELS, PAIRS, TEACHERS)
     figures = {"test": {model: entry["figures"] for model, entry in evaluation.detail["models"].items()}}
     arrays = {"test_labels": evaluation.labels} | {f"test_{model}": p for model, p in evaluation.probabilities.items()}

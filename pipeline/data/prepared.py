@@ -36,7 +36,7 @@ class TrainingData(NamedTuple):
     val: Split
 
 
-class TestData(NamedTuple):
+class EvaluationData(NamedTuple):
     """What an evaluation sees of a prepared set."""
 
     dataset: Dataset
@@ -75,12 +75,12 @@ def load_training_data(folder: Path, device: torch.device, seed: int = 0) -> Tra
     return TrainingData(dataset, take(train, ~(test | val)), take(train, val & labelled))
 
 
-def load_test_data(folder: Path, device: torch.device) -> TestData:
+def load_evaluation_data(folder: Path, device: torch.device) -> EvaluationData:
     """A prepared set without its training images, each split as from `load_split`."""
     dataset, test = load_dataset(folder), load_split(folder, "test", device)
     paths = (folder / "test" / f"{name}.npy" for name in ("folds", "patients"))
     folds, patients = (read_npy(path) if path.exists() else None for path in paths)
-    return TestData(dataset, test, test if dataset.folds else load_split(folder, "val", device), folds, patients)
+    return EvaluationData(dataset, test, test if dataset.folds else load_split(folder, "val", device), folds, patients)
 
 
 def take(split: Split, rows: np.ndarray | slice) -> Split:

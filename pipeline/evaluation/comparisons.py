@@ -20,8 +20,9 @@ from pipeline.networks.outside import is_measured, outside_in, read_outside, rea
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pipeline.data.prepared import TestData
+    from pipeline.data.prepared import EvaluationData
 
+MOST_CELLS = 100  # classes up to which the values of confusion matrices hold empty cells, too
 FILES = ("metrics/detail/{}.json", "metrics/predictions/{}.npz")  # of a track, in a checkout
 
 
@@ -74,7 +75,7 @@ def tested(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, n
 def evaluate_track(
     track: str,
     folder: Path,
-    data: "TestData",
+    data: "EvaluationData",
     models: Sequence[str],
     comparisons: Sequence[tuple[str, str]],
     teachers: Mapping[str, str],
@@ -168,7 +169,7 @@ def _figures(
 Predictions = tuple[dict[str, Any], int | None, dict[str, np.ndarray]]
 
 
-def _predict(folder: Path, data: "TestData") -> Predictions:
+def _predict(folder: Path, data: "EvaluationData") -> Predictions:
     """One model's `Evaluation.detail` (without `figures`), number of parameters, and by split probabilities, float64 (S, N, K).
 
     Of a teacher that is a file of logits, the number is not known. Splits without images, or without its logits, are left out.
@@ -207,7 +208,7 @@ def _of_outside(paths: Mapping[int, Path], dataset: Dataset, splits: Sequence[st
     return network | files | nothing, first.weights, probabilities
 
 
-def _of_checkpoints(folder: Path, data: "TestData", splits: Sequence[str]) -> Predictions:
+def _of_checkpoints(folder: Path, data: "EvaluationData", splits: Sequence[str]) -> Predictions:
     """As `_predict`, without `by_class`, from the checkpoints in `folder`."""
     from pipeline.data.prepared import take
     from pipeline.networks.checkpoints import load_checkpoint
@@ -278,9 +279,11 @@ def write_evaluation(evaluation: Evaluation, root: Path) -> None:
     headline = {model: {metric: figures[metric]} for model, figures in metrics.items()}
     headline |= {"gain": answer["gain"], "gain_low": answer["low"], "gain_high": answer["high"]}
     track, classes = detail["track"], detail["dataset"]["classes"]
-    cells = pd.MultiIndex.from_product([probabilities, classes, classes], names=["model", "actual", "predicted"])
-    counts = np.concatenate([confusion(*evaluation.pooled(model)).ravel() for model in probabilities])
-    confusions = pd.Series(counts, cells, name="count").reset_index()
+    counts = np.stack([confusion(*evaluation.pooled(model)) for model in probabilities])
+    cells = np.argwhere(counts >= (len(classes) > MOST_CELLS))  # of many classes, nearly all cells are empty
+    names = np.array([*probabilities], object), *2 * (np.array(classes, object),)
+    columns = {name: of[column] for name, of, column in zip(("model", "actual", "predicted"), names, cells.T, strict=True)}
+    confusions = pd.DataFrame(columns | {"count": counts[tuple(cells.T)]})
     for name, frame in (("losses", loss_curves(evaluation)), ("confusion", confusions)):
         write_atomic(root / f"metrics/plots/{track}/{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
     write_json(root / f"metrics/{track}.json", headline)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.dataset import Dataset
-from pipeline.data.prepared import TestData, TrainingData
+from pipeline.data.prepared import EvaluationData, TrainingData
 from pipeline.evaluation.comparisons import Evaluation, evaluate_track
 from pipeline.networks.checkpoints import new_classifier, save_checkpoint
 from pipeline.networks.description import Description, checkpoint_path
@@ -31,5 +31,5 @@ def evaluate(folder: Path, data: TrainingData) -> Evaluation:
         for seed in SEEDS:
             save(folder, data.dataset, model, seed)
     plan = PLAN.models, PLAN.comparisons, PLAN.teachers
-    held = TestData(data.dataset, data.train, data.val)
+    held = EvaluationData(data.dataset, data.train, data.val)
     return evaluate_track("distillation", folder, held, *plan, train_labels=data.val.labels.numpy())

@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, recall_score
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
-from pipeline.data.prepared import Split, TrainingData, load_test_data
+from pipeline.data.prepared import Split, TrainingData, load_evaluation_data
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.comparisons import FILES, Evaluation, evaluate_track, loss_curves, read_evaluation, write_evaluation
 from pipeline.fetching.preparation import prepare
@@ -152,7 +152,7 @@ def test_reading_needs_no_heavy_library():
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_in_a_cross_validation_every_seed_is_measured_on_its_own_fold(tmp_path: Path, npz: Path):
     dataset = prepare(read_source(str(npz)), 0.1, tmp_path / "data", folds=3)
-    held = load_test_data(tmp_path / "data", torch.device("cpu"))
+    held = load_evaluation_data(tmp_path / "data", torch.device("cpu"))
     for model in PLAN.models:
         for seed in range(6):
             save(tmp_path / "models", dataset, model, seed)

@@ -8,7 +8,7 @@ from scipy.special import softmax
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
-from pipeline.data.prepared import TestData, TrainingData
+from pipeline.data.prepared import EvaluationData, TrainingData
 from pipeline.evaluation.comparisons import Evaluation, evaluate_track, loss_curves, read_evaluation, write_evaluation
 from pipeline.networks.outside import OutsideTeacher, write_outside
 from pipeline.reporting.figures import draw_figures
@@ -33,7 +33,7 @@ def evaluate(folder: Path, data: TrainingData, splits: list[str], kind: str = "l
         logits = {split: LOGITS[: dataset.images[split]] for split in splits}
         write_outside(folder / f"teacher/seed{seed}.npz", OutsideTeacher(**described), logits)
     plan = PLAN.models, PLAN.comparisons, PLAN.teachers
-    return evaluate_track("distillation", folder, TestData(dataset, data.train, data.val), *plan)
+    return evaluate_track("distillation", folder, EvaluationData(dataset, data.train, data.val), *plan)
 
 
 def costs() -> dict:
@@ -94,4 +94,4 @@ def test_logits_of_other_data_are_refused(tmp_path: Path, data: TrainingData):
     evaluate(tmp_path / "models", data, ["train", "test"])
     other = data.dataset.model_copy(update={"images": data.dataset.images | {"test": 400}, "fingerprint": "1" * 64})
     with pytest.raises(UserError, match=r"seed0\.npz: damaged, or made for other data than digits in data/: run dvc repro"):
-        evaluate_track("distillation", tmp_path / "models", TestData(other, data.train, data.val), ["teacher"], [], {})
+        evaluate_track("distillation", tmp_path / "models", EvaluationData(other, data.train, data.val), ["teacher"], [], {})

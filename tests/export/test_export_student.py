@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from pipeline import evaluate_export, export_student
 from pipeline.core.files import md5, read_json
-from pipeline.data.prepared import Split, TestData, TrainingData
+from pipeline.data.prepared import EvaluationData, Split, TrainingData
 from pipeline.export.onnx_export import export_onnx
 from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import load_checkpoint, new_classifier, save_checkpoint
@@ -66,7 +66,7 @@ def trained(tmp_path: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(export_student, "load_training_data", lambda *_: data)
     monkeypatch.setattr(export_student, "AGREEMENT", 1.01)
-    monkeypatch.setattr(evaluate_export, "load_test_data", lambda *_: TestData(data.dataset, data.val, data.val))
+    monkeypatch.setattr(evaluate_export, "load_evaluation_data", lambda *_: EvaluationData(data.dataset, data.val, data.val))
     description = describe(data.dataset)
     better = [description.history[0].model_copy(update={"val_accuracy": 0.9})]
     checkpoints = {"student_distilled/seed0": description, "teacher/seed0": description}

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.core.errors import UserError
 from pipeline.data.dataset import UNKNOWN, load_dataset
-from pipeline.data.prepared import load_split, load_test_data, load_training_data, take
+from pipeline.data.prepared import load_evaluation_data, load_split, load_training_data, take
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import Source, read_source
 from tests.conftest import prepare_npz, write_npz
@@ -111,11 +111,11 @@ def write_patients(path: Path, **changed: np.ndarray) -> Path:
 
 def test_whose_the_test_images_are_lies_beside_them(npz: Path, tmp_path: Path):
     prepare(read_source(str(write_patients(tmp_path / "a.npz"))), 0.1, tmp_path / "out")
-    patients = load_test_data(tmp_path / "out", CPU).patients
+    patients = load_evaluation_data(tmp_path / "out", CPU).patients
     assert np.array_equal(patients == patients[0], np.arange(200) < 4)
     assert len(np.unique(patients)) == 50
     prepare(read_source(str(npz)), 0.1, tmp_path / "unknown")
-    assert load_test_data(tmp_path / "unknown", CPU).patients is None
+    assert load_evaluation_data(tmp_path / "unknown", CPU).patients is None
 
 
 def test_a_validation_split_that_is_cut_parts_no_patient(tmp_path: Path):
@@ -136,7 +136,7 @@ def test_folds_test_every_image_once_and_part_no_patient(tmp_path: Path):
     dataset = prepare(source, 0.1, tmp_path / "out", folds=5)
     assert load_dataset(tmp_path / "out") == dataset
     assert (dataset.folds, sum(dataset.images.values()), dataset.validation) == (5, 706, "the next fold")
-    held = load_test_data(tmp_path / "out", CPU)
+    held = load_evaluation_data(tmp_path / "out", CPU)
     tested = np.stack([held.rows("test", seed) for seed in range(10)])
     assert (tested.sum(axis=0) == 2).all(), "ten seeds, five folds"
     for seed in range(5):
