@@ -1,29 +1,27 @@
 """Time the five trainings, ours against a peer written the ordinary way: `make bench`.
 
-Three ways of the same trainings take turns, each in a process of its own, so that its memory can be told apart: (a) the ordinary
-loop and (b) that loop with what a careful user would turn on, one seed after another with PyTorch's own number of threads, and
-(c) a stage of this pipeline, which trains its seeds side by side. It writes benchmarks/results/<device>.json and <device>.md.
-Data are prepared by this pipeline from the sets that --distillation and --baselines name.
+Ways of the same trainings take turns, each in a process of its own, so that its memory can be told apart: (a) the ordinary loop
+and (b) that loop with what a careful user would turn on, one seed after another on all cores, each to its track's target; (c) a
+stage of this pipeline, its seeds side by side, and (d) such a stage by a shorter recipe. All validate after each epoch. It
+writes benchmarks/results/<device>.json and <device>.md. Data are prepared from what --distillation and --baselines name.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peer
@@ -35,12 +33,15 @@ from pipeline.fetching.sources import read_source
 from pipeline.networks.checkpoints import new_classifier
 from pipeline.networks.description import checkpoint_path
 from pipeline.networks.inference import choose_device, choose_precision
+from pipeline.training.loop import auc
 from pipeline.training.recipe import Recipe
 from pipeline.training.seeds import train_seeds
 
 ROOT = Path(__file__).parents[1]
-WAYS = {"a": "ordinary loop", "b": "careful loop", "c": "this pipeline"}
-THREADS = 1  # of a training of (c), the default of params.yaml
+WAYS = {"a": "ordinary loop", "b": "careful loop", "c": "this pipeline", "d": "this pipeline, one_cycle"}
+SHORT = {"schedule": "one_cycle", "epochs": 3, "lr": 0.006}  # of (d); studies/one_cycle.yaml chose it
+TARGETS = {"baselines": ("auc", 0.99), "distillation": ("accuracy", 0.985)}  # on validation images
+THREADS = 1  # of a training of (c) and (d), the default of params.yaml
 BATCH = {"baselines": 64, "distillation": 128}
 KD = {"name": "kd", "temperature": 5.0, "alpha": 0.7, "divergence": "forward"}
 ARCHITECTURES = {  # track, architecture, arguments
@@ -50,22 +51,6 @@ ARCHITECTURES = {  # track, architecture, arguments
     "student_distilled": ("distillation", "compact_cnn", {"width": 16, "hidden": 64}),
     "student_alone": ("distillation", "compact_cnn", {"width": 16, "hidden": 64}),
 }
-STAGES = (  # module and argument, in the order of the graph
-    "fetch_data baselines",
-    "fetch_data distillation",
-    "train_baselines simple_cnn",
-    "train_baselines resnet18",
-    "train_teacher",
-    "train_student_alone",
-    "distill_student baselines",
-    "distill_student distillation",
-    "evaluate baselines",
-    "evaluate distillation",
-    "export_student distillation",
-    "evaluate_export distillation",
-    "measure_cost distillation",
-    "report distillation",
-)
 
 
 def main() -> None:
@@ -74,20 +59,20 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--distillation", default="mnist", help="data set of the distillation track")
     parser.add_argument("--baselines", default="pneumoniamnist", help="data set of the baselines")
-    parser.add_argument("--share", type=float, default=1.0, help="share of the training images that 1x stands for")
-    parser.add_argument("--epochs", type=int, default=1, help="epochs per training")
-    parser.add_argument("--seeds", type=int, default=2, help="trainings of each way at a time")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the training and validation images")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs per training, of (a) and (b) at most")
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of (c) and (d) at a time")
+    parser.add_argument("--peer-seeds", type=int, default=1, help="trainings of (a) and (b)")
     parser.add_argument("--repeats", type=int, default=3, help="how often each way is repeated")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--worker", nargs=5, metavar=("WAY", "MODEL", "SHARE", "SEEDS", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=5, metavar=("WAY", "MODEL", "SEEDS", "FIRST", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        way, model, share, seeds, folder = arguments.worker
-        data = cut(Path(folder), ARCHITECTURES[model][0], float(share))
-        train = ours if way == "c" else peers
-        figures = train(way, model, data, int(seeds), Path(folder), torch.device(arguments.device), arguments.epochs)
-        print(json.dumps(figures | {"images": load_dataset(data).images["train"]}))
+        way, model, seeds, first, folder = arguments.worker
+        data = cut(Path(folder), ARCHITECTURES[model][0], arguments.share)
+        train, device = ours if way in "cd" else peers, torch.device(arguments.device)
+        print(json.dumps(train(way, model, data, int(seeds), Path(folder), device, arguments.epochs, first=int(first))))
     else:
         measure(arguments)
 
@@ -106,38 +91,61 @@ def cut(folder: Path, track: str, share: float) -> Path:
     return made
 
 
-def recipe(model: str, data: Path, seed: int, device: torch.device, epochs: int, teachers: tuple[Path, ...] = ()) -> Recipe:
-    """A training of (c)."""
+def recipe(
+    model: str, data: Path, seed: int, device: torch.device, epochs: int, teachers: tuple[Path, ...] = (), **settings: Any
+) -> Recipe:
+    """A training of (c) or, with other settings, (d)."""
     track, architecture, arguments = ARCHITECTURES[model]
-    settings = {"epochs": epochs, "batch_size": BATCH[track], "lr": 1e-3, "precision": "auto"}
+    settings = {"epochs": epochs, "lr": 1e-3, "batch_size": BATCH[track], "precision": "auto"} | settings
+    settings["selection"] = TARGETS[track][0]
     distilled = {"method": KD, "teachers": teachers} if teachers else {}
     return Recipe(model, architecture, arguments, settings, seed, data, device.type, THREADS, **distilled)
 
 
 def ours(
-    way: str, model: str, data: Path, seeds: int, folder: Path, device: torch.device, epochs: int, jobs: int | str = "auto"
-) -> dict[str, float]:
-    """Train seeds 0 to `seeds` - 1 as a stage does, from the start of the first training to the end of the last."""
-    teachers = (checkpoint_path(folder / "c teacher", 0),) if model == "student_distilled" else ()
+    way: str,
+    model: str,
+    data: Path,
+    seeds: int,
+    folder: Path,
+    device: torch.device,
+    epochs: int,
+    jobs: int | str = "auto",
+    first: int = 0,
+) -> dict[str, Any]:
+    """Train seeds `first` and following as a stage does. Seconds are shares of the wall time of all.
+
+    That is from the start of the first training to the end of the last: with the teacher's answers, without a stage's imports.
+    """
+    teachers = (checkpoint_path(folder / f"{way} teacher", first),) if model == "student_distilled" else ()
     if teachers and not teachers[0].exists():
-        ours(way, "teacher", data, 1, folder, device, epochs)
-    recipes = [recipe(model, data, seed, device, epochs, teachers) for seed in range(seeds)]
+        ours(way, "teacher", data, 1, folder, device, epochs, first=first)
+    settings = {"epochs": epochs} | (SHORT if way == "d" else {})
+    recipes = [recipe(model, data, seed, device, teachers=teachers, **settings) for seed in range(first, first + seeds)]
     finished, peaks = [], []
+    ends = {seed: [0.0] for seed in range(first, first + seeds)}  # of its epochs
     with tempfile.TemporaryDirectory(dir=folder) as root:
-        for record in train_seeds(recipes, Path(root), jobs, folder / f"c {model}"):
+        for record in train_seeds(recipes, Path(root), jobs, folder / f"{way} {model}"):
             finished += [record] if record.finished else []
+            ends[record.seed] += [record.seconds] if len(record.history) == len(ends[record.seed]) else []
             peaks += [peak_memory(child.pid) for child in psutil.Process().children(recursive=True) if record.loads]
     spent = max(record.started + record.seconds for record in finished) - min(record.started for record in finished)
+    share = spent / sum(of_seed[-1] for of_seed in ends.values())  # of a second that passes for one of several at a time
+    target = f"val_{TARGETS[ARCHITECTURES[model][0]][0]}"
+    histories = sorted((record.seed, record.history) for record in finished)
     return {
-        "seconds_per_epoch": spent / seeds / epochs,
+        "seconds": [(share * np.diff(of_seed)).tolist() for of_seed in ends.values()],
+        "figures": [[getattr(epoch, target) for epoch in history] for _, history in histories],
+        "seconds_per_epoch": spent / seeds / len(finished[0].history),
         "wall_seconds": spent,
-        "accuracy": statistics.median(record.history[-1].val_accuracy for record in finished),
         "peak_memory_mib": max(peaks),
     }
 
 
-def peers(way: str, model: str, data: Path, seeds: int, folder: Path, device: torch.device, epochs: int) -> dict[str, float]:
-    """Train seeds 0 to `seeds` - 1, one after another, with the peer's loop."""
+def peers(
+    way: str, model: str, data: Path, seeds: int, folder: Path, device: torch.device, epochs: int, first: int = 0
+) -> dict[str, Any]:
+    """Train seeds `first` and following, one after another, with the peer's loop."""
     dataset, *splits = load_training_data(data, torch.device("cpu"))
     train_set, val_set = (
         peer.Images(split.images.clone().numpy(), split.labels.numpy(), dataset.mean, dataset.std) for split in splits
@@ -147,18 +155,21 @@ def peers(way: str, model: str, data: Path, seeds: int, folder: Path, device: to
         teacher = peer.network("teacher", dataset.image_shape[2], len(dataset.classes)).to(device).eval()
         if weights.exists():
             teacher.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
-    settings = {"epochs": epochs, "batch_size": BATCH[ARCHITECTURES[model][0]], "careful": way == "b", "teacher": teacher}
-    start, seconds = time.perf_counter(), []
-    for seed in range(seeds):
-        trained = peer.train(model, train_set, val_set, len(dataset.classes), device, seed=seed, **settings)
-        seconds += trained.seconds
+    track = ARCHITECTURES[model][0]
+    name, target = TARGETS[track]
+    settings = {"epochs": epochs, "batch_size": BATCH[track], "careful": way == "b", "teacher": teacher}
+    settings |= {"classes": len(dataset.classes), "device": device}
+    settings |= {"figure": {"auc": auc, "accuracy": peer.accuracy}[name], "target": target}
+    start = time.perf_counter()
+    trained = [peer.train(model, train_set, val_set, seed=seed, **settings) for seed in range(first, first + seeds)]
     if model == "teacher":
-        torch.save(trained.model.state_dict(), weights)
+        torch.save(trained[0].model.state_dict(), weights)
     used = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
     return {
-        "seconds_per_epoch": statistics.median(seconds),
+        "seconds": [seed.seconds for seed in trained],
+        "figures": [seed.figures for seed in trained],
+        "seconds_per_epoch": statistics.median(spent for seed in trained for spent in seed.seconds),
         "wall_seconds": time.perf_counter() - start,
-        "accuracy": trained.accuracy,
         "peak_memory_mib": (used[1] - used[0]) / 2**20 if device.type == "cuda" else peak_memory(os.getpid()),
     }
 
@@ -175,32 +186,34 @@ def peak_memory(pid: int) -> float:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Run everything and write the two result files."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     device = choose_device(arguments.device)
-    precision = choose_precision("auto", device)  # of (c)
+    precision = choose_precision("auto", device)  # of (c) and (d)
     rates = {kind: matmul_rate(device, kind) for kind in dict.fromkeys(("fp32", precision))}
     with tempfile.TemporaryDirectory() as name:
         datasets = {
             track: prepare(read_source(dataset), 0.1, Path(name) / track)
             for track, dataset in (("baselines", arguments.baselines), ("distillation", arguments.distillation))
         }
-        runs, growth = take_turns(arguments, device, name)
+        runs = take_turns(arguments, device, name)
+    images = {track: arguments.share * dataset.images["train"] for track, dataset in datasets.items()}
+    work = {model: images[ARCHITECTURES[model][0]] * flops_per_image(model, datasets) / 1e9 for model in runs}
     trainings = {
         model: {
-            way: summarise(figures, flops_per_image(model, datasets), rates[precision if way == "c" else "fp32"])
-            for way, figures in ways.items()
+            way: summarise(model, of_way, work[model], rates["fp32" if way in "ab" else precision])
+            for way, of_way in ways.items()
         }
         for model, ways in runs.items()
     }
     result = {
         "device": describe(device),
-        **{name: getattr(arguments, name) for name in ("share", "epochs", "seeds", "repeats")},
+        **{name: getattr(arguments, name) for name in ("share", "epochs", "seeds", "peer_seeds", "repeats")},
         "threads": THREADS,
         "datasets": {track: dataset.name for track, dataset in datasets.items()},
         "matmul_gflops_per_second": rates,
+        "copy_gb_per_second": copy_rate(device),
         "precision": precision,
         "trainings": trainings,
-        "growth": growth,
-        "stages": stage_overheads(),
     }
     path = arguments.results / f"{re.sub(r'[^a-z0-9]+', '-', result['device']['name'].lower()).strip('-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,29 +222,23 @@ def measure(arguments: argparse.Namespace) -> None:
     print(markdown(result))
 
 
-def take_turns(arguments: argparse.Namespace, device: torch.device, folder: str) -> tuple[dict, dict]:
-    """The figures of every repeat by model and way, and those of (c) on more and more images by model."""
-
-    def worker(way: str, model: str, share: float, seeds: int) -> dict[str, float]:
-        command = [sys.executable, "-m", "benchmarks.bench", "--device", device.type, "--epochs", arguments.epochs]
-        command += ["--worker", way, model, share, seeds, folder]
-        done = subprocess.run(map(str, command), cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-        figures = json.loads(done.stdout.splitlines()[-1])
-        spent = f"{figures['seconds_per_epoch']:.2f} s per epoch"
-        print(f"({way}) {model}, {share:g} of the images, {seeds} seed(s): {spent}", file=sys.stderr, flush=True)
-        return figures
-
-    runs: dict[str, dict[str, list]] = {model: {way: [] for way in WAYS} for model in arguments.models}
-    for _ in range(arguments.repeats):
+def take_turns(arguments: argparse.Namespace, device: torch.device, folder: str) -> dict[str, dict[str, list]]:
+    """What the workers return, by model and way, of every repeat."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
+    runs: dict[str, dict[str, list]] = {}
+    for repeat in range(arguments.repeats):
         for model in arguments.models:
-            for way in WAYS:
-                runs[model][way].append(worker(way, model, arguments.share, arguments.seeds))
-    growth = {
-        model: {f"{factor}x": worker("c", model, arguments.share * factor / 4, 1) for factor in (1, 2, 4)}
-        | {"1x, 2 seeds": worker("c", model, arguments.share / 4, 2)}
-        for model in arguments.models
-    }
-    return runs, growth
+            for way in WAYS if ARCHITECTURES[model][0] == "distillation" else "abc":
+                seeds = arguments.seeds if way in "cd" else arguments.peer_seeds
+                command = [sys.executable, "-m", "benchmarks.bench", "--device", device.type, "--epochs", arguments.epochs]
+                command += ["--share", arguments.share, "--worker", way, model, seeds, repeat * seeds, folder]
+                options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "text": True, "check": True}
+                done = subprocess.run([str(word) for word in command], **options)
+                run = json.loads(done.stdout.splitlines()[-1])
+                runs.setdefault(model, {}).setdefault(way, []).append(run)
+                spent = f"{run['seconds_per_epoch']:.2f} s per epoch and seed, {run['wall_seconds']:.0f} s"
+                print(f"({way}) {model}, {seeds} seed(s): {spent}", file=sys.stderr, flush=True)
+    return runs
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -263,6 +270,19 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     return 2 * size**3 / best / 1e9
 
 
+def copy_rate(device: torch.device) -> float:
+    """GB/s, read and written, of copying half a gigabyte in this device's memory: the best of several."""
+    source = torch.ones(2**27, device=device)
+    copy, best = torch.empty_like(source), float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        copy.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best / 1e9
+
+
 def flops_per_image(model: str, datasets: dict[str, Any]) -> float:
     """Multiplications and additions of one image's forward and backward pass, counted by PyTorch."""
     track, architecture, arguments = ARCHITECTURES[model]
@@ -273,113 +293,87 @@ def flops_per_image(model: str, datasets: dict[str, Any]) -> float:
     return counter.get_total_flops() / 8
 
 
-def summarise(runs: list[dict[str, float]], flops: float, rate: float) -> dict[str, Any]:
-    """Median, minimum and maximum over the repeats, and the rates that follow; `rate` is the matrix product's, GFLOP/s."""
-    seconds = [run["seconds_per_epoch"] for run in runs]
-    images_per_second = runs[0]["images"] / statistics.median(seconds)
-    achieved = flops * images_per_second / 1e9
+def summarise(model: str, runs: list[dict[str, Any]], work: float, rate: float) -> dict[str, Any]:
+    """What is shown of a way's repeats; `work`: GFLOP of an epoch, `rate`: the matrix product's, GFLOP/s."""
+    epochs = [[statistics.fmean(of_epoch) for of_epoch in columns(run["seconds"])] for run in runs]
+    middle, target = statistics.median(flat(epochs)), TARGETS[ARCHITECTURES[model][0]][1]
+    seeds = [pair for run in runs for pair in zip(run["seconds"], run["figures"], strict=True)]
+    reached = [next((sum(spent[: n + 1]) for n, value in enumerate(of) if value >= target), None) for spent, of in seeds]
     return {
-        "seconds_per_epoch": {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)},
-        "images_per_second": images_per_second,
-        "accuracy": statistics.median(run["accuracy"] for run in runs),
+        "seconds_per_epoch": epochs,  # means over the seeds, by repeat
+        "seconds_to_target": reached,  # by seed; None: did not reach it
+        "figure": statistics.median(max(of_seed) for _, of_seed in seeds),
         "peak_memory_mib": max(run["peak_memory_mib"] for run in runs),
-        "gflops_per_second": achieved,
-        "share_of_matmul_rate": achieved / rate,
+        "share_of_matmul_rate": work / middle / rate,
     }
 
 
-def stage_overheads() -> dict[str, dict[str, float]]:
-    """What each stage takes beyond training, and `dvc repro` with nothing to do: in a copy of the checkout, on mnist5k."""
-    with tempfile.TemporaryDirectory() as name:
-        checkout = copy_checkout(Path(name) / "checkout")
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        options = {"cwd": checkout, "env": environment | {"PATH": path, "RETRAIN": "1"}, "text": True, "check": True}
-
-        def run(*command: str) -> tuple[float, str]:
-            start = time.perf_counter()
-            output = subprocess.run(command, **options, stdout=subprocess.PIPE).stdout
-            return time.perf_counter() - start, output
-
-        run("dvc", "repro")
-        overheads = {stage: _overheads(stage, run) for stage in STAGES}
-        nothing = [run("dvc", "repro")[0] for _ in range(3)]
-        overheads["dvc repro, nothing to do"] = {"median": statistics.median(nothing), "max": max(nothing)}
-    return overheads
+def flat(lists: list[list[float]]) -> list[float]:
+    """One list of all their values."""
+    return [*itertools.chain.from_iterable(lists)]
 
 
-def copy_checkout(folder: Path) -> Path:
-    """A copy of the project as it lies here, without results, as a git repository: mnist5k, one seed, one epoch."""
-    listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
-    for name in listed.splitlines():
-        if (ROOT / name).is_file() and name != "dvc.lock":
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    params = yaml.safe_load((folder / "params.yaml").read_text()) | {"seeds": [0]}
-    params["baselines"] |= {"dataset": "mnist5k", "pretrained": False, "epochs": 1}
-    params["distillation"] |= {"dataset": "mnist5k", "epochs": 1}
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
-    return folder
-
-
-def _overheads(stage: str, run: Callable[..., tuple[float, str]]) -> dict[str, float]:
-    beyond = []
-    for _ in range(3):
-        seconds, output = run(sys.executable, "-m", *f"pipeline.{stage}".split())
-        beyond.append(seconds - sum(float(spent) for spent in re.findall(r"; ([\d.]+) s on", output)))
-    return {"median": statistics.median(beyond), "max": max(beyond)}
+def columns(rows: list[list[float]]) -> list[list[float]]:
+    """By position, the values of those rows that are long enough."""
+    return [[row[n] for row in rows if n < len(row)] for n in range(max(map(len, rows)))]
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The results as tables."""
-    device = result["device"]
+    device, trainings = result["device"], result["trainings"]
     rates = ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in result["matmul_gflops_per_second"].items())
+    targets = ", ".join(f"{name} {value:g} ({track})" for track, (name, value) in TARGETS.items())
     lines = [
         f"# {device['name']}",
         "",
-        f"{device['cpu']}; Python {device['python']}, torch {device['torch']}. Matrix product: {rates}.",
-        f"Data: {', '.join(result['datasets'].values())}, {result['share']:g} of the images; {result['epochs']} epoch(s),"
-        f" {result['repeats']} repeats, the ways in turn, each in a process of its own.",
-        f"(c) ran in {result['precision']} and includes validation after each epoch, the teacher's logits and start-up.",
-    ]
-    if "seeds" in result:  # measured since (c) is a whole stage
-        lines.append(
-            f"Each way trained {result['seeds']} seeds: (a) and (b) one after another with all threads, (c) side by side"
-            f" with {result['threads']} thread(s) each. Seconds are per seed; memory is that of one process."
-        )
-    lines += [
+        f"{device['cpu']}; Python {device['python']}, torch {device['torch']}. By all threads: matrix product {rates};"
+        f" copy in memory {result['copy_gb_per_second']:.1f} GB/s.",
+        f"Data: {', '.join(result['datasets'].values())}, {result['share']:g} of the images; {result['repeats']} repeat(s), the"
+        " ways in turn, each in a process of its own, validation after each epoch included.",
+        f"(a) and (b) train {result['peer_seeds']} seed(s), one after another by all threads in fp32, to their target or for"
+        f" {result['epochs']} epochs; (c) {result['seeds']} seeds side by side by {result['threads']} thread(s) each in"
+        f" {result['precision']}, for {result['epochs']} epochs; (d) likewise, but {', '.join(map(str, SHORT.values()))}"
+        f" as {', '.join(SHORT)}. Target, on validation images: {targets}. Seconds are per seed: side by side,",
+        "shares of what passes. (a) / it, (b) / it: the seconds of the same epoch of (a), (b), divided; median and range.",
         "",
-        "| training | way | s / epoch, median (min-max) | images / s | of (a) | of (b) | accuracy | peak MiB | of matmul rate |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| training | way | s / epoch | (a) / it | (b) / it | s to the target | reached by | best | peak MiB | of matrix rate |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_row(model, way, ways) for model, ways in result["trainings"].items() for way in ways]
-    models = [model for model, (track, _, _) in ARCHITECTURES.items() if track == "distillation"]
-    if set(models) <= set(result["trainings"]):
-        total = {way: sum(result["trainings"][model][way]["seconds_per_epoch"]["median"] for model in models) for way in WAYS}
-        spent = ", ".join(f"({way}) {seconds:.1f} s" for way, seconds in total.items())
-        ratios = ", ".join(f"({way})/(c) = {total[way] / total['c']:.2f}" for way in "ab")
-        lines += ["", f"The distillation track, one seed: {spent} per epoch of all three; {ratios}."]
-    lines += ["", "How this pipeline's cost grows, s / epoch (two seeds: wall seconds of both):", ""]
-    for model, sizes in result["growth"].items():
-        grown = ", ".join(
-            f"{size} ({figures['images']:,} images) {figures['wall_seconds' if 'seeds' in size else 'seconds_per_epoch']:.2f}"
-            for size, figures in sizes.items()
-        )
-        lines.append(f"- {model}: {grown}")
-    lines += ["", "Seconds per stage beyond training, on mnist5k, median (max) of 3:", ""]
-    lines += [f"- {stage}: {spent['median']:.1f} ({spent['max']:.1f})" for stage, spent in result["stages"].items()]
+    lines += [_row(model, way, ways) for model, ways in trainings.items() for way in ways]
+    for track in result["datasets"]:
+        names = [model for model, (name, _, _) in ARCHITECTURES.items() if name == track]
+        if set(names) <= set(trainings):
+            sums = [_track(way, [trainings[name] for name in names]) for way in trainings[names[0]]]
+            lines += ["", f"The {track} track, a seed of each training: {'; '.join(sums)}."]
     return "\n".join(lines) + "\n"
 
 
 def _row(model: str, way: str, ways: dict[str, Any]) -> str:
-    figures, spent = ways[way], ways[way]["seconds_per_epoch"]
-    ratio = {other: ways[other]["seconds_per_epoch"]["median"] / spent["median"] for other in "ab"}
-    return (
-        f"| {model} | ({way}) {WAYS[way]} | {spent['median']:.2f} ({spent['min']:.2f}-{spent['max']:.2f})"
-        f" | {figures['images_per_second']:,.0f} | {ratio['a']:.2f}x | {ratio['b']:.2f}x"
-        f" | {figures['accuracy']:.4f} | {figures['peak_memory_mib']:,.0f} | {figures['share_of_matmul_rate']:.0%} |"
-    )
+    figures = ways[way]
+    ratios = [[a / it for a, it in _pairs(ways[other], figures)] for other in "ab"]
+    reached = [seconds for seconds in figures["seconds_to_target"] if seconds is not None]
+    cells = [_spread(flat(figures["seconds_per_epoch"])), *map(_spread, ratios), _spread(reached) if reached else ""]
+    cells += [f"{len(reached)} of {len(figures['seconds_to_target'])}", f"{figures['figure']:.4f}"]
+    cells += [f"{figures['peak_memory_mib']:,.0f}", f"{figures['share_of_matmul_rate']:.0%}"]
+    return f"| {model} | ({way}) {WAYS[way]} | {' | '.join(cells)} |"
+
+
+def _pairs(way: dict[str, Any], other: dict[str, Any]) -> list[tuple[float, float]]:
+    """Seconds of the epochs that both have, repeat by repeat."""
+    repeats = zip(way["seconds_per_epoch"], other["seconds_per_epoch"], strict=True)
+    return [pair for epochs in repeats for pair in zip(*epochs, strict=False)]
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def _track(way: str, trainings: list[dict[str, Any]]) -> str:
+    """Sums over a track's trainings."""
+    epoch = sum(statistics.median(flat(ways[way]["seconds_per_epoch"])) for ways in trainings)
+    reached = [[s for s in ways[way]["seconds_to_target"] if s is not None] for ways in trainings]
+    target = f"{sum(map(statistics.median, reached)):.1f} s to the target" if all(reached) else "not all reach the target"
+    return f"({way}) {epoch:.1f} s per epoch, {target}"
 
 
 if __name__ == "__main__":
