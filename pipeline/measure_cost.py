@@ -3,14 +3,10 @@
 from pathlib import Path
 from statistics import fmean
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from pipeline.core.cli import run
 from pipeline.core.files import write_json
 from pipeline.core.provenance import code_is_committed, commit, machine
 from pipeline.export.inference_cost import inference_cost
-from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.description import checkpoints_in, read_description
 from pipeline.networks.outside import outside_in
 from pipeline.params import TRACKS
@@ -23,8 +19,13 @@ def main(track: str) -> None:
     costs, plan = {}, TRACKS[track]
     folders = {model: Path("models") / track / model for model in plan.models}
     paths = {model: checkpoints_in(folder) for model, folder in folders.items() if not outside_in(folder)}
+    measured = {}  # by network: models of the same one cost the same
     for model, of_seeds in paths.items():
-        costs[model] = network_cost(of_seeds[0]) | inference_cost(of_seeds[0])
+        description = read_description(of_seeds[0])
+        network = description.architecture, str(description.arguments)
+        if network not in measured:
+            measured[network] = inference_cost(of_seeds[0])
+        costs[model] = {"file_bytes": of_seeds[0].stat().st_size} | measured[network]
         records = [read_record(trainings_folder(), read_description(path).digest) for path in of_seeds]
         if seconds := [record.seconds for record in records if record and record.seconds is not None]:
             costs[model]["training_seconds"] = fmean(seconds)  # of one seed
@@ -40,16 +41,6 @@ def main(track: str) -> None:
     write_json(Path(f"metrics/{track}_costs.json"), {"models": costs, "machine": machine(), **code})
     for model, cost in costs.items():
         print(f"{model}: {cost['latency_ms']:.2f} ms per image, {cost['images_per_second']:,.0f} images/s in batches")
-
-
-def network_cost(path: Path) -> dict[str, int]:
-    """What a checkpoint's network needs on any machine: parameters, multiply-adds of one image, bytes of the file."""
-    classifier, description = load_checkpoint(path, torch.device("cpu"))
-    image = torch.zeros((1, *description.dataset.image_shape), dtype=torch.uint8, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        classifier.to("meta")(image)
-    parameters = sum(tensor.numel() for tensor in classifier.parameters())
-    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2, "file_bytes": path.stat().st_size}
 
 
 if __name__ == "__main__":

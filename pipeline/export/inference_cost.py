@@ -11,9 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from timeit import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from pipeline.networks.architectures import Classifier
 
 BATCH = 256  # images
 
@@ -28,9 +31,10 @@ def inference_cost(path: Path) -> dict[str, float]:
 def measure(path: Path) -> dict[str, float]:
     """Latency of one image (ms, median and 95th percentile), images per second in batches of 256, peak memory (MiB).
 
-    All cores are used. The memory is the whole process's, libraries included; left out on systems without /proc.
+    All cores are used. The memory is the whole process's, libraries included; left out on systems without /proc. Of a
+    checkpoint, those of `network_cost` too.
     """
-    run, image_shape = _open(path)
+    run, image_shape, classifier = _open(path)
     images = np.random.default_rng(0).integers(0, 256, (BATCH, *image_shape), dtype=np.uint8)
     single = repeat(lambda: run(images[:1]), number=1, repeat=110)[10:]  # seconds, after a warm-up
     batch = repeat(lambda: run(images), number=1, repeat=12)[2:]
@@ -41,23 +45,36 @@ def measure(path: Path) -> dict[str, float]:
     }
     if (status := Path("/proc/self/status")).exists():
         figures["peak_memory_mib"] = int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
-    return figures
+    return figures | (network_cost(classifier, image_shape) if classifier else {})  # last: it takes memory
 
 
-def _open(path: Path) -> tuple[Callable[[np.ndarray], Any], tuple[int, int, int]]:
-    """A function that predicts images with the model in `path`, and the shape (H, W, C) of its images."""
+def network_cost(classifier: "Classifier", image_shape: tuple[int, int, int]) -> dict[str, int]:
+    """What a network needs on any machine: parameters, multiply-adds of one image."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    image = torch.zeros((1, *image_shape), dtype=torch.uint8, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        classifier.to("meta")(image)
+    parameters = sum(tensor.numel() for tensor in classifier.parameters())
+    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2}
+
+
+def _open(path: Path) -> tuple[Callable[[np.ndarray], Any], tuple[int, int, int], "Classifier | None"]:
+    """A function that predicts images with the model in `path`, the shape (H, W, C) of its images, a checkpoint's network."""
     if path.suffix == ".onnx":
         from pipeline.export.onnx_model import Student
 
         student = Student(path)
-        return lambda images: student.session.run(None, {"images": images}), student.shape
+        return lambda images: student.session.run(None, {"images": images}), student.shape, None
     import torch
 
     from pipeline.networks.checkpoints import load_checkpoint
     from pipeline.networks.inference import predict
 
     classifier, description = load_checkpoint(path, torch.device("cpu"))
-    return lambda images: predict(classifier, torch.from_numpy(images)).softmax(dim=1), description.dataset.image_shape
+    image_shape = description.dataset.image_shape
+    return lambda images: predict(classifier, torch.from_numpy(images)).softmax(dim=1), image_shape, classifier
 
 
 if __name__ == "__main__":
