@@ -1,9 +1,9 @@
 """Grids of experiments and what is claimed of them beforehand, run on Ray; the finished ones as tables and a figure.
 
-    python -m studies.study run mnist                  run what is missing of studies/mnist.yaml on this machine's cores
+    python -m studies.study run medical                run what is missing of studies/medical.yaml on this machine's cores
     RAY_ADDRESS=... python -m studies.study run mnist  the same on a cluster, whose machines share this folder
     python -m studies.study run mnist --one-by-one     the same in this process, without Ray
-    python -m studies.study collect mnist              write metrics/studies/mnist.md, .csv, _seeds.csv, .png: what is finished
+    python -m studies.study collect medical            write metrics/studies/medical.md, .csv, _seeds.csv, .png: what is finished
 
 An interrupted study resumes with the same command; after a change in settings, code or data, what they decide runs anew.
 """

@@ -86,23 +86,13 @@ def test_the_faults_are_those_that_were_counted():
     assert f"\n{shown('docs/reliability.md', 'tests/faults/results.md')}\n" in (ROOT / "tests/faults/results.md").read_text()
 
 
-@pytest.mark.parametrize("study", ["mnist", "pneumoniamnist"])
-def test_the_counts_of_the_studies_are_those_of_their_tables(study: str):
-    table = (ROOT / "metrics" / "studies" / f"{study}.md").read_text()
-    counts = re.search(r"at 95 % each: (.*?)\. ", table)[1]
-    assert counts in PAGES["docs/studies.md"]
-    verdicts = [line.split("|")[-2].strip() for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(verdicts) >= 24
-    assert counts == ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in ("better", "worse", "not distinguishable"))
-
-
 @pytest.mark.parametrize(
     ("page", "study"), [("README.md", "medical"), ("docs/studies.md", "medical"), ("docs/studies.md", "methods")]
 )
 def test_every_difference_that_a_page_tells_of_a_study_stands_in_its_table(page: str, study: str):
     parts = {
         "README.md": ("", "This pipeline trains"),
-        "docs/studies.md": (f"metrics/studies/{study}.md", "\n\n**" if study == "medical" else "\n\nTwo older"),
+        "docs/studies.md": (f"metrics/studies/{study}.md", "\n\n**" if study == "medical" else "\n\nNot run"),
     }
     start, end = parts[page]
     text = PAGES[page].partition(start)[2] if start else PAGES[page]

@@ -32,16 +32,7 @@ def load(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> tuple[Stud
 
 
 @pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("mnist", 25),
-        ("pneumoniamnist", 25),
-        ("original", 1),
-        ("retinamnist", 2),
-        ("medical", 7),
-        ("methods", 22),
-        ("one_cycle", 2),
-    ],
+    ("name", "count"), [("mnist", 25), ("original", 1), ("retinamnist", 2), ("medical", 7), ("methods", 22), ("one_cycle", 2)]
 )
 def test_the_studies_here_have_valid_points_and_contrasts(name: str, count: int):
     study, points = load_study(name, threads=3)
