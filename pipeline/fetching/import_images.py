@@ -32,6 +32,7 @@ from pipeline.fetching.splitting import split_files
 
 PARTS = (*SPLITS, UNLABELLED)
 SIZES = range(8, 4097)
+FEW = 1000  # images, of which one test split settles nothing
 NAMED = 5  # files that an error names
 T = TypeVar("T")
 
@@ -85,6 +86,8 @@ def main(
     plain = re.fullmatch(r"[\w./-]+", path := str(out.resolve()), re.ASCII)
     following = f"dvc exp run --temp -S distillation.dataset={path} report@distillation"
     print(f"{summary}\nNext: {following if plain else 'put its path into params.yaml, as a dataset'}")
+    if len(files) < FEW:
+        print('Of so few images: docs/data.md, "Few images: folds", has a recipe for them')
 
 
 def _check_arguments(source: Path, out: Path, size: int, window: Window | None, force: bool) -> None:

@@ -8,6 +8,7 @@ from tabulate import tabulate
 from pipeline.core.errors import one_line
 from pipeline.fetching.labelled_files import ImageFile, LeftOut
 
+UNKNOWN_PATIENTS = "not known: one patient's images may stand in two splits; --group or a table can say whose they are"
 LISTED = 100  # names, for one reason
 
 
@@ -25,7 +26,14 @@ def summarise(
     rows.append(["all", *(sum(file.split == split for file in files) for split in splits)])
     patients = {split: {file.patient for file in files if file.split == split} - {""} for split in splits}
     named = ", ".join(f"{len(patients[split]):,} in {split}" for split in splits if patients[split])
-    lines = [title, "", tabulate(rows, ["class", *splits], "github", intfmt=","), "", f"Patients: {named or 'not known'}.", ""]
+    lines = [
+        title,
+        "",
+        tabulate(rows, ["class", *splits], "github", intfmt=","),
+        "",
+        f"Patients: {named or UNKNOWN_PATIENTS}.",
+        "",
+    ]
     lines += _list("equal images in two splits", pairs)
     reasons = defaultdict(list)
     for reason, name in left_out:
