@@ -75,8 +75,11 @@ def main(track: str) -> None:
 
 
 def best_in(folder: Path) -> Path:
-    """The checkpoint of the seed that is best on the validation images. Raises UserError if there are none."""
-    return max(checkpoints_in(folder), key=lambda path: read_description(path).best())
+    """The checkpoint of the seed that is best on the validation images, of the first in a cross-validation. Raises UserError."""
+    paths = checkpoints_in(folder)
+    if read_description(paths[0]).dataset.folds:
+        return paths[0]
+    return max(paths, key=lambda path: read_description(path).best())
 
 
 def export_teacher(source: Path, data: Path, folder: Path) -> dict[str, str | int]:
@@ -93,12 +96,15 @@ def export_teacher(source: Path, data: Path, folder: Path) -> dict[str, str | in
     float32 = folder / "teacher.onnx"
     try:
         export_onnx(classifier, dataset.image_shape, dataset.classes, float32)
+        quantize(float32, train.images[:1000].numpy(), dataset.classes, folder / "teacher_int8.onnx")
+    except MemoryError:
+        raise
     except Exception as error:  # of a dozen types
         if is_disk_full(error):
             raise
+        float32.unlink(missing_ok=True)
         reason = one_line(error) if isinstance(error, UserError) else type(error).__name__  # whose text names places
         return {"reason": f"{description.architecture} cannot be exported: {reason}"}
-    quantize(float32, train.images[:1000].numpy(), dataset.classes, folder / "teacher_int8.onnx")
     return {"checkpoint": best.name, "checkpoint_md5": md5(best), "seed": description.seed}
 
 

@@ -214,6 +214,8 @@ class Params(Block):
     def _seeds_fill_folds(self) -> "Params":
         for track in TRACKS:
             if folds := getattr(self, track).folds:
+                if getattr(self, track).label_fraction < 1:
+                    raise ValueError(f"{track}.folds wants label_fraction: 1, the labels of all training images")
                 numbers = Counter(seed % folds for seed in self.seeds)
                 if len(numbers) < folds or len(set(numbers.values())) > 1:
                     wanted = f"as many of each fold, such as {list(range(folds))}: seed s is tested on fold s mod {folds}"

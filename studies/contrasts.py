@@ -125,8 +125,11 @@ def compare(question: Question, paths: Mapping[str, Path]) -> Comparison | None:
     if any(point not in paths for _, point, _ in question.terms):
         return None
     parts = [jackknifed(paths[point], question.split, model, question.metric) for _, point, model in question.terms]
-    labels, _, first = parts[0]
-    if any(not np.array_equal(part[0], labels) or part[2].shape != first.shape for part in parts):
+    labels, *_ = parts[0]
+    masks = [np.isnan(part[2]) for part in parts]  # which images a seed does not test, in a cross-validation
+    if any(
+        not np.array_equal(part[0], labels) or not np.array_equal(mask, masks[0]) for part, mask in zip(parts, masks, strict=True)
+    ):
         raise UserError(f"{question.title}: the points have other {question.split} images or seeds: nothing to pair")
     signs = [sign * (-1 if question.figure in LOWER_IS_BETTER else 1) for sign, *_ in question.terms]
     gains, without = (sum(sign * part[place] for sign, part in zip(signs, parts, strict=True)) for place in (1, 2))

@@ -66,6 +66,15 @@ class Evaluation(NamedTuple):
         return answers.reshape(len(self.labels), -1, by_image.shape[2]).transpose(1, 0, 2)
 
 
+def check_answers(model: str, probabilities: np.ndarray, folds: bool) -> None:
+    """Raises ValueError for probabilities (S, N, K) that are no answers: NaN is for images that a seed's fold does not hold."""
+    absent = np.isnan(probabilities).all(axis=2)
+    each = np.count_nonzero(~absent, axis=0)  # the seeds that answer for an image
+    whole = np.isfinite(probabilities[~absent]).all() and (each == each[:1]).all() and each.all() and (folds or not absent.any())
+    if not whole:
+        raise ValueError(f"{model}: probabilities that are no numbers")
+
+
 def tested(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Labels (n,) and probabilities (n, K) of the images that a seed answered for, of all N: those without NaN."""
     rows = ~np.isnan(probabilities[:, 0])
@@ -316,6 +325,9 @@ def read_evaluation(track: str, read: Callable[[str], bytes]) -> Evaluation:
             for model, of_model in of_models.items():
                 if of_model.shape != (len(models[model]["seeds"]), images, len(classes)):
                     raise ValueError(f"{model}: probabilities of shape {of_model.shape}")
+                check_answers(model, of_model, bool(detail["dataset"].get("folds")))
+        if patients is not None and (patients.dtype.kind, patients.shape) != ("i", labels.shape):
+            raise ValueError(f"patients of shape {patients.shape}")
     except Exception as error:  # of a dozen types, on whatever anybody's experiment has in these files
         raise UserError(f"{path}: missing or damaged: {error}: run dvc repro evaluate@{track}") from error
     return Evaluation(metrics, comparisons, detail, labels, probabilities, val_labels, validation, patients)

@@ -50,15 +50,19 @@ class Comparison(NamedTuple):
 
     @property
     def enough(self) -> bool:
-        """Whether there are seeds, images and patients for a verdict."""
+        """Whether there are seeds, folds, images and patients for a verdict."""
         cases = self.patients or FEWEST_IMAGES
         rarest = self.smallest_class if self.metric in OF_CLASSES else FEWEST_IMAGES
-        return self.seeds >= FEWEST and min(cases, rarest) >= FEWEST_IMAGES
+        return self.seeds >= FEWEST and self.df >= FEWEST - 1 and min(cases, rarest) >= FEWEST_IMAGES
 
     @property
     def equivalent(self) -> bool:
-        """Whether a difference as large as the margin, either way, is ruled out at 5 %."""
-        return self.enough and -self.margin < self.low_90 <= self.high_90 < self.margin
+        """Whether a difference as large as the margin, either way, is ruled out at 5 %.
+
+        Where no image makes any difference, that takes 3 / margin images (Hanley and Lippman-Hand 1983, JAMA 249:1743-1745).
+        """
+        some = self.low_90 < self.high_90 or self.margin * self.images > 3
+        return self.enough and some and -self.margin < self.low_90 <= self.high_90 < self.margin
 
     @property
     def verdict(self) -> str:
@@ -119,7 +123,8 @@ def analyse(
     The variance of the mean gain is s^2 / S + V: s^2 that of the seeds' gains, V the mean of the jackknife's covariances over
     images of two seeds' gains (0 if negative). Its degrees of freedom are (S - 1) * (total / (s^2 / S))^2.
 
-    In a cross-validation it is s^2 * (1 / S + the test images' number as a share of the training images'), with S - 1.
+    In a cross-validation of K folds it is s^2 * (1 / K + 1 / (K - 2)) with K - 1: s^2 that of the folds' gains, each the mean of
+    its seeds', and 1 / (K - 2) the number of test images as a share of the training images'.
     """
     (seeds, images), gain = without.shape, fmean(gains)
     smallest_class = min(_cases(labels, patients).values())
@@ -129,7 +134,7 @@ def analyse(
         (error, df), half = _error(gains, without[:, tested[0]], whose), half_width(gains)
     else:
         folds = round(tested.size / tested.sum())
-        (error, df), half = _error_of_folds(gains, folds), half_width(gains)
+        (error, df), half = _error_of_folds(gains, without, patients), half_width(gains)
     critical, one_sided = (float(t.ppf(share, df)) for share in ((1 + CONFIDENCE) / 2, CONFIDENCE))
     wide, narrow = error * critical, error * one_sided
     p = 2 * float(t.sf(abs(gain) / error, df)) if error else float(gain == 0)
@@ -143,10 +148,23 @@ def analyse(
     )
 
 
-def _error_of_folds(gains: Sequence[float], folds: int) -> tuple[float, float]:
-    """As `_error`, of a cross-validation in which one fold tests, the next validates and the others train."""
-    of_seeds, seeds = variance(gains), len(gains)
-    return (of_seeds * (1 / seeds + 1 / (folds - 2))) ** 0.5, seeds - 1
+def _error_of_folds(gains: Sequence[float], without: np.ndarray, patients: np.ndarray | None = None) -> tuple[float, float]:
+    """As `_error`, of a cross-validation in which one fold tests, the next validates and the others train.
+
+    Seeds of one fold have all their images in common: their mean counts once. s^2 counts as no less than what a fold's images
+    alone contribute to it, the mean of the jackknife's variances.
+    """
+    tested = ~np.isnan(without)
+    masks, members = np.unique(tested, axis=0, return_inverse=True)
+    of_folds, of_images = [], []
+    for fold, mask in enumerate(masks):
+        own = members.ravel() == fold
+        of_folds.append(float(np.mean(np.asarray(gains)[own])))
+        whose = None if patients is None else patients[mask]
+        of_images.append(float(_covariance(without[own][:, mask].mean(axis=0, keepdims=True), whose)[0, 0]))
+    of_seeds = max(variance(of_folds) if len(of_folds) > 1 else 0.0, fmean(of_images))
+    folds = max(FEWEST, round(tested.size / tested.sum()))
+    return (of_seeds * (1 / len(of_folds) + 1 / (folds - 2))) ** 0.5, len(of_folds) - 1
 
 
 def _error(
@@ -157,13 +175,7 @@ def _error(
     With `images_at_least`, s^2 counts as no less than what images alone contribute to it: the mean variance over images of a
     seed's gain, minus V. Where seeds and images are few, s^2 is small, or zero, by chance.
     """
-    seeds, images = without.shape
-    influences = (images - 1) / images * (without.mean(axis=1, keepdims=True) - without)  # of each image on the gain
-    if patients is not None:
-        members = np.unique(patients, return_inverse=True)[1]
-        influences = np.stack([np.bincount(members, of_seed) for of_seed in influences])
-    cases = influences.shape[1]
-    covariance = cases / max(cases - 1, 1) * influences @ influences.T
+    seeds, covariance = len(without), _covariance(without, patients)
     of_one = float(covariance.trace()) / seeds
     if seeds == 1:
         return of_one**0.5, float("inf")
@@ -171,6 +183,17 @@ def _error(
     of_seeds = variance(gains)
     total = (max(of_seeds, of_one - of_two) if images_at_least else of_seeds) / seeds + max(0.0, of_two)
     return total**0.5, (seeds - 1) * (total / (of_seeds / seeds)) ** 2 if of_seeds else float("inf")
+
+
+def _covariance(without: np.ndarray, patients: np.ndarray | None) -> np.ndarray:
+    """The jackknife's covariances over images, or patients, of the seeds' gains, (S, S): of those without each image, (S, N)."""
+    images = without.shape[1]
+    influences = (images - 1) / images * (without.mean(axis=1, keepdims=True) - without)  # of each image on the gain
+    if patients is not None:
+        members = np.unique(patients, return_inverse=True)[1]
+        influences = np.stack([np.bincount(members, of_seed) for of_seed in influences])
+    cases = influences.shape[1]
+    return cases / max(cases - 1, 1) * influences @ influences.T
 
 
 def recall_gains(
@@ -192,12 +215,13 @@ def recall_gains(
         gains = np.nanmean(of_class, axis=1)  # every fold has images of every class
         rows[label] = {"images": images, "gain": float(gains.mean())}
         if label in tested:
-            without = (of_class.sum(axis=1, keepdims=True) - of_class) / (images - 1)
+            answered = np.count_nonzero(~np.isnan(of_class), axis=1, keepdims=True)
+            without = (np.nansum(of_class, axis=1, keepdims=True) - of_class) / np.maximum(answered - 1, 1)
             whose = None if patients is None else patients[labels == label]
             error, df = (
                 _error(gains.tolist(), without, whose, images_at_least=True)
                 if whole
-                else _error_of_folds(gains.tolist(), round(of_class.size / np.count_nonzero(~np.isnan(of_class))))
+                else _error_of_folds(gains.tolist(), without, whose)
             )
             half = error * float(t.ppf(1 - (1 - CONFIDENCE) / 2 / len(tested), df))
             rows[label] |= {"low": rows[label]["gain"] - half, "high": rows[label]["gain"] + half}

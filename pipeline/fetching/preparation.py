@@ -1,6 +1,7 @@
 """Turn a source into prepared data."""
 
 import hashlib
+import itertools
 import math
 import warnings
 from collections import Counter
@@ -26,22 +27,27 @@ def prepare(source: Source, validation: float, folder: Path, folds: int | None =
 
     Without a validation split in the source, a share of `validation` of its training images becomes one, stratified by
     class, always the same images, about that many where patients are kept together; it is empty for 0. For a cross-validation,
-    all images of the source are parted into `folds`, likewise. Unlabelled images follow the training images, labelled UNKNOWN.
+    all images of the source are parted into `folds`, likewise. Unlabelled images follow the training images, labelled UNKNOWN,
+    those of patients in the other splits left out.
     Raises UserError if there are too few images or patients, and for a source without test images but for folds.
     """
     if not folds and "test" not in source.splits:
         raise UserError(f"dataset {source.name} has no test images: give it some, or set the track's folds, such as 5")
     if folds:
         everything, origin = [(split, np.arange(len(labels))) for split, (_, labels) in source.splits.items()], "the next fold"
-        parts, of_folds = {"train": everything, "val": [("train", np.arange(0))], "test": everything}, _folds(source, folds)
+        of_folds, unlabelled = _folds(source, folds)
+        parts = {"train": everything, "val": [("train", np.arange(0))], "test": everything}
     else:
         parts, origin = _parts(source, validation)
+        held_patients = [
+            source.patients[name][rows] for split in ("val", "test") for name, rows in parts[split] if source.patients
+        ]
+        unlabelled = _unlabelled(source, np.concatenate(held_patients) if held_patients else np.empty(0, np.int64))
     digest = hashlib.sha256()
     for split, of_split in parts.items():
         arrays = [(*source.splits[name], rows) for name, rows in of_split]
         if split == "train" and source.unlabelled is not None:
-            number = len(source.unlabelled)
-            arrays.append((source.unlabelled, np.full(number, UNKNOWN, np.int64), np.arange(number)))
+            arrays.append((source.unlabelled, np.full(len(source.unlabelled), UNKNOWN, np.int64), unlabelled))
         _write(folder / split / "images.npy", [(images, rows) for images, _, rows in arrays], digest)
         _write(folder / split / "labels.npy", [(labels, rows) for _, labels, rows in arrays], digest)
     if source.patients:
@@ -55,9 +61,11 @@ def prepare(source: Source, validation: float, folder: Path, folds: int | None =
         labelled = of_folds[: images["test"]]
         images = {split: int(held_out(labelled, folds, 0, split).sum()) for split in ("val", "test")}
         images = {"train": len(labelled) - sum(images.values())} | images
-        stored = {f"fold {fold}": stored["test"][labelled == fold] for fold in range(folds)}
-    if source.unlabelled is not None:
-        images["unlabelled"] = len(source.unlabelled)
+        stored = {f"fold {fold}": stored["test"][labelled == fold] for fold in range(folds)} | {
+            "no fold": stored["train"][of_folds < 0]
+        }
+    if len(unlabelled):
+        images["unlabelled"] = len(unlabelled)
     pairs = duplicates(stored)
     dataset = Dataset(
         name=source.name,
@@ -78,7 +86,12 @@ def prepare(source: Source, validation: float, folder: Path, folds: int | None =
 
 
 def _parts(source: Source, validation: float) -> tuple[Parts, str]:
-    """The source's splits, and where the validation split comes from."""
+    """The source's splits, and where the validation split comes from. Raises UserError if one parts a patient."""
+    for one, other in itertools.combinations(source.splits if source.patients else (), 2):
+        if len(both := np.intersect1d(source.patients[one], source.patients[other])):
+            raise UserError(
+                f"dataset {source.name}: {len(both):,} patients are in {one}_groups and in {other}_groups: one is wanted"
+            )
     parts, origin = {split: [(split, np.arange(len(labels)))] for split, (_, labels) in source.splits.items()}, "official"
     if "val" not in parts:
         (_, train), *_ = parts["train"]
@@ -99,14 +112,27 @@ def _cut(source: Source, validation: float) -> tuple[np.ndarray, np.ndarray]:
         if patients is None:
             options = {"stratify": labels, "random_state": SEED}
             return train_test_split(np.arange(len(labels)), test_size=validation, **options)
-        splitter = StratifiedGroupKFold(max(2, round(1 / validation)), shuffle=True, random_state=SEED)
-        return next(splitter.split(labels, labels, patients))
+        parts = max(2, min(round(1 / validation), len(np.unique(patients))))
+        cuts = StratifiedGroupKFold(parts, shuffle=True, random_state=SEED).split(labels, labels, patients)
+        wanted, classes = validation * np.bincount(labels), len(np.unique(labels))
+        whole = [cut for cut in cuts if len(np.unique(labels[cut[0]])) == classes]
+        if not whole:
+            raise ValueError("a class is of one patient alone")
+        return min(whole, key=lambda cut: np.abs(np.bincount(labels[cut[1]], minlength=len(wanted)) - wanted).sum())
 
 
-def _folds(source: Source, folds: int) -> np.ndarray:
-    """The fold that each image is in, int64 (N,): those of all splits, then the unlabelled ones.
+def _unlabelled(source: Source, held_out: np.ndarray) -> np.ndarray:
+    """The unlabelled images to train on: all, or where it is known whose they are, those of no patient in `held_out`."""
+    number = 0 if source.unlabelled is None else len(source.unlabelled)
+    whose = source.patients.get("unlabelled")
+    return np.arange(number) if whose is None else np.flatnonzero(~np.isin(whose, held_out))
 
-    Every class is in every fold. An unlabelled image is in its patient's, in none where that is not known.
+
+def _folds(source: Source, folds: int) -> tuple[np.ndarray, np.ndarray]:
+    """The fold that each image is in, int64 (N,): those of all splits, then the unlabelled ones; and which of these are taken.
+
+    Every class is in every fold. An unlabelled image is in its patient's, in none if that has no other images. Where patients are
+    known, those that are not said to be anybody's are left out.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
@@ -121,11 +147,13 @@ def _folds(source: Source, folds: int) -> np.ndarray:
         for label, name in enumerate(source.classes):
             if len(np.unique(of_images[labels == label])) < folds:
                 raise ValueError(f"a fold would be without class {name}")
-    if source.unlabelled is None:
-        return of_images
-    of_patients = dict(zip(patients.tolist(), of_images.tolist(), strict=True)) if patients is not None else {}
-    whose = source.patients.get("unlabelled", np.full(len(source.unlabelled), UNKNOWN))
-    return np.concatenate([of_images, [of_patients.get(patient, UNKNOWN) for patient in whose.tolist()]])
+    taken = _unlabelled(source, np.empty(0, np.int64))
+    if patients is None:
+        return np.concatenate([of_images, np.full(len(taken), UNKNOWN)]), taken
+    whose = source.patients.get("unlabelled", np.full(len(taken), UNKNOWN))
+    taken = taken[whose != UNKNOWN]
+    of_patients = dict(zip(patients.tolist(), of_images.tolist(), strict=True))
+    return np.array([*of_images.tolist(), *(of_patients.get(one, UNKNOWN) for one in whose[taken].tolist())], np.int64), taken
 
 
 def _write(path: Path, parts: Sequence[tuple[np.ndarray, np.ndarray]], digest: "hashlib._Hash | None" = None) -> None:

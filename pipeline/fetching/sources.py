@@ -3,7 +3,6 @@
 import difflib
 import gzip
 import hashlib
-import itertools
 import os
 import shlex
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ import numpy as np
 
 from pipeline.core.errors import UserError, user_error
 from pipeline.core.files import from_main_checkout, main_checkout, write_atomic
-from pipeline.data.dataset import SPLITS, Resize
+from pipeline.data.dataset import SPLITS, UNKNOWN, Resize
 from pipeline.data.npy import read_npz
 from pipeline.fetching.download import Checksum, download
 
@@ -220,14 +219,11 @@ def _patients(
         groups = arrays.get(f"{split}_groups")
         fits = groups is not None and groups.dtype.kind in "iuU" and groups.shape == (images,)
         _require(fits, f"{path}: {split}_groups: a whole number or a string for each of {images} images is wanted")
-    names, numbers = np.unique(np.concatenate([arrays[f"{split}_groups"].astype(str) for split in sizes]), return_inverse=True)
-    patients = dict(zip(sizes, np.split(numbers, np.cumsum([*sizes.values()])[:-1]), strict=True))
-    for one, other in itertools.combinations(splits, 2):
-        if len(both := np.intersect1d(patients[one], patients[other])):
-            raise UserError(
-                f"{path}: {str(names[both[0]])!r} is in {one}_groups and in {other}_groups: a patient belongs into one split"
-            )
-    return patients
+        empty = split != "unlabelled" and groups.dtype.kind == "U" and (groups == "").any()
+        _require(not empty, f"{path}: {split}_groups: of some images, nobody's: whose they are is wanted of all or of none")
+    names = np.concatenate([arrays[f"{split}_groups"].astype(str) for split in sizes])
+    numbers = np.where(names == "", UNKNOWN, np.unique(names, return_inverse=True)[1])  # of an unlabelled image, perhaps
+    return dict(zip(sizes, np.split(numbers, np.cumsum([*sizes.values()])[:-1]), strict=True))
 
 
 def _check_split(where: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

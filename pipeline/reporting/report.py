@@ -163,24 +163,17 @@ def template(format: Format, name: str) -> jinja2.Template:
 
 
 def _gains(comparisons: Json) -> Table:
-    metric = next(iter(comparisons.values()))["metric"]
-    headings = [
-        "comparison",
-        f"gain ({unit(metric)})",
-        f"{SURE} interval",
-        "over seeds, on these images",
-        "p",
-        "detectable",
-        "verdict",
-    ]
+    metric, folds = (next(iter(comparisons.values())).get(key) for key in ("metric", "folds"))
+    kinds = {"": f"{SURE} interval"} | ({} if folds else {"seeds_": "over seeds, on these images"})
+    headings = ["comparison", f"gain ({unit(metric)})", *kinds.values(), "p", "detectable", "verdict"]
     rows = []
     for name, comparison in comparisons.items():
-        intervals = [_interval(comparison, kind) for kind in ("", "seeds_")]
+        intervals = [_interval(comparison, kind) for kind in kinds]
         p = p_text(comparison["p"])
         detectable = difference(metric, comparison["detectable"])[1:] if "detectable" in comparison else ""
         verdict = comparison["verdict"]
         if comparison["seeds"] < FEWEST:
-            intervals, p, detectable, verdict = ["", ""], "", "", "a smoke test"
+            intervals, p, detectable, verdict = ["" for _ in kinds], "", "", "a smoke test"
         gain = difference(metric, comparison["gain"])
         rows.append([name.replace("_vs_", " - "), gain, *intervals, p, detectable, verdict])
     return headings, rows

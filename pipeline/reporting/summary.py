@@ -56,7 +56,7 @@ def _draw_differences(axes: Axes, evaluation: Evaluation) -> dict[str, Any]:
             verdict = comparison["verdict"] if sign > 0 else reversed_verdict(comparison["verdict"])
             axes.hlines(row, factor * low, factor * high, color="black", linewidth=2)
             ends = axes.scatter(factor * np.array([low, high]), [row] * 2, s=90, color="black", marker="|")
-            entries[f"{SURE} over seeds and images"] = ends
+            entries[f"{SURE} over {'the folds' if comparison.get('folds') else 'seeds and images'}"] = ends
         mean = axes.scatter(factor * gain, row, s=45, color="black", marker="D", zorder=3)
         ours, theirs = (np.array([seed[metric] for seed in models[name]["figures"]]) for name in (model, other))
         seeds = axes.scatter(factor * better * (ours - theirs), [row + 0.25] * len(ours), s=60, color="0.4", marker="|")

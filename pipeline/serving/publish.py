@@ -47,6 +47,8 @@ def describe(track: str) -> dict[str, Any]:
     path, plan, choice = EXPORTED / track / "student.onnx", TRACKS[track], read_json(EXPORTED / track / "choice.json")
     detail, exported, costs = (read_json(METRICS / name) for name in (f"detail/{track}.json", *_of(track)))
     student, content, entry = Student(path), path.read_bytes(), detail["models"][plan.distilled]
+    if detail["dataset"].get("folds"):
+        raise UserError(f"{path}: of a cross-validation, trained on a part of the images: train it with {track}.folds: null")
     figures = exported["student"]
     of_this_file = choice["checkpoint_md5"] in entry["checkpoints"] and student.classes == detail["dataset"]["classes"]
     same_bytes = costs["models"]["student.onnx"]["file_bytes"] == len(content)

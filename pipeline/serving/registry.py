@@ -78,6 +78,10 @@ def register(client: MlflowClient, track: str, checkout: Path) -> tuple[str, str
         if not path.is_file():
             raise UserError(f"{path}: missing: dvc repro report@{track}, or dvc exp apply an experiment that has run it")
     description, checksum = read_description(checkpoint), md5(checkpoint)
+    if description.dataset.folds:
+        raise UserError(
+            f"{checkpoint}: of a cross-validation, trained on a part of the images: train it with {track}.folds: null"
+        )
     dataset, evaluation = description.dataset, read_json(checkout / f"metrics/detail/{track}.json")
     with user_error(f"metrics/detail/{track}.json: damaged", KeyError, TypeError, StopIteration):
         measured, answer = evaluation["models"][model]["checkpoints"], next(iter(evaluation["comparisons"].values()))
@@ -137,7 +141,8 @@ def judge(
     if not seeds:
         return CHALLENGER, f"no seed in common with {against}: they cannot be compared in pairs"
     both = (np.stack([predictions[seed] for seed in seeds]) for predictions in (ours, theirs))
-    comparison = compare(labels, *both, metric, margin, read_npz(predictions, ["patients"]).get("patients"))
+    patients = read_npz(predictions, ["patients"]).get("patients")
+    comparison = compare(labels, *both, metric, margin, patients)
     words = {"undecided": "undecided whether better than", "equivalent": "equivalent to"}
     relation = f"{words.get(comparison.verdict, f'{comparison.verdict} than')} {against}"
     gain, low, high = (difference(metric, value) for value in (comparison.gain, comparison.low, comparison.high))
@@ -157,7 +162,7 @@ def read_predictions(path: Path, model: str) -> tuple[np.ndarray, dict[int, np.n
     match shapes:
         case {"labels": ("i", n), "seeds": ("i", s), **others}:
             kind, *shape = others.get(model, ("", 0))
-            if kind == "f" and shape[:2] == [s, n] and len(shape) == 3 and shape[2]:
+            if kind == "f" and shape[:2] == [s, n] and len(shape) == 3 and shape[2] and np.isfinite(arrays[model]).all():
                 return arrays["labels"], dict(zip(arrays["seeds"].tolist(), arrays[model], strict=True))
     raise UserError(f"{path}: not the predictions of a distilled student: {shapes}: run dvc repro")
 

@@ -110,7 +110,8 @@ def _verdict(heading: str, model: str, ours: Evaluation, theirs: Evaluation) -> 
         for evaluation, detail in zip((ours, theirs), details, strict=True)
     ]
     answer = next(iter(ours.comparisons.values()))
-    comparison = compare(ours.labels, *both, answer["metric"], answer["margin"], ours.patients)
+    patients = theirs.patients if ours.patients is None else ours.patients
+    comparison = compare(ours.labels, *both, answer["metric"], answer["margin"], patients)
     gain, low, high = (difference(comparison.metric, value) for value in (comparison.gain, comparison.low, comparison.high))
     extent = f"95 % interval {low} to {high}, {comparison.seeds} seeds, {comparison.images:,} images"
     return f"{heading}: {comparison.verdict}, {gain} {unit(comparison.metric)} ({extent})"

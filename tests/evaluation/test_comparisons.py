@@ -171,7 +171,7 @@ def test_in_a_cross_validation_every_seed_is_measured_on_its_own_fold(tmp_path: 
     assert np.array_equal(rounds[0][held.rows("test", 2)], probabilities[2][held.rows("test", 2)])
     assert np.array_equal(rounds[1][held.rows("test", 2)], probabilities[5][held.rows("test", 2)])
     answer = evaluation.comparisons["student_distilled_vs_student_alone"]
-    assert (answer["folds"], answer["images"], answer["df"]) == (3, 700, 5)
+    assert (answer["folds"], answer["images"], answer["df"]) == (3, 700, 2)
     write_evaluation(evaluation, tmp_path)
     again = read(tmp_path)
     np.testing.assert_array_equal(again.probabilities["teacher"], probabilities)

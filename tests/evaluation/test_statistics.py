@@ -182,17 +182,27 @@ def test_of_folds_it_is_the_corrected_resampled_t_test():
     result, gains = compare(labels, ours, theirs), []
     for mine, other in zip(ours, theirs, strict=True):
         rows = ~np.isnan(mine[:, 0])
-        gains.append(np.mean(mine[rows].argmax(1) == labels[rows]) - np.mean(other[rows].argmax(1) == labels[rows]))
-    half = t.ppf(0.975, 9) * (np.var(gains, ddof=1) * (1 / 10 + 120 / 360)) ** 0.5
-    assert [result.gain, result.low, result.high] == pytest.approx([np.mean(gains), np.mean(gains) - half, np.mean(gains) + half])
-    assert (result.folds, result.df, result.images, result.seeds) == (5, 9, 600, 10)
-    assert result.seeds_high - result.gain == pytest.approx(half_width(gains))
+        gains.append(1.0 * (mine[rows].argmax(1) == labels[rows]) - (other[rows].argmax(1) == labels[rows]))
+    by_fold = (np.array(gains[:5]) + gains[5:]) / 2  # seed s and seed s + 5, on the same 120 images
+    variance = max(by_fold.mean(axis=1).var(ddof=1), (by_fold.var(axis=1, ddof=1) / 120).mean())
+    mean, half = np.mean(gains), t.ppf(0.975, 4) * (variance * (1 / 5 + 120 / 360)) ** 0.5
+    assert [result.gain, result.low, result.high] == pytest.approx([mean, mean - half, mean + half])
+    assert (result.folds, result.df, result.images, result.seeds) == (5, 4, 600, 10)
+    copies = [np.concatenate([model, model]) for model in (ours, theirs)]
+    assert compare(labels, *copies).p == pytest.approx(result.p), "a seed that says the same once more adds nothing"
     row = recall_gains(labels, ours, theirs)[0]
     of_class = compare(labels[labels == 0], ours[:, labels == 0], theirs[:, labels == 0])
     assert [row["gain"], row["images"]] == [pytest.approx(of_class.gain), 300]
-    assert row["low"] == pytest.approx(of_class.gain - (of_class.gain - of_class.low) * t.ppf(1 - 0.025 / 2, 9) / t.ppf(0.975, 9))
+    assert row["low"] == pytest.approx(of_class.gain - (of_class.gain - of_class.low) * t.ppf(1 - 0.025 / 2, 4) / t.ppf(0.975, 4))
     single = compare(labels, ours[:1], theirs[:1])
     assert (single.images, single.verdict, np.isfinite([single.low, single.high]).all()) == (600, "undecided", True)
+
+
+def test_that_nothing_differed_in_a_few_images_does_not_make_models_equivalent():
+    for images, verdict in ((1400, "undecided"), (1600, "equivalent")):
+        labels, right = np.arange(images) % 2, np.ones((3, images), bool)
+        answers = one_hot(right == (labels == 0))
+        assert compare(labels, answers, answers, margin=0.002).verdict == verdict
 
 
 @pytest.mark.slow

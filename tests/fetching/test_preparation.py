@@ -99,6 +99,9 @@ def test_without_a_validation_split_all_images_are_trained_on(tmp_path: Path):
     assert load_split(tmp_path / "data", "val", CPU).images.shape == (0, 8, 8, 1)
 
 
+SIZES = {"train": 400, "val": 100, "test": 200}
+
+
 def write_patients(path: Path, **changed: np.ndarray) -> Path:
     """A set whose patients have four images each: 100 in train, 25 in val, 50 in test."""
     groups = {
@@ -128,6 +131,26 @@ def test_a_validation_split_that_is_cut_parts_no_patient(tmp_path: Path):
     data = load_training_data(tmp_path / "out", CPU)
     train, val = ({whose[bytes(image)] for image in split.images.numpy()} for split in (data.train, data.val))
     assert not train & val
+    patients = np.arange(400) // 20  # the ninth class is of one alone, who would be the most like what is wanted
+    labels = {"train_labels": np.where(patients == 0, 9, np.arange(400) % 9), "test_labels": np.arange(200) % 10}
+    groups = {"train_groups": patients, "val_groups": np.arange(100), "test_groups": 100 + np.arange(200)}
+    path = write_npz(tmp_path / "b.npz", val_images=None, val_labels=None, **labels, **groups)
+    prepare(read_source(str(path)), 0.05, tmp_path / "whole")
+    data = load_training_data(tmp_path / "whole", CPU)
+    assert (len(data.val.labels), len(data.train.labels.unique())) == (20, 10)
+
+
+def test_no_unlabelled_image_of_a_patient_in_val_or_test_is_trained_on(tmp_path: Path):
+    unlabelled = {"unlabelled_images": np.full((5, 8, 8), 3, np.uint8), "unlabelled_groups": np.array([0, 100, 125, 999, 0])}
+    source = read_source(str(write_patients(tmp_path / "a.npz", **unlabelled)))
+    assert prepare(source, 0.1, tmp_path / "out").images["unlabelled"] == 3
+
+
+def test_a_patient_in_two_splits_is_refused_but_for_folds(tmp_path: Path):
+    source = read_source(str(write_npz(tmp_path / "a.npz", **{f"{split}_groups": np.arange(n) for split, n in SIZES.items()})))
+    with pytest.raises(UserError, match="100 patients are in train_groups and in val_groups"):
+        prepare(source, 0.1, tmp_path / "out")
+    assert prepare(source, 0.1, tmp_path / "out", folds=3).folds == 3
 
 
 def test_folds_test_every_image_once_and_part_no_patient(tmp_path: Path):
@@ -167,7 +190,9 @@ def test_equal_images_in_two_folds_are_counted(npz: Path, tmp_path: Path):
     arrays = dict(np.load(npz))
     arrays["test_images"][:50] = arrays["train_images"][:50]
     source = read_source(str(write_npz(tmp_path / "a.npz", **arrays)))
-    assert prepare(source, 0.1, tmp_path / "out", folds=3).shared_images["fold/another fold"] > 10
+    assert 10 < prepare(source, 0.1, tmp_path / "out", folds=3).shared_images["fold/another fold"] <= 50
+    source = replace(source, unlabelled=source.splits["train"][0][50:350])
+    assert prepare(source, 0.1, tmp_path / "more", folds=3).shared_images["fold/another fold"] >= 300
 
 
 def test_too_few_images_or_patients_for_the_folds_is_one_clear_error(tmp_path: Path):
