@@ -156,7 +156,7 @@ def test_a_bad_study_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("name", "hidden", "message"),
     [
-        ("nothing", "", "medical, methods, mnist, original, pneumoniamnist, retinamnist"),
+        ("nothing", "", "medical, methods, mnist, one_cycle, original, retinamnist"),
         pytest.param("mnist", "ray", "pip install -r requirements-ray.lock, or run <name> --one-by-one", marks=pytest.mark.slow),
         pytest.param("mnist", "", "RAY_ADDRESS=127.0.0.1:9: [Errno 111] Connection refused", marks=pytest.mark.slow),
     ],
