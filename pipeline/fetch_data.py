@@ -20,8 +20,6 @@ from pipeline.fetching.sources import Source, own_file, read_source
 from pipeline.networks.architectures import ARCHITECTURES, check_architecture
 from pipeline.params import TRACKS, load_params
 
-FEWEST_STEPS = 50  # of the optimiser, in a training
-
 
 def main(track: str) -> None:
     params, plan, folder = load_params(), TRACKS[track], Path("data") / track
@@ -45,9 +43,6 @@ def main(track: str) -> None:
     images = " / ".join(f"{number:,}" for number in dataset.images.values())
     of_folds = f", of the first of {dataset.folds} folds" if dataset.folds else ""
     print(f"{track}: {dataset.name}, {images} {' / '.join(dataset.images)} images of {'x'.join(map(str, shape))}{of_folds}")
-    if (steps := block.epochs * -(-dataset.images["train"] // block.batch_size)) < FEWEST_STEPS:
-        few = f"{steps} steps of {block.batch_size} images in {block.epochs} epochs: a network will hardly learn"
-        print(f'warning: {dataset.name}: {few}: docs/data.md, "Few images: folds", has a recipe', file=sys.stderr)
     if shared := ", ".join(f"{number:,} {splits}" for splits, number in dataset.shared_images.items()):
         print(f"warning: {dataset.name} has equal images in two splits ({shared}): results on them may flatter", file=sys.stderr)
 
