@@ -44,24 +44,24 @@ def main() -> None:
         layer.register_forward_hook(lambda layer, x, y: seen.append((layer, x[0].shape, y.shape)))
     step()
     a, b = torch.randn(2, 2048, 2048).bfloat16()
-    rate, whole, parts, flop = 2 * 2048**3 / seconds(lambda: a @ b), seconds(step), {}, 0
+    rate, of_step, parts, flop = 2 * 2048**3 / seconds(lambda: a @ b), seconds(step), {}, 0
     for layer, x, y in seen[: len(layers)]:
         part, work = "batch norms", 0
         if isinstance(layer, nn.Conv2d):
             work = 2 * y.numel() * layer.weight[0].numel() * (3 if layer is not layers[0] else 2)
             part = "{1} to {0}, {2}x{3}".format(*layer.weight.shape) + f", {x[2]}x{x[3]} to {y[2]}x{y[3]}"
-        parts.setdefault((part, work), []).append(seconds(functools.partial(alone, layer, x)))
+        parts.setdefault((part, work), []).append(seconds(functools.partial(run_layer, layer, x)))
         flop += work
-    parts |= {("Adam", 0): [seconds(optimizer.step)], ("the whole step", flop): [whole]}
+    parts |= {("Adam", 0): [seconds(optimizer.step)], ("the whole step", flop): [of_step]}
     rows = []
     for (part, work), times in parts.items():
         of_rate = f"{work * len(times) / sum(times) / rate:.0%}" if work else ""
-        rows.append([part, len(times), f"{1000 * sum(times):.1f}", f"{sum(times) / whole:.0%}", of_rate])
+        rows.append([part, len(times), f"{1000 * sum(times):.1f}", f"{sum(times) / of_step:.0%}", of_rate])
     print(f"Commit {commit()[:12]}, {machine()}; a bf16 matrix product: {rate / 1e9:.0f} GFLOP/s\n")
     print(tabulate(rows, ["channels, kernel, pixels", "layers", "ms", "of the step", "of the matrix product's rate"], "github"))
 
 
-def alone(layer: nn.Module, shape: torch.Size) -> None:
+def run_layer(layer: nn.Module, shape: torch.Size) -> None:
     """A layer's forward and backward pass on images of that shape."""
     x = torch.ones(shape, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_(shape[1] > 1)
     with autocast(x.device, "bf16"):

@@ -42,11 +42,11 @@ def main() -> None:
 
 def stages() -> list[str]:
     """Module and argument of every stage of dvc.yaml, in its order, which is the graph's."""
-    found = []
+    commands = []
     for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values():
         command = stage.get("do", stage)["cmd"].removeprefix("python -m pipeline.")
-        found += [re.sub(r"\$\{\w+\}", key, command) for key in stage.get("foreach", [""])]
-    return found
+        commands += [re.sub(r"\$\{\w+\}", key, command) for key in stage.get("foreach", [""])]
+    return commands
 
 
 def copy_checkout(folder: Path) -> Path:

@@ -82,8 +82,8 @@ class Checkout:
     def mlflow_runs(self, uri: str | None = None) -> list[Run]:
         """The runs of a store, by default of the checkout's own."""
         client = MlflowClient(uri or f"sqlite:///{self.folder}/mlflow.db")
-        experiments = [found for found in client.search_experiments() if self.experiment in (None, found.name)]
-        return client.search_runs([found.experiment_id for found in experiments]) if experiments else []
+        experiments = [named for named in client.search_experiments() if self.experiment in (None, named.name)]
+        return client.search_runs([experiment.experiment_id for experiment in experiments]) if experiments else []
 
     def by_name(self, uri: str | None = None) -> Counter[str]:
         return Counter(run.info.run_name for run in self.mlflow_runs(uri))

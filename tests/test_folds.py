@@ -40,6 +40,9 @@ def test_every_image_is_tested_by_a_seed_that_did_not_see_its_patient(checkout: 
     report = (checkout.folder / "metrics/report.md").read_text()
     assert "over 3 seeds and 500 test images of 125 patients in 3 folds" in report
     assert len(checkout.mlflow_runs()) == 9 + 3, "a run for each training, and for each model"
+    for deployment in ("publish", "registry distillation"):
+        refused = checkout.run(*checkout.stage(f"serving.{deployment}"), expect=1).stderr
+        assert "of a cross-validation, trained on a part of the images: train it with distillation.folds: null" in refused
     checkout.set(seeds=[0, 1])
     assert "distillation.folds = 3 wants seeds, as many of each fold, such as [0, 1, 2]" in checkout.dvc("repro", expect=255)
     checkout.set(seeds=[0, 1, 2], distillation__folds=None)

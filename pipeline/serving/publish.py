@@ -17,6 +17,7 @@ from pipeline.core.files import atomic_folder, read_json
 from pipeline.export.onnx_model import Student
 from pipeline.params import TRACKS
 from pipeline.reporting.report import sentence, template, tidy
+from pipeline.serving import refuse_folds
 
 PUBLISHED, EXPORTED, METRICS = Path("models/student"), Path("models/exported"), Path("metrics")
 FIGURES = {"accuracy": "accuracy", "auc": "roc_auc", "balanced_accuracy": "balanced_accuracy", "nll": "log_loss", "ece": "ece"}
@@ -47,8 +48,7 @@ def describe(track: str) -> dict[str, Any]:
     path, plan, choice = EXPORTED / track / "student.onnx", TRACKS[track], read_json(EXPORTED / track / "choice.json")
     detail, exported, costs = (read_json(METRICS / name) for name in (f"detail/{track}.json", *_of(track)))
     student, content, entry = Student(path), path.read_bytes(), detail["models"][plan.distilled]
-    if detail["dataset"].get("folds"):
-        raise UserError(f"{path}: of a cross-validation, trained on a part of the images: train it with {track}.folds: null")
+    refuse_folds(detail["dataset"].get("folds"), path, track)
     figures = exported["student"]
     of_this_file = choice["checkpoint_md5"] in entry["checkpoints"] and student.classes == detail["dataset"]["classes"]
     same_bytes = costs["models"]["student.onnx"]["file_bytes"] == len(content)

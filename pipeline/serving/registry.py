@@ -31,6 +31,7 @@ from pipeline.export.onnx_model import Student, open_foreign
 from pipeline.networks.description import read_description
 from pipeline.params import TRACKS
 from pipeline.reporting.tables import difference, unit
+from pipeline.serving import refuse_folds
 
 NAMES = {"baselines": "distilled-simple-cnn", "distillation": "distilled-student"}  # of the registered models, by track
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -78,10 +79,7 @@ def register(client: MlflowClient, track: str, checkout: Path) -> tuple[str, str
         if not path.is_file():
             raise UserError(f"{path}: missing: dvc repro report@{track}, or dvc exp apply an experiment that has run it")
     description, checksum = read_description(checkpoint), md5(checkpoint)
-    if description.dataset.folds:
-        raise UserError(
-            f"{checkpoint}: of a cross-validation, trained on a part of the images: train it with {track}.folds: null"
-        )
+    refuse_folds(description.dataset.folds, checkpoint, track)
     dataset, evaluation = description.dataset, read_json(checkout / f"metrics/detail/{track}.json")
     with user_error(f"metrics/detail/{track}.json: damaged", KeyError, TypeError, StopIteration):
         measured, answer = evaluation["models"][model]["checkpoints"], next(iter(evaluation["comparisons"].values()))
