@@ -31,7 +31,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         checkout = copy_checkout(Path(name) / "checkout")
         run(checkout, "dvc", "repro")
-        for stage in (*stages(), None):
+        for stage in (None, *stages()):  # outputs of measure_cost differ, and DVC would run what follows them
             command = (sys.executable, "-m", *f"pipeline.{stage}".split()) if stage else ("dvc", "repro")
             beyond = [run(checkout, *command) for _ in range(repeats)]
             rows.append([stage or "dvc repro, nothing to do", f"{statistics.median(beyond):.1f}", f"{max(beyond):.1f}"])

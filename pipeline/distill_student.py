@@ -12,7 +12,7 @@ from pipeline.params import TRACKS, load_params
 from pipeline.tracking.mirror import Mirror
 from pipeline.training.cache import trainings_folder
 from pipeline.training.recipe import Recipe
-from pipeline.training.seeds import train_seeds
+from pipeline.training.seeds import preload, train_seeds
 
 
 def main(track: str) -> None:
@@ -25,9 +25,9 @@ def main(track: str) -> None:
         teachers = {seed: (path,) for seed, path in teachers.items()}
     data = Path("data") / track
     recipes = [Recipe(**settings, seed=seed, data=data, teachers=paths) for seed, paths in teachers.items()]
-    records = train_seeds(recipes, trainings_folder(), params.jobs, models / plan.distilled)
+    preload()  # beside the import of MLflow
     mirror = Mirror(params.tracking.experiment)
-    for record in records:
+    for record in train_seeds(recipes, trainings_folder(), params.jobs, models / plan.distilled):
         mirror.training(record)
 
 

@@ -7,7 +7,7 @@ from pipeline.params import TRACKS, load_params
 from pipeline.tracking.mirror import Mirror
 from pipeline.training.cache import trainings_folder
 from pipeline.training.recipe import Recipe, check_method
-from pipeline.training.seeds import train_seeds
+from pipeline.training.seeds import preload, train_seeds
 
 
 def main(model: str) -> None:
@@ -16,9 +16,9 @@ def main(model: str) -> None:
     teachers = (Path(),) * (len(params.seeds) if params.distill.ensemble else 1)
     check_method(Recipe(**settings | params.method(), seed=0, data=data, teachers=teachers))  # before a teacher is paid for
     recipes = [Recipe(**settings, seed=seed, data=data) for seed in params.seeds]
-    records = train_seeds(recipes, trainings_folder(), params.jobs, Path("models/baselines") / model)
+    preload()  # beside the import of MLflow
     mirror = Mirror(params.tracking.experiment)
-    for record in records:
+    for record in train_seeds(recipes, trainings_folder(), params.jobs, Path("models/baselines") / model):
         mirror.training(record)
 
 

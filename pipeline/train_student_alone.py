@@ -7,16 +7,16 @@ from pipeline.params import load_params
 from pipeline.tracking.mirror import Mirror
 from pipeline.training.cache import trainings_folder
 from pipeline.training.recipe import Recipe
-from pipeline.training.seeds import train_seeds
+from pipeline.training.seeds import preload, train_seeds
 
 
 def main() -> None:
     params, model = load_params(), "student_alone"
     settings = params.training("distillation", model)
     recipes = [Recipe(**settings, seed=seed, data=Path("data/distillation")) for seed in params.seeds]
-    records = train_seeds(recipes, trainings_folder(), params.jobs, Path("models/distillation") / model)
+    preload()  # beside the import of MLflow
     mirror = Mirror(params.tracking.experiment)
-    for record in records:
+    for record in train_seeds(recipes, trainings_folder(), params.jobs, Path("models/distillation") / model):
         mirror.training(record)
 
 

@@ -9,7 +9,7 @@ from pipeline.params import Params, load_params
 from pipeline.tracking.mirror import Mirror
 from pipeline.training.cache import trainings_folder
 from pipeline.training.recipe import Recipe, check_method
-from pipeline.training.seeds import train_seeds
+from pipeline.training.seeds import preload, train_seeds
 
 DATA = Path("data/distillation")
 MODEL = "teacher"
@@ -28,9 +28,9 @@ def main() -> None:
         from_outside(params.teacher.file, params, settings)
         return
     recipes = [Recipe(**settings, seed=seed, data=DATA) for seed in params.seeds]
-    records = train_seeds(recipes, trainings_folder(), params.jobs, FOLDER)
+    preload()  # beside the import of MLflow
     mirror = Mirror(params.tracking.experiment)
-    for record in records:
+    for record in train_seeds(recipes, trainings_folder(), params.jobs, FOLDER):
         mirror.training(record)
 
 

@@ -37,7 +37,7 @@ def measure(path: Path) -> dict[str, float]:
     run, image_shape, classifier = _open(path)
     images = np.random.default_rng(0).integers(0, 256, (BATCH, *image_shape), dtype=np.uint8)
     single = repeat(lambda: run(images[:1]), number=1, repeat=110)[10:]  # seconds, after a warm-up
-    batch = repeat(lambda: run(images), number=1, repeat=12)[2:]
+    batch = repeat(lambda: run(images), number=1, repeat=7)[2:]
     figures = {
         "latency_ms": 1000 * float(np.median(single)),
         "latency_p95_ms": 1000 * float(np.quantile(single, 0.95)),

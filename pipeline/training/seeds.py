@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -51,6 +52,18 @@ class _Child:
     result: Path | str | None = None  # its checkpoint, or why there is none
 
 
+def preload() -> BaseContext:
+    """Start the server that trainings are forked from, if there is none: it imports PyTorch while this process goes on."""
+    for name, value in MEMORY.items():
+        os.environ.setdefault(name, value)
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
+    return context
+
+
 def train_seeds(recipes: Sequence[Recipe], root: Path, jobs: int | str, folder: Path) -> Iterator[Record]:
     """Start trainings, at most `jobs` at a time, and return an iterator of their records: at the start and after each epoch.
 
@@ -60,11 +73,7 @@ def train_seeds(recipes: Sequence[Recipe], root: Path, jobs: int | str, folder: 
 
     Raises UserError, after the others have finished, if some trainings failed; `folder` is then as before.
     """
-    for name, value in MEMORY.items():
-        os.environ.setdefault(name, value)
-    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-    if sys.platform != "win32":
-        context.set_forkserver_preload(PRELOAD)
+    context = preload()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most, of_gpus = max(1, cores // recipes[0].threads), 0
     if recipes[0].device in ("auto", "cuda") and any(Path("/dev").glob("nvidia[0-9]*")):  # else known without PyTorch
