@@ -21,8 +21,8 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
     def loss(log_temperature: float) -> float:  # convex in 1 / temperature: one minimum
         return -log_softmax(logits * np.exp(-log_temperature), axis=1)[rows, labels].mean()
 
-    found = minimize_scalar(loss, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(found.x))
+    fit = minimize_scalar(loss, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(fit.x))
 
 
 def scaled(probabilities: np.ndarray, temperature: float) -> np.ndarray:

@@ -69,9 +69,9 @@ class Evaluation(NamedTuple):
 def check_answers(model: str, probabilities: np.ndarray, folds: bool) -> None:
     """Raises ValueError for probabilities (S, N, K) that are no answers: NaN is for images that a seed's fold does not hold."""
     absent = np.isnan(probabilities).all(axis=2)
-    each = np.count_nonzero(~absent, axis=0)  # the seeds that answer for an image
-    whole = np.isfinite(probabilities[~absent]).all() and (each == each[:1]).all() and each.all() and (folds or not absent.any())
-    if not whole:
+    seeds = np.count_nonzero(~absent, axis=0)  # that answer for an image
+    equally_often = (seeds == seeds[:1]).all() and seeds.all() and (folds or not absent.any())
+    if not (equally_often and np.isfinite(probabilities[~absent]).all()):
         raise ValueError(f"{model}: probabilities that are no numbers")
 
 
@@ -100,66 +100,89 @@ def evaluate_track(
 
     Raises UserError if a checkpoint is missing, damaged or trained on other data than `data`, and if the models' seeds differ.
     """
-    from pipeline.evaluation.jackknife import FIGURES
     from pipeline.evaluation.metrics import fidelity, over_seeds
-    from pipeline.evaluation.statistics import compare, recall_gains
 
     models = [model for model in models if is_measured(folder / model)]
     comparisons = [pair for pair in comparisons if set(pair) <= set(models)]
-    dataset, patients = data.dataset, data.patients
+    dataset = data.dataset
     labels, val_labels = (split.labels.cpu().numpy() for split in (data.test, data.val))
-    details, parameters, answers = {}, {}, {}
+    details, parameters, predictions = {}, {}, {}
     for model in models:
-        details[model], parameters[model], answers[model] = _predict(folder / model, data)
+        details[model], parameters[model], predictions[model] = _predict(folder / model, data)
     probabilities, val_probabilities = (
-        {model: by_split[split] for model, by_split in answers.items() if split in by_split} for split in ("test", "val")
+        {model: by_split[split] for model, by_split in predictions.items() if split in by_split} for split in ("test", "val")
     )
     seeds = {model: detail["seeds"] for model, detail in details.items()}
     if len(set(map(tuple, seeds.values()))) > 1:
         raise UserError(f"{folder}: the models were trained with different seeds, {seeds}: run dvc repro")
     metrics = {}
     for model, detail in details.items():
-        pairs = itertools.zip_longest(probabilities[model], val_probabilities.get(model, []))
-        known = [(tested(labels, of_test), None if of_val is None else tested(val_labels, of_val)) for of_test, of_val in pairs]
-        both = [_figures(of_test, of_val, dataset.ordered) for of_test, of_val in known]
-        figures, detail["validation_figures"] = map(list, zip(*both, strict=True))
+        answers = _answers_by_seed(data, probabilities[model], val_probabilities.get(model, []))
+        detail["figures"], detail["validation_figures"] = map(
+            list, zip(*(_figures(*of_seed, dataset.ordered) for of_seed in answers), strict=True)
+        )
         if teachers.get(model) in probabilities:
-            of_teacher = [tested(labels, of_seed)[1] for of_seed in probabilities[teachers[model]]]
-            pairs = zip(figures, known, of_teacher, strict=True)
-            figures = [values | fidelity(of_test[1], theirs) for values, (of_test, _), theirs in pairs]
-        detail["figures"] = figures
-        metrics[model] = over_seeds(figures)
+            of_teacher = _answers_by_seed(data, probabilities[teachers[model]])
+            fidelities = [fidelity(ours[1], theirs[1]) for (ours, _), (theirs, _) in zip(answers, of_teacher, strict=True)]
+            detail["figures"] = [figures | more for figures, more in zip(detail["figures"], fidelities, strict=True)]
+        metrics[model] = over_seeds(detail["figures"])
         if losses := [{"final_train_loss": history[-1]["train_loss"]} for history in detail["histories"] if history]:
             metrics[model] |= over_seeds(losses)
         if parameters[model] is not None:
             metrics[model]["parameters"] = parameters[model]
-    compared = {}
-    for model, other in comparisons:
-        both = labels, probabilities[model], probabilities[other]
-        others = {name: compare(*both, name, patients=patients).as_json() for name in FIGURES if name != metric}
-        compared[f"{model}_vs_{other}"] = compare(*both, metric, margin, patients).as_json() | {"others": others}
+    compared = {
+        f"{model}_vs_{other}": _compare(data, probabilities[model], probabilities[other], metric, margin)
+        for model, other in comparisons
+    }
     detail = {"track": track, "dataset": dataset.model_dump(mode="json"), "models": details}
-    counts = np.bincount(labels if train_labels is None else train_labels[train_labels >= 0], minlength=len(dataset.classes))
     if train_labels is not None:
+        counts = np.bincount(train_labels[train_labels >= 0], minlength=len(dataset.classes))
         detail["train_images"] = dict(zip(dataset.classes, counts.tolist(), strict=True))
     (student, *others), *_ = comparisons
-    detail["recalls"] = {}
-    for other in (*others, teachers.get(student)):
-        if other in probabilities:
-            gains = recall_gains(labels, probabilities[student], probabilities[other], patients)
-            rarest_first = sorted(gains, key=lambda label: counts[label])
-            detail["recalls"][other] = {dataset.classes[label]: gains[label] for label in rarest_first}
+    against = {other: probabilities[other] for other in (*others, teachers.get(student)) if other in probabilities}
+    detail["recalls"] = _recalls(data, probabilities[student], against, detail.get("train_images"))
     stored = ({model: p.astype(np.float32) for model, p in of.items()} for of in (probabilities, val_probabilities))
-    return Evaluation(metrics, compared, detail, labels, next(stored), val_labels, next(stored), patients)
+    return Evaluation(metrics, compared, detail, labels, next(stored), val_labels, next(stored), data.patients)
 
 
-def _figures(
-    test: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray] | None, ordered: bool
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The figures of one seed's model, some only where `val` is given; and those of the validation images.
+Answers = tuple[np.ndarray, np.ndarray]  # labels (n,) and probabilities (n, K) of those images that a seed answered for
 
-    Both are labels (N,) and probabilities (N, K).
-    """
+
+def _answers_by_seed(
+    data: "EvaluationData", test: np.ndarray, val: Sequence[np.ndarray] = ()
+) -> list[tuple[Answers, Answers | None]]:
+    """Each seed's answers for its test images and, where there are some, its validation images, from arrays (S, N, K)."""
+    labels, val_labels = (split.labels.cpu().numpy() for split in (data.test, data.val))
+    pairs = itertools.zip_longest(test, val)
+    return [(tested(labels, of_test), None if of_val is None else tested(val_labels, of_val)) for of_test, of_val in pairs]
+
+
+def _compare(data: "EvaluationData", ours: np.ndarray, theirs: np.ndarray, metric: str, margin: float) -> dict[str, Any]:
+    """One of `Evaluation.comparisons`."""
+    from pipeline.evaluation.jackknife import FIGURES
+    from pipeline.evaluation.statistics import compare
+
+    both = data.test.labels.cpu().numpy(), ours, theirs
+    others = {name: compare(*both, name, patients=data.patients).as_json() for name in FIGURES if name != metric}
+    return compare(*both, metric, margin, data.patients).as_json() | {"others": others}
+
+
+def _recalls(
+    data: "EvaluationData", ours: np.ndarray, against: Mapping[str, np.ndarray], train_images: Mapping[str, int] | None
+) -> dict[str, dict[str, Any]]:
+    """`statistics.recall_gains` over each of the other models, by the names of the classes, the rarest first."""
+    from pipeline.evaluation.statistics import recall_gains
+
+    labels, classes, recalls = data.test.labels.cpu().numpy(), data.dataset.classes, {}
+    counts = list(train_images.values()) if train_images else np.bincount(labels, minlength=len(classes))
+    for other, theirs in against.items():
+        gains = recall_gains(labels, ours, theirs, data.patients)
+        recalls[other] = {classes[label]: gains[label] for label in sorted(gains, key=lambda label: counts[label])}
+    return recalls
+
+
+def _figures(test: Answers, val: Answers | None, ordered: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """The figures of one seed's model on test images, some only where `val` is given; and those on validation images."""
     from pipeline.evaluation.calibration import calibrated, fit_temperature
     from pipeline.evaluation.metrics import operating_points, score, youden_threshold
 
@@ -212,9 +235,9 @@ def _of_outside(paths: Mapping[int, Path], dataset: Dataset, splits: Sequence[st
         "setting": first.setting,
     }
     files = {"seeds": list(paths), "digests": checksums, "checkpoints": checksums}
-    nothing = {"best_epochs": [], "at_chance": [], "histories": [[] for _ in paths]}
+    no_training = {"best_epochs": [], "at_chance": [], "histories": [[] for _ in paths]}
     probabilities = {split: softmax(of_split.astype(np.float64), axis=2) for split, of_split in logits.items()}
-    return network | files | nothing, first.weights, probabilities
+    return network | files | no_training, first.weights, probabilities
 
 
 def _of_checkpoints(folder: Path, data: "EvaluationData", splits: Sequence[str]) -> Predictions:

@@ -142,9 +142,9 @@ def analyse(
     detectable = error * _detectable(df, critical) if seeds > 1 else float("nan")
     seeds_low, seeds_high = gain - half, gain + half
     intervals = low, high, seeds_low, seeds_high, low_90, high_90
-    known = 0 if patients is None else len(np.unique(patients))
+    people = 0 if patients is None else len(np.unique(patients))
     return Comparison(
-        metric, margin, gain, *intervals, p, df, detectable, seeds, images, smallest_class, patients=known, folds=folds
+        metric, margin, gain, *intervals, p, df, detectable, seeds, images, smallest_class, patients=people, folds=folds
     )
 
 
@@ -158,10 +158,10 @@ def _error_of_folds(gains: Sequence[float], without: np.ndarray, patients: np.nd
     masks, members = np.unique(tested, axis=0, return_inverse=True)
     of_folds, of_images = [], []
     for fold, mask in enumerate(masks):
-        own = members.ravel() == fold
-        of_folds.append(float(np.mean(np.asarray(gains)[own])))
+        its_seeds = members.ravel() == fold
+        of_folds.append(float(np.mean(np.asarray(gains)[its_seeds])))
         whose = None if patients is None else patients[mask]
-        of_images.append(float(_covariance(without[own][:, mask].mean(axis=0, keepdims=True), whose)[0, 0]))
+        of_images.append(float(_covariance(without[its_seeds][:, mask].mean(axis=0, keepdims=True), whose)[0, 0]))
     of_seeds = max(variance(of_folds) if len(of_folds) > 1 else 0.0, fmean(of_images))
     folds = max(FEWEST, round(tested.size / tested.sum()))
     return (of_seeds * (1 / len(of_folds) + 1 / (folds - 2))) ** 0.5, len(of_folds) - 1
@@ -204,7 +204,7 @@ def recall_gains(
     Of each: `images`, `gain` and, of a class with FEWEST_IMAGES and with FEWEST seeds, `low` and `high`: simultaneous 95 %
     intervals over seeds and images (Bonferroni), by the analysis of accuracy on the class's images with `images_at_least`.
     """
-    whole = not np.isnan(ours).any()
+    in_folds = bool(np.isnan(ours).any())
     counts = _cases(labels)
     tested = [label for label, cases in _cases(labels, patients).items() if cases >= FEWEST_IMAGES and len(ours) >= FEWEST]
     difference = 1.0 * (ours.argmax(axis=2) == labels) - (theirs.argmax(axis=2) == labels)
@@ -218,11 +218,8 @@ def recall_gains(
             answered = np.count_nonzero(~np.isnan(of_class), axis=1, keepdims=True)
             without = (np.nansum(of_class, axis=1, keepdims=True) - of_class) / np.maximum(answered - 1, 1)
             whose = None if patients is None else patients[labels == label]
-            error, df = (
-                _error(gains.tolist(), without, whose, images_at_least=True)
-                if whole
-                else _error_of_folds(gains.tolist(), without, whose)
-            )
+            arguments = gains.tolist(), without, whose
+            error, df = _error_of_folds(*arguments) if in_folds else _error(*arguments, images_at_least=True)
             half = error * float(t.ppf(1 - (1 - CONFIDENCE) / 2 / len(tested), df))
             rows[label] |= {"low": rows[label]["gain"] - half, "high": rows[label]["gain"] + half}
     return rows

@@ -34,9 +34,9 @@ def prepare(source: Source, validation: float, folder: Path, folds: int | None =
     if not folds and "test" not in source.splits:
         raise UserError(f"dataset {source.name} has no test images: give it some, or set the track's folds, such as 5")
     if folds:
-        everything, origin = [(split, np.arange(len(labels))) for split, (_, labels) in source.splits.items()], "the next fold"
-        of_folds, unlabelled = _folds(source, folds)
-        parts = {"train": everything, "val": [("train", np.arange(0))], "test": everything}
+        all_images, origin = [(split, np.arange(len(labels))) for split, (_, labels) in source.splits.items()], "the next fold"
+        fold_numbers, unlabelled = _folds(source, folds)
+        parts = {"train": all_images, "val": [("train", np.arange(0))], "test": all_images}
     else:
         parts, origin = _parts(source, validation)
         held_patients = [
@@ -53,17 +53,12 @@ def prepare(source: Source, validation: float, folder: Path, folds: int | None =
     if source.patients:
         _write(folder / "test" / "patients.npy", [(source.patients[name], rows) for name, rows in parts["test"]])
     if folds:
-        _write(folder / "train" / "folds.npy", [(of_folds, np.arange(len(of_folds)))], digest)
-        _write(folder / "test" / "folds.npy", [(of_folds, np.arange(sum(len(rows) for _, rows in parts["test"])))])
+        _write(folder / "train" / "folds.npy", [(fold_numbers, np.arange(len(fold_numbers)))], digest)
+        _write(folder / "test" / "folds.npy", [(fold_numbers, np.arange(sum(len(rows) for _, rows in parts["test"])))])
     images = {split: sum(len(rows) for _, rows in of_split) for split, of_split in parts.items()}
     stored = {split: read_npy(folder / split / "images.npy") for split in SPLITS}  # mapped, just written
     if folds:
-        labelled = of_folds[: images["test"]]
-        images = {split: int(held_out(labelled, folds, 0, split).sum()) for split in ("val", "test")}
-        images = {"train": len(labelled) - sum(images.values())} | images
-        stored = {f"fold {fold}": stored["test"][labelled == fold] for fold in range(folds)} | {
-            "no fold": stored["train"][of_folds < 0]
-        }
+        images, stored = _by_fold(fold_numbers, folds, stored)
     if len(unlabelled):
         images["unlabelled"] = len(unlabelled)
     pairs = duplicates(stored)
@@ -85,12 +80,23 @@ def prepare(source: Source, validation: float, folder: Path, folds: int | None =
     return dataset
 
 
+def _by_fold(numbers: np.ndarray, folds: int, stored: dict[str, np.ndarray]) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """The numbers of images that the first seed trains on, validates and tests; and the images of each fold.
+
+    `numbers` (N,) says which fold each training image is in, first those with a label, which are the test images.
+    """
+    labelled = numbers[: len(stored["test"])]
+    images = {split: int(held_out(labelled, folds, 0, split).sum()) for split in ("val", "test")}
+    by_fold = {f"fold {fold}": stored["test"][labelled == fold] for fold in range(folds)}
+    return {"train": len(labelled) - sum(images.values())} | images, by_fold | {"no fold": stored["train"][numbers < 0]}
+
+
 def _parts(source: Source, validation: float) -> tuple[Parts, str]:
     """The source's splits, and where the validation split comes from. Raises UserError if one parts a patient."""
-    for one, other in itertools.combinations(source.splits if source.patients else (), 2):
-        if len(both := np.intersect1d(source.patients[one], source.patients[other])):
+    for split, other in itertools.combinations(source.splits if source.patients else (), 2):
+        if shared := len(np.intersect1d(source.patients[split], source.patients[other])):
             raise UserError(
-                f"dataset {source.name}: {len(both):,} patients are in {one}_groups and in {other}_groups: one is wanted"
+                f"dataset {source.name}: {shared:,} patients are in {split}_groups and in {other}_groups: one is wanted"
             )
     parts, origin = {split: [(split, np.arange(len(labels)))] for split, (_, labels) in source.splits.items()}, "official"
     if "val" not in parts:
@@ -115,10 +121,10 @@ def _cut(source: Source, validation: float) -> tuple[np.ndarray, np.ndarray]:
         parts = max(2, min(round(1 / validation), len(np.unique(patients))))
         cuts = StratifiedGroupKFold(parts, shuffle=True, random_state=SEED).split(labels, labels, patients)
         wanted, classes = validation * np.bincount(labels), len(np.unique(labels))
-        whole = [cut for cut in cuts if len(np.unique(labels[cut[0]])) == classes]
-        if not whole:
+        of_all_classes = [cut for cut in cuts if len(np.unique(labels[cut[0]])) == classes]
+        if not of_all_classes:
             raise ValueError("a class is of one patient alone")
-        return min(whole, key=lambda cut: np.abs(np.bincount(labels[cut[1]], minlength=len(wanted)) - wanted).sum())
+        return min(of_all_classes, key=lambda cut: np.abs(np.bincount(labels[cut[1]], minlength=len(wanted)) - wanted).sum())
 
 
 def _unlabelled(source: Source, held_out: np.ndarray) -> np.ndarray:
@@ -153,7 +159,8 @@ def _folds(source: Source, folds: int) -> tuple[np.ndarray, np.ndarray]:
     whose = source.patients.get("unlabelled", np.full(len(taken), UNKNOWN))
     taken = taken[whose != UNKNOWN]
     of_patients = dict(zip(patients.tolist(), of_images.tolist(), strict=True))
-    return np.array([*of_images.tolist(), *(of_patients.get(one, UNKNOWN) for one in whose[taken].tolist())], np.int64), taken
+    of_unlabelled = [of_patients.get(patient, UNKNOWN) for patient in whose[taken].tolist()]
+    return np.array([*of_images.tolist(), *of_unlabelled], np.int64), taken
 
 
 def _write(path: Path, parts: Sequence[tuple[np.ndarray, np.ndarray]], digest: "hashlib._Hash | None" = None) -> None:

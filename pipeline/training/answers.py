@@ -52,8 +52,8 @@ class Embeddings(nn.Module):
 
 def with_own_embeddings(loss: "Loss", student: Classifier) -> "Loss":
     """`loss` of a method in losses.ON_EMBEDDINGS as a loss for `loop.fit`: it gets the student's embeddings of the last batch."""
-    own = Embeddings(student)
-    return lambda *arguments: loss(*arguments, own.last)
+    embeddings = Embeddings(student)
+    return lambda *arguments: loss(*arguments, embeddings.last)
 
 
 def answers(recipe: "Recipe", device: torch.device, train: Split, indices: Tensor | None, of_embeddings: bool) -> Tensor:
@@ -64,39 +64,39 @@ def answers(recipe: "Recipe", device: torch.device, train: Split, indices: Tenso
     probabilities.
     """
     transforms = [None] if indices is None else [single_view(number, indices) for number in range(len(indices))]
-    of_teachers = []
+    by_teacher = []
     for path in recipe.teachers:
         if path.suffix == ".npz":
             logits = torch.tensor(read_outside_logits(path, "train", load_dataset(recipe.data)))
             if logits.shape[1:-1] != (() if indices is None else (len(indices),)):
                 raise UserError(f"{path}: not the views of augmentation = {recipe.augmentation}: run dvc repro")
-            of_teachers.append(logits.flatten(0, -2).to(device))
+            by_teacher.append(logits.flatten(0, -2).to(device))
             continue
         teacher, _ = load_checkpoint(path, device)
         model = Embeddings(teacher) if of_embeddings else teacher
         views = [predict(model, train.images, recipe.settings["precision"], transform) for transform in transforms]
-        of_teachers.append(torch.stack(views, dim=1).flatten(0, 1))
-    said = ensemble(of_teachers)
+        by_teacher.append(torch.stack(views, dim=1).flatten(0, 1))
+    outputs = ensemble(by_teacher)
     match recipe.answers:
         case "permuted":
-            return permuted(said, train.labels, recipe.seed)
+            return permuted(outputs, train.labels, recipe.seed)
         case "uniform":
-            return torch.zeros_like(said)
+            return torch.zeros_like(outputs)
         case "hard":
-            return CERTAIN * F.one_hot(said.argmax(1), said.shape[1]).float()
+            return CERTAIN * F.one_hot(outputs.argmax(1), outputs.shape[1]).float()
         case _:
-            return said
+            return outputs
 
 
-def permuted(said: Tensor, labels: Tensor, seed: int) -> Tensor:
-    """The rows of `said`, one or, image by image, several for each of `labels` (N,), exchanged among the images of a class.
+def permuted(outputs: Tensor, labels: Tensor, seed: int) -> Tensor:
+    """The rows of `outputs`, one or, image by image, several for each of `labels` (N,), exchanged among the images of a class.
 
     An image without a label counts to the class that its first row names.
     """
-    images = said.unflatten(0, (len(labels), -1))
+    images = outputs.unflatten(0, (len(labels), -1))
     classes = torch.where(labels == UNKNOWN, images[:, 0].argmax(1), labels)
-    generator, source = torch.Generator().manual_seed(seed), torch.arange(len(labels), device=said.device)
+    generator, source = torch.Generator().manual_seed(seed), torch.arange(len(labels), device=outputs.device)
     for label in classes.unique():
         members = (classes == label).nonzero()[:, 0]
-        source[members] = members[torch.randperm(len(members), generator=generator).to(said.device)]
+        source[members] = members[torch.randperm(len(members), generator=generator).to(outputs.device)]
     return images[source].flatten(0, 1)

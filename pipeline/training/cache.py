@@ -84,8 +84,8 @@ class Entry:
     def is_finished(self) -> bool:
         """Whether checkpoint and record are there and belong together."""
         try:
-            there = self.record and self.record.finished and self.checkpoint.is_file()
-            return bool(there and md5(self.checkpoint) == self.record.checkpoint_md5 and self._describes_this())
+            complete = self.record and self.record.finished and self.checkpoint.is_file()
+            return bool(complete and md5(self.checkpoint) == self.record.checkpoint_md5 and self._describes_this())
         except OSError:
             return False
 

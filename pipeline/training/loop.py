@@ -104,15 +104,7 @@ def fit(
     used = count - (count % settings.batch_size == 1)
     optimizer, scheduler = _optimizer(model, settings, -(-used // settings.batch_size), device)
     order = torch.Generator(device).manual_seed(seed)
-    best = {}
-    if resume:
-        model.load_state_dict(progress.state["model"])
-        optimizer.load_state_dict(progress.state["optimizer"])
-        if scheduler:
-            scheduler.load_state_dict(progress.state["scheduler"])
-        order.set_state(progress.state["order"].cpu())
-        _set_rng_state(device, progress.state["rng"].cpu())
-        best = copy.deepcopy(progress.state.get("best", progress.state["model"]))
+    best = _restore(progress.state, model, optimizer, scheduler, order) if resume else {}
     sums = {name: torch.zeros((), device=device, dtype=torch.int64) for name in ("correct", "labelled")}
     done = torch.zeros((), device=device)
     step = full_step = _step(model, loss, optimizer, labels, done, targets, settings.precision, sums, view, views)
@@ -124,11 +116,9 @@ def fit(
         done.fill_(number / settings.epochs)
         indices = torch.randperm(count, generator=order, device=device)[:used]
         slices = (indices if rows is None else rows[indices]).split(settings.batch_size)
-        drawn = [()] * len(slices)
-        if view:
-            drawn = [(part,) for part in torch.randint(views, (used,), generator=order, device=device).split(settings.batch_size)]
-        for batch, numbers, batch_images in zip(slices, drawn, batches(images, slices), strict=True):
-            (full_step if len(batch) == settings.batch_size else step)(batch, batch_images, *numbers)
+        numbers = [torch.randint(views, (used,), generator=order, device=device).split(settings.batch_size)] if view else []
+        for batch, batch_images, *batch_numbers in zip(slices, batches(images, slices), *numbers, strict=True):
+            (full_step if len(batch) == settings.batch_size else step)(batch, batch_images, *batch_numbers)
             if scheduler:
                 scheduler.step()
         terms, accuracy = _means(sums, used, number, settings.lr)
@@ -136,11 +126,35 @@ def fit(
         progress.history.append(Epoch(sum(terms.values()), accuracy, val_loss, val_accuracy, terms, val_auc))
         if not best or _is_better(progress.history[-1], progress.history[progress.best_epoch - 1], settings.selection):
             progress.best_epoch, best = number, copy.deepcopy(model.state_dict())
-        progress.state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "order": order.get_state()}
-        progress.state |= {"rng": _rng_state(device)} | ({"scheduler": scheduler.state_dict()} if scheduler else {})
+        progress.state = _state(model, optimizer, scheduler, order)
         progress.state |= {"best": best} if progress.best_epoch < number else {}
         yield progress
     model.load_state_dict(best)
+
+
+def _state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: lr_scheduler.LRScheduler | None, order: torch.Generator
+) -> dict[str, Any]:
+    """`Progress.state` without the best weights."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "order": order.get_state()}
+    return state | {"rng": _rng_state(order.device)} | ({"scheduler": scheduler.state_dict()} if scheduler else {})
+
+
+def _restore(
+    state: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: lr_scheduler.LRScheduler | None,
+    order: torch.Generator,
+) -> dict[str, Tensor]:
+    """Continue from `Progress.state`; the best weights so far."""
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if scheduler:
+        scheduler.load_state_dict(state["scheduler"])
+    order.set_state(state["order"].cpu())
+    _set_rng_state(order.device, state["rng"].cpu())
+    return copy.deepcopy(state.get("best", state["model"]))
 
 
 def _means(sums: Mapping[str, Tensor], images: int, number: int, lr: float) -> tuple[dict[str, float], float]:
@@ -149,7 +163,7 @@ def _means(sums: Mapping[str, Tensor], images: int, number: int, lr: float) -> t
     for total in sums.values():
         total.zero_()
     if not all(map(math.isfinite, totals)):
-        tries = "try a tenth of it, precision: fp32, or a smaller kd.temperature"
+        tries = "try a tenth of it, or precision: fp32"
         raise NotFiniteError(f"the loss of epoch {number} is not finite at a learning rate of {lr:g}: {tries}")
     return {name: total / images for name, total in zip([*sums][2:], totals, strict=True)}, correct / labelled
 

@@ -102,12 +102,13 @@ def decoupled(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor,
     `student` and `teacher` are logits divided by the temperature. TCKD is the divergence of (this class, any other), NCKD that
     among the other classes.
     """
-    own = F.one_hot(labels, student.shape[1]).bool()  # not gather: its deterministic backward pass cannot be captured on CUDA
+    # One-hot, not gather, whose deterministic backward pass cannot be captured on CUDA.
+    is_label = F.one_hot(labels, student.shape[1]).bool()
     pairs, others = [], []
     for logits in (teacher, student):
-        without = logits.masked_fill(own, NEVER)
+        without = logits.masked_fill(is_label, NEVER)
         others.append(F.log_softmax(without, dim=1))
-        pairs.append(F.log_softmax(torch.stack([logits.masked_fill(~own, 0).sum(1), without.logsumexp(1)], dim=1), dim=1))
+        pairs.append(F.log_softmax(torch.stack([logits.masked_fill(~is_label, 0).sum(1), without.logsumexp(1)], dim=1), dim=1))
     target, non_target = ((p.exp() * (p - q)).sum(1) for p, q in (pairs, others))
     return target, non_target, pairs[0][:, 1].exp()
 

@@ -91,9 +91,9 @@ def read_file(file: Path, kind: Kind, dataset: Dataset, views: int | None) -> di
     content = read_npz(file, ["fingerprint", *keys.values()])
     fingerprint = str(content.get("fingerprint", ""))
     if fingerprint != dataset.fingerprint:
-        found = f"is {fingerprint[:12]}..." if fingerprint else "is missing"
+        given = f"is {fingerprint[:12]}..." if fingerprint else "is missing"
         wanted = f"data/distillation/dataset.json has {dataset.fingerprint[:12]}..."
-        raise UserError(f"{where}: fingerprint {found}, {wanted}: the file must be of these images in this order")
+        raise UserError(f"{where}: fingerprint {given}, {wanted}: the file must be of these images in this order")
     arrays = {part: content[key] for part, key in keys.items() if key in content}
     wanted = ["train", *(part for part in _needed(kind) if dataset.images.get(part))]
     if missing := [keys[part] for part in wanted if part not in arrays]:
@@ -137,13 +137,13 @@ def linear_probe(
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits  # scikit-learn's own
 
-    def known(part: str, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    def labelled(part: str, split: Split) -> tuple[np.ndarray, np.ndarray]:
         rows = known_labels(split.labels, share, seed).numpy()
         of_part = features[part] if features[part].ndim == 2 else features[part][:, 0]
         return of_part[rows].astype(np.float64), split.labels.numpy()[rows]
 
     classes = range(len(data.dataset.classes))
-    inputs, labels = known("train", data.train)
+    inputs, labels = labelled("train", data.train)
     if absent := set(classes) - set(labels.tolist()):
         raise UserError(f"teacher.features: no labelled training image of class {min(absent)}")
     strengths = STRENGTHS if len(data.val.labels) else (WITHOUT_VALIDATION,)
@@ -154,7 +154,7 @@ def linear_probe(
         for probe in probes:
             probe.fit(inputs, labels)
         if len(probes) > 1:
-            val_inputs, val_labels = known("val", data.val)
+            val_inputs, val_labels = labelled("val", data.val)
             losses = [log_loss(val_labels, probe.predict_proba(val_inputs), labels=classes) for probe in probes]
         best = int(np.argmin(losses))
         logits = {part: _logits(probes[best], array) for part, array in features.items()}

@@ -97,16 +97,16 @@ def check_method(recipe: Recipe) -> None:
     name, standardized = method["name"], method.get("logit_standardization", False)
     two, labelled = len(dataset.classes) == 2, recipe.label_fraction == 1 and not dataset.images.get("unlabelled")
     plain = method.get("divergence") == "forward" and not standardized
-    one = len(recipe.teachers) < 2 and not any(path.suffix == ".npz" for path in recipe.teachers)
+    single = len(recipe.teachers) < 2 and not any(path.suffix == ".npz" for path in recipe.teachers)
     for wrong, reason in (
-        (dataset.folds and not one, "folds want a teacher of the student's own seed, neither an ensemble nor a file"),
+        (dataset.folds and not single, "folds want a teacher of the student's own seed, neither an ensemble nor a file"),
         (name == "dkd" and two, "dkd wants three classes or more: of two, it is dkd.alpha times kd"),
         (
             standardized and two,
             "logit_standardization wants three classes or more: of two, it takes away how sure the teacher is",
         ),
         (name == "dkd" and not labelled, "dkd wants the label of every training image"),
-        (name == "rkd" and not one, "rkd wants one network's embeddings, neither an ensemble's nor a file"),
+        (name == "rkd" and not single, "rkd wants one network's embeddings, neither an ensemble's nor a file"),
         (name == "rkd" and recipe.settings["batch_size"] > LARGEST_RKD, f"rkd wants batches of at most {LARGEST_RKD} images"),
         (
             name == "rkd" and recipe.answers == "permuted" and not labelled,
@@ -207,13 +207,13 @@ def _training(
     if indices is not None:
         indices = indices.to(device)
         options = {"views": len(indices), "view": functools.partial(view, indices=indices)}
-    known = hide_unknown(train, recipe.label_fraction, recipe.seed)
-    weights = balanced(known.labels, len(data.dataset.classes)) if recipe.class_weights == "balanced" else None
+    partly_labelled = hide_unknown(train, recipe.label_fraction, recipe.seed)
+    weights = balanced(partly_labelled.labels, len(data.dataset.classes)) if recipe.class_weights == "balanced" else None
     if recipe.method is None:
         rows = only_known(train.labels, recipe.label_fraction, recipe.seed)
         loss = hard_labels(recipe.label_smoothing, weights)
     else:
-        train, share = known, (known.labels != UNKNOWN).float().mean().item()
+        train, share = partly_labelled, (partly_labelled.labels != UNKNOWN).float().mean().item()
         arguments = dict(recipe.method)
         method = METHODS[name := arguments.pop("name")](hard_labels(recipe.label_smoothing, weights, share), **arguments)
         loss = with_own_embeddings(method, classifier) if name in ON_EMBEDDINGS else method
