@@ -1,7 +1,10 @@
 """Write the student as an ONNX file, which onnx_model describes and opens."""
 
+import errno
 import json
 import logging
+import os
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -10,7 +13,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from google.protobuf.message import DecodeError
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from torch import nn
 
@@ -75,18 +77,16 @@ def quantize(
 ) -> None:
     """Write an int8 version of the model in `source`, its ranges taken from the `calibration` images (N, H, W, C).
 
-    `resize` and `temperature` are those of `source`.
-
-    Raises UserError where ONNX Runtime, which does not notice a full disk, cannot read back what it wrote.
+    `resize` and `temperature` are those of `source`. Raises OSError where the disk is full, which ONNX Runtime does not notice
+    while it writes: it fails in many ways at what it reads back.
     """
     logging.getLogger().setLevel(logging.ERROR)  # it advises a preparation that changes nothing here
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "int8.onnx"
-        with user_error(
-            f"no space left in {source.parent} or {folder}, it seems: what was written there reads back as", DecodeError
-        ):
+        copy, raw = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+        shutil.copyfile(source, copy)  # it leaves files beside what it reads
+        try:
             quantize_static(
-                source,
+                copy,
                 raw,
                 _Calibration(calibration),
                 per_channel=True,
@@ -95,6 +95,10 @@ def quantize(
                 op_types_to_quantize=["Conv", "MaxPool", "Relu", "Gemm", "MatMul"],
             )
             model = onnx.load(raw)
+        except Exception as error:
+            if shutil.disk_usage(folder).free < source.stat().st_size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder) from error
+            raise
     _save(model, classes, path, resize, temperature)
 
 
