@@ -144,7 +144,8 @@ def outcome(answer: Comparison, claim: str) -> str:
         claim == "better_or_equivalent"
     ):  # at 5 % together: where both are false, either needs a 90 % interval above -margin, or below margin
         return outcome(answer, "better") or outcome(answer, "equivalent")
-    shown = {"better": answer.low > 0, "equivalent": answer.equivalent, "not_inferior": answer.low > -answer.margin}
+    shown = {"better": answer.low > 0, "equivalent": answer.equivalent}
+    shown["not_inferior"] = answer.low > -answer.margin and not _silent(answer)
     return claim.replace("_", " ") if answer.enough and shown[claim] else ""
 
 
@@ -154,10 +155,17 @@ def p_value(answer: Comparison | None, claim: str, margin: float) -> float:
         return 1.0
     if claim == "better":
         return answer.p
+    if _silent(answer):
+        return 1.0
     error = (answer.high - answer.low) / 2 / t.ppf((1 + CONFIDENCE) / 2, answer.df)
     with np.errstate(divide="ignore"):
         below, above = t.sf(np.divide([margin + answer.gain, margin - answer.gain], error), answer.df)
     return float(min(1, 2 * below) if claim == "not_inferior" else max(below, above))
+
+
+def _silent(answer: Comparison) -> bool:
+    """Whether no image makes a difference, and there are too few of them to rule out one of the margin."""
+    return answer.low == answer.high and not answer.equivalent
 
 
 def holm(p: pd.Series) -> pd.Series:

@@ -72,7 +72,7 @@ def _draw(axes: Axes, at: np.ndarray, curves: Mapping[str, np.ndarray], chance: 
         drawn[model] = line, axes.fill_between(at, values.min(axis=0), values.max(axis=0), alpha=0.15, color=style["color"])
         far.append(np.maximum(GRID, 1 - mean).min())
     axes.plot([0, 1], chance, ":", color="0.3", linewidth=1)
-    corner = max(far) < NEAR
+    corner = 0 < max(far) < NEAR
     low, high = np.array([-0.02, 1.02]) * (max(far) * SHOWN if corner else 1)
     axes.set(xlim=(low, high) if at is GRID else (1 - high, 1 - low), ylim=(1 - high, 1 - low))
     axes.locator_params(nbins=6)

@@ -80,7 +80,8 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     pairs = [name.split("_vs_") for name in comparisons][1:]
     rarest = content["answer"]["smallest_class"] if content["answer"]["metric"] in OF_CLASSES else FEWEST_IMAGES
     few = min(rarest, content["answer"].get("patients", FEWEST_IMAGES)) < FEWEST_IMAGES
-    content["inferiority"] = [(*pair, few or c["high"] >= c["margin"]) for pair, c in zip(pairs, against_teacher, strict=True)]
+    unknown = [few or c["high"] >= c["margin"] or _nothing_differed(c) for c in against_teacher]
+    content["inferiority"] = [(*pair, of_pair) for pair, of_pair in zip(pairs, unknown, strict=True)]
     classes, recalls = evaluation.detail["dataset"]["classes"], evaluation.detail["recalls"]
     rarest_first = recalls[other]  # those with test images
     by_class = {name: models[model]["by_class"][name] for name in rarest_first}
@@ -170,7 +171,7 @@ def _gains(comparisons: Json) -> Table:
     for name, comparison in comparisons.items():
         intervals = [_interval(comparison, kind) for kind in kinds]
         p = p_text(comparison["p"])
-        detectable = difference(metric, comparison["detectable"])[1:] if "detectable" in comparison else ""
+        detectable = difference(metric, comparison["detectable"])[1:] if comparison.get("detectable") else ""
         verdict = comparison["verdict"]
         if comparison["seeds"] < FEWEST:
             intervals, p, detectable, verdict = ["" for _ in kinds], "", "", "a smoke test"
@@ -190,6 +191,11 @@ def _others(comparisons: Json) -> Table:
             cells.append(f"{difference(metric, other['gain'])}{sure}")
         rows.append([name.replace("_vs_", " - "), *cells])
     return ["comparison", *(unit(metric) for metric in first["others"])], rows
+
+
+def _nothing_differed(comparison: Json) -> bool:
+    """Whether no image makes a difference in any seed, which of so few images says nothing of the margin."""
+    return comparison["low"] == comparison["high"] and comparison["verdict"] == "undecided"
 
 
 def _interval(comparison: Json, kind: str) -> str:

@@ -188,6 +188,14 @@ def test_the_curves_of_two_classes_have_a_marker_where_there_are_validation_imag
     assert title == "positive: one (a, b); mean and range over the seeds; dotted: chance"
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_curves_of_models_without_a_mistake_are_whole():
+    evaluation = make_evaluation(make_record(0), make_record(1))
+    right = np.tile(np.eye(2)[evaluation.labels], (2, 1, 1))
+    axes = plot_curves(evaluation._replace(probabilities=dict.fromkeys(evaluation.probabilities, right))).axes[0]
+    assert axes.get_xlim() == pytest.approx((-0.02, 1.02))
+
+
 def gallery(teacher: list, student: list, labels: list[int]) -> pd.DataFrame:
     of_models = {"t": np.array(teacher, np.float32), "s": np.array(student, np.float32), "a": np.array(student, np.float32)}
     return confidently_wrong(Evaluation({}, {"s_vs_a": {}, "t_vs_s": {}}, {}, np.array(labels), of_models, np.array([]), {}))

@@ -92,6 +92,11 @@ def test_headroom_and_inferiority_are_said(evaluation: Evaluation):
     text = rendered("markdown", evaluation._replace(comparisons=enough))
     assert "cannot tell" not in text
     assert "student_distilled is non-inferior to teacher by the margin of 30.00 points of accuracy; student_alone is" in text
+    for comparison in enough.values():  # in no image, which of few is no equivalence
+        comparison |= {"verdict": "undecided", "gain": 0.0, "low": 0.0, "high": 0.0, "detectable": 0.0}
+    text = rendered("markdown", evaluation._replace(comparisons=enough))
+    assert "student_distilled was not shown to be non-inferior to teacher by the margin of 30.00" in text
+    assert table(text, "comparison")["teacher - student_alone"]["detectable"] == ""
 
 
 def table(text: str, first: str) -> dict[str, dict[str, str]]:
@@ -244,6 +249,10 @@ def test_names_from_the_data_are_text(tmp_path: Path, data: TrainingData):
         ({"verdict": "equivalent"}, "**a** and **b** are **equivalent within ± 0.20 points of accuracy**: +1.00 points"),
         ({"verdict": "undecided"}, "Whether **a** is better than **b** is **undecided**: +1.00 points"),
         ({"verdict": "undecided"}, "; as many of both would show a difference of 0.50 in 80 % of such studies."),
+        (
+            {"verdict": "undecided", "low": 0, "high": 0, "gain": 0, "detectable": 0, "images": 40},
+            "40 test images; no image makes any difference, yet so few may hide one of up to 7.50.",
+        ),
         (
             {"verdict": "better, by less than the margin"},
             "is **better** than **b**, but equivalent within ± 0.20 points of accuracy:",

@@ -81,6 +81,14 @@ def answer(gain: float, error: float, df: float = 9, margin: float = 1.0, seeds:
     return Comparison("auc", margin, gain, **interval, **rest, seeds=seeds, images=100, smallest_class=50)
 
 
+@pytest.mark.parametrize("claim", ["equivalent", "not_inferior"])
+def test_no_difference_in_a_few_images_shows_nothing(claim: str):
+    nothing = dict.fromkeys(("low", "high", "low_90", "high_90"), 0.0)
+    for margin, shown in ((0.02, False), (0.04, True)):  # of 100 images, which rule out 3 points
+        comparison = answer(0.0, 0.25, margin=margin)._replace(**nothing)
+        assert bool(outcome(comparison, claim)) == (p_value(comparison, claim, margin) < 0.05) == shown
+
+
 @pytest.mark.parametrize("gain", [-1.5, -0.6, -0.3, 0.0, 0.3, 0.6, 1.5])
 @pytest.mark.parametrize("claim", ["better", "equivalent", "not_inferior"])
 def test_p_is_below_five_percent_where_a_claim_is_shown(claim: str, gain: float):
