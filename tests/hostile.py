@@ -28,9 +28,9 @@ def npz(arrays: dict[str, np.ndarray], **replaced: bytes) -> bytes:
     return stream.getvalue()
 
 
-def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG file that says it has these sides, with right checksums."""
-    chunks = ((b"IHDR", struct.pack(">II5B", width, height, 8, 0, 0, 0, 0)), *chunks)
+def png(width: int, height: int, *chunks: tuple[bytes, bytes], kind: tuple[int, int] = (8, 0)) -> bytes:
+    """A PNG file that says it has these sides, bits and kind of colours, with right checksums."""
+    chunks = ((b"IHDR", struct.pack(">II5B", width, height, *kind, 0, 0, 0)), *chunks)
     packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 

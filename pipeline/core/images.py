@@ -23,7 +23,7 @@ def open_image(path: Path, modes: Collection[str] = MODES) -> Iterator[Image.Ima
     """Yield the image in a PNG, JPEG or TIFF file, its pixels not yet unpacked.
 
     Raises UserError, for what fails in the block too: for a file that is damaged, none of these formats, or implausibly large,
-    for pixels that are transparent or of another mode than `modes`, and for a TIFF of several pages.
+    for pixels that are transparent or of another mode than `modes`, and for a TIFF of several pages or an animated PNG.
     """
     with user_error(f"{path}: cannot be read as an image", Exception):  # Pillow raises a dozen types on malformed bytes
         if not path.is_file():  # a folder, or a pipe that nothing comes out of
@@ -31,11 +31,13 @@ def open_image(path: Path, modes: Collection[str] = MODES) -> Iterator[Image.Ima
         # Pillow refuses images of over 179 million pixels by itself, and warns of half as many.
         refused = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
         with refused, Image.open(path, formats=sorted({*FORMATS.values()})) as image:
-            if image.mode not in modes or "transparency" in image.info:
-                kind = f"{image.mode}{' with transparency' if 'transparency' in image.info else ''}"
+            of_16_bits = image.mode == "RGB" and any(";16" in str(tile) for tile in image.tile)  # Pillow keeps 8 of them
+            if image.mode not in modes or "transparency" in image.info or of_16_bits:
+                kind = f"{image.mode}{' of 16 bits' if of_16_bits else ''}"
+                kind += " with transparency" if "transparency" in image.info else ""
                 raise ValueError(f"its pixels are {kind}; 8-bit grey, RGB or palette ones without transparency are wanted")
-            if image.format == "TIFF" and image.n_frames > 1:
-                raise ValueError(f"{image.n_frames} pages; one is wanted")
+            if image.format in ("TIFF", "PNG") and image.n_frames > 1:
+                raise ValueError(f"{image.n_frames} pages or frames; one is wanted")
             yield image
 
 

@@ -72,8 +72,10 @@ def list_table(source: Path, table: Path) -> tuple[list[ImageFile], list[LeftOut
     strict = warnings.catch_warnings(action="error", category=pd.errors.ParserWarning)  # of rows with more cells than columns
     with strict, user_error(f"{table}: cannot be read as a table", Exception):  # pandas raises a dozen types on malformed bytes
         frame = pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
+    frame.columns = [column.strip() for column in frame.columns]
     if missing := {"path", "label"} - {*frame.columns}:
-        raise UserError(f"{table}: no column {min(missing)!r}; its columns are {', '.join(map(str, frame.columns))}")
+        columns = ", ".join(map(repr, frame.columns))
+        raise UserError(f"{table}: no column {min(missing)!r}; its columns, parted by commas, are {columns}")
     columns = [column for column in ("path", "label", "split", "patient") if column in frame]
     files = {}
     for line, row in enumerate(frame[columns].to_dict("records"), 2):
@@ -82,7 +84,7 @@ def list_table(source: Path, table: Path) -> tuple[list[ImageFile], list[LeftOut
             raise UserError(f"{table}: {empty[0]} is empty in row {line}")
         if row.get("split", "test") not in SPLITS:
             raise UserError(f"{table}: split {row['split']!r} in row {line}: {', '.join(SPLITS)} are wanted")
-        name = os.path.normpath(row["path"])
+        name = os.path.relpath(source / row["path"], source)  # of an absolute path, too
         if name in files:
             raise UserError(f"{table}: {name} stands twice, the second time in row {line}")
         files[name] = ImageFile(source / name, name, row["label"], row.get("split", ""), row.get("patient", ""))

@@ -4,6 +4,7 @@ import difflib
 import gzip
 import hashlib
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -222,8 +223,21 @@ def _patients(
         empty = split != "unlabelled" and groups.dtype.kind == "U" and (groups == "").any()
         _require(not empty, f"{path}: {split}_groups: of some images, nobody's: whose they are is wanted of all or of none")
     names = np.concatenate([arrays[f"{split}_groups"].astype(str) for split in sizes])
+    if alike := _alike(np.unique(names).tolist()):
+        one_or_two = f"{alike[0]!r} and {alike[1]!r} would be two patients: write one alike, two with letters"
+        raise UserError(f"{path}: whose the images are: {one_or_two}")
     numbers = np.where(names == "", UNKNOWN, np.unique(names, return_inverse=True)[1])  # of an unlabelled image, perhaps
     return dict(zip(sizes, np.split(numbers, np.cumsum([*sizes.values()])[:-1]), strict=True))
+
+
+def _alike(names: list[str]) -> tuple[str, str] | None:
+    """Two names that differ in spaces around them alone, or are one number: 007, 7, 7.0, as spreadsheets write it anew."""
+    known: dict[str | float, str] = {}
+    for name in names:
+        number = re.fullmatch(r"[0-9]{1,15}(\.0*)?", plain := name.strip())
+        if (other := known.setdefault(float(plain) if number else plain, name)) != name:
+            return other, name
+    return None
 
 
 def _check_split(where: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

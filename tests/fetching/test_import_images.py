@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import read_source
 from tests.checkout import Checkout
 from tests.conftest import ROOT, small_checkout
+from tests.hostile import IEND, png
 
 RANDOM = np.random.default_rng(0)
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -246,6 +248,8 @@ def test_dicom_without_pydicom_says_how_to_get_it(tmp_path: Path, monkeypatch: p
         (Image.fromarray(np.dstack([RAMP] * 4), "CMYK"), "CMYK"),
         (Image.fromarray(RAMP > 9), "its pixels are 1"),
         (None, "2 pages"),
+        ("colours of 16 bits", "RGB of 16 bits"),
+        ("animated", "2 pages or frames"),
         (b"not an image", "cannot identify"),
         (b"truncated", "truncated"),
     ],
@@ -257,7 +261,11 @@ def test_a_broken_file_is_named_and_left_out_only_if_asked(tmp_path: Path, image
         path = source / "a" / "broken.png"
         write_image(path)
         path.write_bytes(path.read_bytes()[:-60])
-    elif image is None:
+    elif image == "colours of 16 bits":
+        path = source / "a" / "broken.png"
+        path.write_bytes(png(8, 8, (b"IDAT", zlib.compress(bytes(8 * 49))), IEND, kind=(16, 2)))
+    elif image in (None, "animated"):
+        path = path.with_suffix(".png" if image else ".tif")
         Image.fromarray(RAMP).save(path, save_all=True, append_images=[Image.fromarray(RAMP.T)])
     elif isinstance(image, bytes):
         path.write_bytes(image)
@@ -372,7 +380,8 @@ def test_a_table_with_a_mistake_is_refused_by_its_row(tmp_path: Path, changed: d
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,class\n", "no column 'label'; its columns are file, class"),
+        ("file,class\n", "no column 'label'; its columns, parted by commas, are 'file', 'class'"),
+        ("path;label\n", "no column 'label'; its columns, parted by commas, are 'path;label'"),
         ("path,label\na/0.png,a, mild\n", "cannot be read as a table"),
     ],
 )
@@ -389,6 +398,16 @@ def test_a_table_may_say_the_splits_and_leaves_out_what_it_does_not_name(tmp_pat
     arrays = make(tmp_path / "images", table=write_table(tmp_path / "images" / "labels.csv", rows))
     assert [len(arrays[f"{part}_images"]) for part in (*SPLITS, "unlabelled")] == [20, 4, 6, 1]
     assert "1 left out: not in the table\n\n- x/other.png" in (tmp_path / "out.md").read_text()
+
+
+def test_a_tables_paths_may_be_absolute_and_its_columns_have_spaces_around_them(tmp_path: Path):
+    source = write_classes(tmp_path / "images")
+    rows = [{" path": str(path), " label ": path.parent.name, " patient": str(n)} for n, path in enumerate(source.rglob("*.png"))]
+    arrays = make(source, table=write_table(tmp_path / "labels.csv", rows))
+    assert sum(map(len, groups(arrays))) == 20
+    assert "left out" not in (tmp_path / "out.md").read_text()
+    with pytest.raises(UserError, match="stands twice"):
+        make(source, table=write_table(tmp_path / "labels.csv", [*rows, rows[0] | {" path": "a/a00.png"}]))
 
 
 def test_unlabelled_images_of_patients_in_val_and_test_are_left_out(tmp_path: Path):
