@@ -5,20 +5,23 @@ A network that cannot take such images, or be exported as a student, is refused 
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save
 
 from pipeline.core.cli import run
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, one_line
 from pipeline.core.files import atomic_folder, main_checkout, write_atomic
 from pipeline.data.dataset import Dataset
+from pipeline.data.npy import read_npy
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.pretrained import imagenet_weights
-from pipeline.fetching.sources import Source, own_file, read_source
+from pipeline.fetching.sources import KEYS, Source, own_file, read_source, unread
 from pipeline.networks.architectures import ARCHITECTURES, check_architecture
 from pipeline.params import TRACKS, load_params
+
+NAMED = 5  # arrays or classes that a warning names
 
 
 def main(track: str) -> None:
@@ -43,8 +46,25 @@ def main(track: str) -> None:
     images = " / ".join(f"{number:,}" for number in dataset.images.values())
     of_folds = f", of the first of {dataset.folds} folds" if dataset.folds else ""
     print(f"{track}: {dataset.name}, {images} {' / '.join(dataset.images)} images of {'x'.join(map(str, shape))}{of_folds}")
+    for weakness in weaknesses(dataset, folder, unread(path) if (path := own_file(block.dataset)) else []):
+        print(one_line(f"warning: {dataset.name}{weakness}"), file=sys.stderr)
+
+
+def weaknesses(dataset: Dataset, folder: Path, not_read: Sequence[str]) -> Iterator[str]:
+    """What of a prepared set in `folder` may be a mistake, or weakens its results; `not_read` are arrays of the user's file."""
+    if not_read:
+        yield f": nothing reads its arrays {_first(not_read)}; known are {', '.join(KEYS)}"
     if shared := ", ".join(f"{number:,} {splits}" for splits, number in dataset.shared_images.items()):
-        print(f"warning: {dataset.name} has equal images in two splits ({shared}): results on them may flatter", file=sys.stderr)
+        yield f" has equal images in two splits ({shared}): results on them may flatter"
+    for split, what in (("val", "is chosen"), ("test", "is measured")):
+        present = {*read_npy(folder / split / "labels.npy").tolist()}
+        absent = [name for label, name in enumerate(dataset.classes) if present and label not in present]
+        if absent:
+            yield f" has no {split} image of class {_first(absent)}: nothing {what} by it"
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
 
 
 def write(

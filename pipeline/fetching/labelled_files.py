@@ -60,6 +60,9 @@ def list_folders(source: Path) -> tuple[list[ImageFile], list[LeftOut]]:
             left_out.append(LeftOut("in no folder of a class", name))
         else:
             files.append(ImageFile(path, name, parts[split_first], parts[0] if split_first else ""))
+    if not split_first:
+        empty = folders - {file.label for file in files}
+        left_out += [LeftOut("a class without images", f"{name}/") for name in sorted(empty)]
     return files, left_out
 
 

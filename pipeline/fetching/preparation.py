@@ -114,7 +114,8 @@ def _cut(source: Source, validation: float) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
     labels, patients = source.splits["train"][1], source.patients.get("train")
-    with user_error(f"dataset {source.name}: no validation split can be cut from its training images", ValueError):
+    advice = "give it validation images, or take a larger `validation`, or 0 with `selection: last`"
+    with user_error(f"dataset {source.name}: no validation split can be cut from its training images", ValueError, then=advice):
         if patients is None:
             options = {"stratify": labels, "random_state": SEED}
             return train_test_split(np.arange(len(labels)), test_size=validation, **options)

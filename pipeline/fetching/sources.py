@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shlex
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ MNIST_MD5 = {  # of the unpacked IDX files
 MNIST_TRAITS = {"classes": [*"0123456789"], "mean": 0.1307, "std": 0.3081}  # mean and deviation of its training pixels / 255
 MNIST_5K_MD5 = "b8ff62e444fa8656fdaf5b38040275c7"
 MOST_CLASSES, LONGEST_CLASS = 1000, 100  # what evaluation, figures and MLflow were tried with; characters of a name
+KEYS = [f"{split}_{part}" for split in SPLITS for part in ("images", "labels", "groups")]  # of a file
+KEYS += ["unlabelled_images", "unlabelled_groups", "class_names", "resize", "ordered"]
 ONE_LABEL_TASKS = ("multi-class", "binary-class", "ordinal-regression")
 
 
@@ -149,12 +152,14 @@ def _medmnist(flag: str, size: int) -> Source:
     return replace(source, ordered=info["task"] == "ordinal-regression")
 
 
+def unread(path: Path) -> list[str]:
+    """The arrays of a file that nothing reads: a key may be misspelt. `read_source` has read the others."""
+    with zipfile.ZipFile(path) as archive:
+        return sorted({name.removesuffix(".npy") for name in archive.namelist()} - {*KEYS})
+
+
 def _read(path: Path, name: str, classes: list[str] | None = None) -> Source:
-    parts = [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")]
-    groups = [f"{split}_groups" for split in (*SPLITS, "unlabelled")]
-    return as_source(
-        path, name, read_npz(path, [*parts, *groups, "unlabelled_images", "class_names", "resize", "ordered"]), classes
-    )
+    return as_source(path, name, read_npz(path, KEYS), classes)
 
 
 def as_source(path: Path, name: str, arrays: Mapping[str, np.ndarray], classes: list[str] | None = None) -> Source:

@@ -64,7 +64,8 @@ def _cut(files: list[ImageFile], split: str, folds: int) -> list[ImageFile]:
     patients = [files[row].patient for row in rows]
     splitter = (StratifiedGroupKFold if any(patients) else StratifiedKFold)(folds, shuffle=True, random_state=SEED)
     wanted = np.bincount(labels) / folds
-    with user_error(f"no {split} split can be cut: too few images or patients", ValueError), warnings.catch_warnings():
+    advice, problem = "give splits, as folders or in a table", f"no {split} split can be cut: too few images or patients"
+    with user_error(problem, ValueError, then=advice), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a class with few images: checked in the result
         parts = [part for _, part in splitter.split(rows, labels, patients)]
         part = min(parts, key=lambda part: np.abs(np.bincount(labels[part], minlength=len(wanted)) - wanted).sum())

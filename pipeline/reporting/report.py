@@ -83,6 +83,12 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     unknown = [few or c["high"] >= c["margin"] or _nothing_differed(c) for c in against_teacher]
     content["inferiority"] = [(*pair, of_pair) for pair, of_pair in zip(pairs, unknown, strict=True)]
     classes, recalls = evaluation.detail["dataset"]["classes"], evaluation.detail["recalls"]
+    labels_of = {"validation": evaluation.val_labels, "test": evaluation.labels}
+    content["absent"] = {
+        split: absent
+        for split, labels in labels_of.items()
+        if len(labels) and (absent := [name for label, name in enumerate(classes) if label not in labels])
+    }
     rarest_first = recalls[other]  # those with test images
     by_class = {name: models[model]["by_class"][name] for name in rarest_first}
     content["lost"] = {
@@ -96,7 +102,9 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     parameters = {key.rpartition(".")[2]: value for key, value in chosen.items()}
     unlabelled = "unlabelled" in evaluation.detail["dataset"]["images"]
     content["same_batches"] = parameters.get("label_fraction", 1) == 1 and not unlabelled
-    content["hidden_labels"] = parameters.get("label_fraction", 1) < 1
+    content["hidden_labels"] = (share := parameters.get("label_fraction", 1)) < 1
+    counts = [count for count in evaluation.detail.get("train_images", {}).values() if count]
+    content["labels"] = sum(max(1, round(share * count)) for count in counts), sum(counts)  # known, as data/labels.py draws them
     content["selection"] = parameters.get("selection", "accuracy")
     content["ensemble"] = parameters.get("ensemble", False)
     content["method"], content["answers"] = parameters.get("method", "kd"), parameters.get("answers", "teacher")

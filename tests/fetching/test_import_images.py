@@ -303,6 +303,13 @@ def test_hidden_and_other_files_are_counted_and_unlabelled_images_have_no_label(
     assert "| (none)  |" in summary
 
 
+def test_a_class_without_images_is_listed(tmp_path: Path):
+    source = write_classes(tmp_path / "images")
+    (source / "c").mkdir()
+    assert make(source)["class_names"].tolist() == ["a", "b"]
+    assert "1 left out: a class without images\n\n- c/" in (tmp_path / "out.md").read_text()
+
+
 def test_classes_that_are_numbers_come_in_their_order(tmp_path: Path):
     for label in ("10", "9", "1", "b"):
         for number in range(10):

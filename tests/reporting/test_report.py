@@ -80,6 +80,21 @@ def test_the_report_says_what_is_particular_about_data_and_recipe(tmp_path: Path
     assert "The method is rkd. **A control:** the distilled student did not learn from the teacher's own answers" in text
 
 
+def test_classes_without_images_and_labels_that_were_hidden_are_said(tmp_path: Path, data: TrainingData):
+    rows = [split.labels < 8 for split in (data.train, data.val)]
+    train, val = (Split(split.images[of], split.labels[of]) for split, of in zip((data.train, data.val), rows, strict=True))
+    evaluation = evaluate(tmp_path / "models", data._replace(train=train, val=val))  # evaluated on the training images
+    text = rendered("markdown", evaluation)
+    assert "**Warning:** no test image is of class 8, 9: no figure here says anything of recognizing it." in text
+    assert "no validation image is of class 8, 9: epochs, thresholds and temperatures were chosen without it." in text
+    assert "known are the labels" not in text
+    evaluation.detail["train_images"] = dict.fromkeys(data.dataset.classes, 200) | {"9": 3}
+    for entry in evaluation.detail["models"].values():
+        entry["parameters"] |= {"distillation.label_fraction": 0.01}
+    text = rendered("markdown", evaluation)
+    assert "; known are the labels of 19 of 1,803 training images, at least one of each class." in text
+
+
 def test_headroom_and_inferiority_are_said(evaluation: Evaluation):
     enough = {name: comparison | {"seeds": 5} for name, comparison in evaluation.comparisons.items()}
     for other in enough.values():
