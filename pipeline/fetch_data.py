@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import save
 
 from pipeline.core.cli import run
@@ -22,6 +23,7 @@ from pipeline.networks.architectures import ARCHITECTURES, check_architecture
 from pipeline.params import TRACKS, load_params
 
 NAMED = 5  # arrays or classes that a warning names
+FEWEST = 10  # test images of a class, and patients, as in evaluation/statistics.py, which no stage here depends on
 
 
 def main(track: str) -> None:
@@ -61,6 +63,13 @@ def weaknesses(dataset: Dataset, folder: Path, not_read: Sequence[str]) -> Itera
         absent = [name for label, name in enumerate(dataset.classes) if present and label not in present]
         if absent:
             yield f" has no {split} image of class {_first(absent)}: nothing {what} by it"
+    labels, whose = read_npy(folder / "test" / "labels.npy"), folder / "test" / "patients.npy"
+    cases, kind = (read_npy(whose), "patients") if whose.exists() else (np.arange(len(labels)), "images")
+    if (number := len(np.unique(cases))) < FEWEST:
+        yield f" has {number} test {kind}: no verdict is on fewer than {FEWEST}"
+    counts = {name: len(np.unique(cases[labels == label])) for label, name in enumerate(dataset.classes)}
+    if few := [f"{name} ({number})" for name, number in counts.items() if 0 < number < FEWEST]:
+        yield f" has few test {kind} of class {_first(few)}: verdicts on AUC and balanced accuracy want {FEWEST} of each"
 
 
 def _first(names: Sequence[str]) -> str:
