@@ -80,6 +80,13 @@ def test_the_report_says_what_is_particular_about_data_and_recipe(tmp_path: Path
     assert "The method is rkd. **A control:** the distilled student did not learn from the teacher's own answers" in text
 
 
+def test_classes_are_tested_by_their_patients_where_these_are_known(evaluation: Evaluation):
+    enough = {name: comparison | {"seeds": 5} for name, comparison in evaluation.comparisons.items()}
+    for patients, words in ((0, "test images"), (30, "test patients")):
+        first = {name: comparison | {"patients": patients} for name, comparison in enough.items()}
+        assert f"No class has 10 {words}: whether" in rendered("markdown", evaluation._replace(comparisons=first))
+
+
 def test_classes_without_images_and_labels_that_were_hidden_are_said(tmp_path: Path, data: TrainingData):
     rows = [split.labels < 8 for split in (data.train, data.val)]
     train, val = (Split(split.images[of], split.labels[of]) for split, of in zip((data.train, data.val), rows, strict=True))
