@@ -67,6 +67,7 @@ def weaknesses(dataset: Dataset, folder: Path, not_read: Sequence[str]) -> Itera
     cases, kind = (read_npy(whose), "patients") if whose.exists() else (np.arange(len(labels)), "images")
     if (number := len(np.unique(cases))) < FEWEST:
         yield f" has {number} test {kind}: no verdict is on fewer than {FEWEST}"
+        return
     counts = {name: len(np.unique(cases[labels == label])) for label, name in enumerate(dataset.classes)}
     if few := [f"{name} ({number})" for name, number in counts.items() if 0 < number < FEWEST]:
         yield f" has few test {kind} of class {_first(few)}: verdicts on AUC and balanced accuracy want {FEWEST} of each"

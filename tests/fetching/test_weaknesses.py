@@ -32,6 +32,8 @@ def test_what_can_have_no_verdict_is_said_before_anything_is_trained(tmp_path: P
     assert [*weaknesses(dataset, tmp_path / "out", [])] == [f" has few test images of class 9 (1): {wanted}"]
     groups = {"train_groups": np.arange(400), "val_groups": np.arange(100) + 400, "test_groups": np.arange(200) % 5 + 500}
     dataset = prepare_npz(tmp_path / "five", **groups)
-    total, of_classes = weaknesses(dataset, tmp_path / "five", [])
-    assert total == " has 5 test patients: no verdict is on fewer than 10"
-    assert of_classes.startswith(" has few test patients of class 0 (5), 1 (5)")
+    assert [*weaknesses(dataset, tmp_path / "five", [])] == [" has 5 test patients: no verdict is on fewer than 10"]
+    groups["test_groups"] = np.arange(200) % 11 + 500
+    dataset = prepare_npz(tmp_path / "eleven", **groups, test_labels=np.arange(200) % 11 % 10)
+    (few,) = weaknesses(dataset, tmp_path / "eleven", [])
+    assert few.startswith(" has few test patients of class 0 (2), 1 (1), 2 (1), 3 (1), 4 (1), ...: verdicts")
