@@ -65,8 +65,8 @@ def weaknesses(dataset: Dataset, folder: Path, not_read: Sequence[str]) -> Itera
             yield f" has no {split} image of class {_first(absent)}: nothing {what} by it"
     labels, whose = read_npy(folder / "test" / "labels.npy"), folder / "test" / "patients.npy"
     cases, kind = (read_npy(whose), "patients") if whose.exists() else (np.arange(len(labels)), "images")
-    if (number := len(np.unique(cases))) < FEWEST:
-        yield f" has {number} test {kind}: no verdict is on fewer than {FEWEST}"
+    if kind == "patients" and (number := len(np.unique(cases))) < FEWEST:
+        yield f" has {number} test patients: no verdict is on fewer than {FEWEST}"
         return
     counts = {name: len(np.unique(cases[labels == label])) for label, name in enumerate(dataset.classes)}
     if few := [f"{name} ({number})" for name, number in counts.items() if 0 < number < FEWEST]:

@@ -30,6 +30,11 @@ def test_what_can_have_no_verdict_is_said_before_anything_is_trained(tmp_path: P
     dataset = prepare_npz(tmp_path / "out", test_labels=rare)
     wanted = "verdicts on AUC and balanced accuracy want 10 of each"
     assert [*weaknesses(dataset, tmp_path / "out", [])] == [f" has few test images of class 9 (1): {wanted}"]
+    dataset = prepare_npz(tmp_path / "nine", test_images=digits(700)[0][500:509], test_labels=np.arange(9))
+    absent, few = weaknesses(dataset, tmp_path / "nine", [])
+    assert (absent[:19], few[:38]) == (" has no test image ", " has few test images of class 0 (1), 1"), (
+        "of accuracy there may be one"
+    )
     groups = {"train_groups": np.arange(400), "val_groups": np.arange(100) + 400, "test_groups": np.arange(200) % 5 + 500}
     dataset = prepare_npz(tmp_path / "five", **groups)
     assert [*weaknesses(dataset, tmp_path / "five", [])] == [" has 5 test patients: no verdict is on fewer than 10"]
