@@ -80,6 +80,8 @@ def list_table(source: Path, table: Path) -> tuple[list[ImageFile], list[LeftOut
         columns = ", ".join(map(repr, frame.columns))
         raise UserError(f"{table}: no column {min(missing)!r}; its columns, parted by commas, are {columns}")
     columns = [column for column in ("path", "label", "split", "patient") if column in frame]
+    if twice := [column for column in columns if [*frame.columns].count(column) > 1]:
+        raise UserError(f"{table}: column {twice[0]!r} stands twice")
     files = {}
     for line, row in enumerate(frame[columns].to_dict("records"), 2):
         row = {column: value.strip() for column, value in row.items()}

@@ -388,6 +388,7 @@ def test_a_table_with_a_mistake_is_refused_by_its_row(tmp_path: Path, changed: d
     ("text", "message"),
     [
         ("file,class\n", "no column 'label'; its columns, parted by commas, are 'file', 'class'"),
+        ("path,label, label\na/0.png,a,b\n", "column 'label' stands twice"),
         ("path;label\n", "no column 'label'; its columns, parted by commas, are 'path;label'"),
         ("path,label\na/0.png,a, mild\n", "cannot be read as a table"),
     ],
