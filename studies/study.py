@@ -151,6 +151,9 @@ def load_study(name: str, threads: int | None = None) -> tuple[Study, list[Point
     blocks = [study.fixed, *(grid.fixed for grid in study.grids)]
     blocks += [setting for grid in study.grids for item in grid.vary.items() for _, setting in choices(*item)]
     keys = dict.fromkeys(key for block in blocks for item in block.items() for key in spelt(*item))
+    known = combinations[0][2].values(*Params.model_fields)
+    if unknown := [key for key in keys if not any(f"{name}.".startswith(f"{key}.") for name in known)]:
+        raise UserError(f"{path}: {unknown[0]}: not a parameter")
     points = []
     for grid, names, point in combinations:
         digest = hashlib.sha256(json.dumps(point.values(*keys), sort_keys=True).encode()).hexdigest()
@@ -165,7 +168,9 @@ def _with_names(study: Study, path: Path) -> Study:
     for grid in study.grids:
         vary = dict(grid.vary)
         for key in study.named.keys() & vary.keys():
-            if unknown := [name for name in vary[key] if name not in study.named[key]]:
+            if isinstance(vary[key], dict):
+                raise UserError(f"{path}: {grid.title}: {key} has settings here and in `named`: list the names alone")
+            if unknown := [name for name in vary[key] if not (isinstance(name, str) and name in study.named[key])]:
                 raise UserError(f"{path}: {grid.title}: {key} = {shown(unknown[0])} is none of {', '.join(study.named[key])}")
             vary[key] = {name: study.named[key][name] for name in vary[key]}
         grids.append(grid.model_copy(update={"vary": vary}))
