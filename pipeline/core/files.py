@@ -81,7 +81,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file that a stage wrote. Raises UserError if it is missing or damaged."""
     with user_error(f"{path}: cannot be read", OSError, ValueError, RecursionError, then="run dvc repro"):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError(f"{type(content).__name__} instead of named values")
         return content
@@ -115,7 +115,7 @@ class _Loader(yaml.SafeLoader):
         """Of 010 and 1:30, PyYAML would make 8 and 90, and DVC, which reads YAML 1.2 and keeps the record, 10 and a string."""
         value, integer = node.value, node.tag == "tag:yaml.org,2002:int"
         if ":" in value or (integer and re.match("[-+]?0[0-9_]", value)):
-            raise yaml.YAMLError(f"{value} is one number by YAML 1.1, something else by 1.2: write it without leading 0 and colons")
+            raise yaml.YAMLError(f"{value} is one number by YAML 1.1, another or none by 1.2: no leading 0, no colon, please")
         return self.construct_yaml_int(node) if integer else self.construct_yaml_float(node)
 
 
