@@ -24,8 +24,8 @@ def run(main: Callable[..., None], options: ArgumentParser | None = None, **choi
     `options`; `main` gets each by its name.
 
     A `UserError`, or what `file_problem` and `store_problem` know, becomes one line on stderr and exit status 1, Ctrl-C status
-    130. Anything else is a defect of ours and keeps its traceback, without credentials. Under DVC, which would record changed code
-    as the code that ran, changed code is an error. What a terminal cannot show is escaped there.
+    130. Anything else is a defect of ours and keeps its traceback, without credentials. Under DVC, which would record changed
+    code as the code that ran, changed code is an error. What a terminal cannot show is escaped there.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
