@@ -127,7 +127,7 @@ lock: .venv/installed-for-tests
 
 # Every install takes the versions of a lock, and nothing whose hash it does not name. With TORCH_INDEX, PyTorch's build is another,
 # of which the lock names neither the hash nor the packages beneath: the versions alone hold.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
 .venv/installed: requirements.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -21,7 +21,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, ValidationError, field_validator
 from tqdm import tqdm
 
-from pipeline.core.errors import UserError, one_line
+from pipeline.core import cli
+from pipeline.core.errors import UserError
 from pipeline.core.files import read_yaml
 from pipeline.params import Block, Params, load_params, shown
 from pipeline.tracking.mirror import Mirror
@@ -87,37 +88,35 @@ class Point(NamedTuple):
     params: Params
 
 
-def main() -> None:
-    """Parse the command line and run or collect."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(**options: Any) -> None:
+    """Run or collect: `options` are those of the command line."""
+    arguments = argparse.Namespace(**options)
+    if any(number is not None and number < 1 for number in (arguments.threads, arguments.workers, arguments.per_gpu)):
+        raise UserError("--threads, --workers and --per-gpu are at least 1")
+    study, points = load_study(arguments.study, arguments.threads)
+    parts, claims = sections(points), (study.contrasts, study.secondary)
+    asked = [[ask(contrast, points, arguments.study) for contrast in part] for part in claims]
+    plans = {point.name: plan(point.params) for point in points}
+    if arguments.action == "collect":
+        paths = {name: path for name, tasks in plans.items() if (path := result_path(tasks[-1].digest)).is_file()}
+        if not paths:
+            raise UserError(f"study {arguments.study}: no finished point by this code: make study STUDY={arguments.study}")
+        settings = {point.name: point.settings for point in points}
+        findings = find(arguments.study, parts, *asked, settings, paths)
+        print(write_pages(findings, ROOT / "metrics" / "studies"))
+    else:
+        run(arguments, plans, points[0].params.tracking.experiment)
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("action", choices=["run", "collect"])
     parser.add_argument("study", help="a file studies/<study>.yaml")
     parser.add_argument("--one-by-one", action="store_true", help="run in this process, without Ray")
     parser.add_argument("--threads", type=int, help="that a task computes with (default: those of params.yaml)")
     parser.add_argument("--workers", type=int, help="tasks at a time on this machine (default: cores / threads)")
     parser.add_argument("--per-gpu", type=int, default=4, help="tasks that share a GPU (default 4)")
-    arguments = parser.parse_args()
-    if any(number is not None and number < 1 for number in (arguments.threads, arguments.workers, arguments.per_gpu)):
-        parser.error("--threads, --workers and --per-gpu are at least 1")
-    try:
-        study, points = load_study(arguments.study, arguments.threads)
-        parts, claims = sections(points), (study.contrasts, study.secondary)
-        asked = [[ask(contrast, points, arguments.study) for contrast in part] for part in claims]
-        plans = {point.name: plan(point.params) for point in points}
-        if arguments.action == "collect":
-            paths = {name: path for name, tasks in plans.items() if (path := result_path(tasks[-1].digest)).is_file()}
-            if not paths:
-                raise UserError(f"study {arguments.study}: no finished point by this code: make study STUDY={arguments.study}")
-            settings = {point.name: point.settings for point in points}
-            findings = find(arguments.study, parts, *asked, settings, paths)
-            print(write_pages(findings, ROOT / "metrics" / "studies"))
-        else:
-            run(arguments, plans, points[0].params.tracking.experiment)
-    except UserError as error:
-        sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        print("interrupted: the same command resumes", file=sys.stderr)
-        sys.exit(130)
+    return parser
 
 
 def load_study(name: str, threads: int | None = None) -> tuple[Study, list[Point]]:
@@ -151,6 +150,9 @@ def load_study(name: str, threads: int | None = None) -> tuple[Study, list[Point
     blocks = [study.fixed, *(grid.fixed for grid in study.grids)]
     blocks += [setting for grid in study.grids for item in grid.vary.items() for _, setting in choices(*item)]
     keys = dict.fromkeys(key for block in blocks for item in block.items() for key in spelt(*item))
+    known = combinations[0][2].values(*Params.model_fields)
+    if unknown := [key for key in keys if not any(f"{name}.".startswith(f"{key}.") for name in known)]:
+        raise UserError(f"{path}: {unknown[0]}: not a parameter")
     points = []
     for grid, names, point in combinations:
         digest = hashlib.sha256(json.dumps(point.values(*keys), sort_keys=True).encode()).hexdigest()
@@ -165,7 +167,9 @@ def _with_names(study: Study, path: Path) -> Study:
     for grid in study.grids:
         vary = dict(grid.vary)
         for key in study.named.keys() & vary.keys():
-            if unknown := [name for name in vary[key] if name not in study.named[key]]:
+            if isinstance(vary[key], dict):
+                raise UserError(f"{path}: {grid.title}: {key} has settings here and in `named`: list the names alone")
+            if unknown := [name for name in vary[key] if not (isinstance(name, str) and name in study.named[key])]:
                 raise UserError(f"{path}: {grid.title}: {key} = {shown(unknown[0])} is none of {', '.join(study.named[key])}")
             vary[key] = {name: study.named[key][name] for name in vary[key]}
         grids.append(grid.model_copy(update={"vary": vary}))
@@ -291,4 +295,4 @@ def _section(points: list[Point]) -> Section:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, _options())

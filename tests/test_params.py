@@ -45,6 +45,9 @@ def test_defaults_are_those_of_the_original_course_project_and_five_seeds():
         ("jobs: auto", "jobs: 0", ["jobs", "greater than or equal to 1"]),
         ("seeds: [0, 1, 2, 3, 4]", "seeds: []", ["seeds = []"]),
         ("seeds: [0, 1, 2, 3, 4]", "seeds: [0", ["cannot read"]),
+        ("seeds: [0, 1, 2, 3, 4]", "seeds: [010, 011]", ["010 is one number by YAML 1.1"]),
+        ("epochs: 5", "epochs: 1:30", ["1:30 is one number by YAML 1.1"]),
+        ("lr: 0.001", "lr: 0:0.5", ["0:0.5 is one number by YAML 1.1"]),
     ],
 )
 def test_bad_parameters_are_named(tmp_path: Path, old: str, new: str, named: list[str]):

@@ -2,15 +2,19 @@
 
 import gc
 import inspect
+import io
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from pipeline.core.errors import UserError, file_problem, one_line
+from pipeline.core.tracking_uri import masked, store_problem
 
 
 def run(main: Callable[..., None], options: ArgumentParser | None = None, **choices: Sequence[str] | None) -> None:
@@ -19,10 +23,13 @@ def run(main: Callable[..., None], options: ArgumentParser | None = None, **choi
     An argument may be left out if `main` has a default for it. A command with other arguments than these gives them as a parser,
     `options`; `main` gets each by its name.
 
-    A `UserError`, or what `file_problem` knows, becomes one line on stderr and exit status 1, Ctrl-C status 130. Anything else
-    is a defect of ours and keeps its traceback. Under DVC, which would record changed code as the code that ran, changed code is
-    an error.
+    A `UserError`, or what `file_problem` and `store_problem` know, becomes one line on stderr and exit status 1, Ctrl-C status
+    130. Anything else is a defect of ours and keeps its traceback, without credentials. Under DVC, which would record changed
+    code as the code that ran, changed code is an error. What a terminal cannot show is escaped there.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     description = {"description": sys.modules["__main__"].__doc__, "formatter_class": RawDescriptionHelpFormatter}
     parser = ArgumentParser(**description, parents=[options] if options else [])
     for name, values in choices.items():
@@ -36,17 +43,19 @@ def run(main: Callable[..., None], options: ArgumentParser | None = None, **choi
         code = code_digest()
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
+        if under_dvc:
+            _refuse_shallow()
         main(**arguments)
         if under_dvc and code_digest() != code:
             raise UserError("pipeline/ was edited while the stage ran: run it again (finished trainings are kept)")
-    except (UserError, OSError) as error:
-        message = error if isinstance(error, UserError) else file_problem(error)
-        if message is None:
-            raise
-        sys.exit(f"error: {one_line(message)}")
     except KeyboardInterrupt:
         print("interrupted: the same command resumes", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        message = error if isinstance(error, UserError) else store_problem(error)
+        if message is None and isinstance(error, OSError):
+            message = file_problem(error)
+        sys.exit(masked(traceback.format_exc()) if message is None else f"error: {one_line(masked(message))}")
     finally:
         gc.freeze()  # else all that is left is looked through for cycles when the process ends: up to 1.5 s
 
@@ -56,6 +65,16 @@ def read_port(text: str) -> int:
     if text.isdecimal() and 0 < int(text[:9]) < 2**16:
         return int(text)
     raise UserError(f"PORT = {text!r}: a number from 1 to 65535 is wanted")
+
+
+def _refuse_shallow() -> None:
+    """Raises UserError in an experiment's temporary copy of a shallow clone: DVC would run it, and lose it without a word."""
+    from pipeline.core.files import main_checkout
+
+    if Path.cwd() != main_checkout() and (main_checkout() / ".git" / "shallow").is_file():
+        raise UserError(
+            f"{main_checkout()} is a shallow clone, where DVC loses experiments: git fetch --unshallow, then run again"
+        )
 
 
 def _end_with(parent: int) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -80,7 +81,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file that a stage wrote. Raises UserError if it is missing or damaged."""
     with user_error(f"{path}: cannot be read", OSError, ValueError, RecursionError, then="run dvc repro"):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError(f"{type(content).__name__} instead of named values")
         return content
@@ -105,14 +106,23 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Of a key that stands twice, YAML would silently take the last."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [key for key in keys if keys.count(key) > 1][:1]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in keys.items() if count > 1][:1]:
             raise yaml.YAMLError(f"{twice[0]!r} stands twice")
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        """Of 010 and 1:30, PyYAML would make 8 and 90, and DVC, which reads YAML 1.2 and keeps the record, 10 and a string."""
+        value, integer = node.value, node.tag == "tag:yaml.org,2002:int"
+        if ":" in value or (integer and re.match("[-+]?0[0-9_]", value)):
+            raise yaml.YAMLError(f"{value} is one number by YAML 1.1, another or none by 1.2: no leading 0, no colon, please")
+        return self.construct_yaml_int(node) if integer else self.construct_yaml_float(node)
 
 
 _EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
 def read_yaml(path: Path) -> Any:

@@ -20,10 +20,16 @@ def tracking_uri() -> str:
     return uri if path == uri else f"sqlite:///{main_checkout() / path}"
 
 
+def store_problem(error: Exception) -> str | None:
+    """The message for what MLflow raises of a store that goes away, refuses or is damaged; None for any other error."""
+    from_store = type(error).__module__.partition(".")[0] in ("mlflow", "sqlalchemy")
+    return f"the MLflow store refuses, or does not answer: {error}" if from_store else None
+
+
 def masked(text: object) -> str:
     """`text` without the credentials in the store's address, or in any other."""
     text = str(text)
-    if match := re.search(r"://[^:/@]*:(.+)@", tracking_uri()):
+    if match := re.search(r"://[^:/@]*:(.+)@", os.environ.get("MLFLOW_TRACKING_URI", "")):
         for secret in {match[1], unquote(match[1])}:
             text = text.replace(secret, "***")
     text = re.sub(r"(?<=://)[^\s'\"]*@", "***@", text)

@@ -1,5 +1,6 @@
 """Where images come from: MedMNIST, MNIST, a set inside an installed package, or the user's own file."""
 
+import contextlib
 import difflib
 import gzip
 import hashlib
@@ -187,10 +188,11 @@ def as_source(path: Path, name: str, arrays: Mapping[str, np.ndarray], classes: 
         largest = min(int(train_labels.max()), len(train_labels) - 1)  # every class needs an image
         names = arrays.get("class_names", np.arange(largest + 1).astype(str))
         several = names.dtype.kind == "U" and names.ndim == 1 and 2 <= len(names) <= len(train_labels)
-        distinct = several and len(set(names.tolist())) == len(names)
+        with _no_unicode(path, "class_names"):
+            classes = names.tolist() if several else []
+        distinct = several and len(set(classes)) == len(classes)
         _require(distinct, f"{path}: at least two classes are wanted, and class_names, if given, as distinct strings")
         _require(len(names) <= MOST_CLASSES, f"{path}: {len(names):,} classes; at most {MOST_CLASSES:,} can be compared here")
-        classes = names.tolist()
         if unfit := [name for name in classes if not (name.strip() and name.isprintable() and len(name) <= LONGEST_CLASS)]:
             form = f"1 to {LONGEST_CLASS} printable characters"
             raise UserError(f"{path}: class_names: {form} each are wanted, not {unfit[0][: LONGEST_CLASS + 1]!r}")
@@ -201,12 +203,18 @@ def as_source(path: Path, name: str, arrays: Mapping[str, np.ndarray], classes: 
         raise UserError(f"{path}: train_labels has no image of class {min(absent)}, yet there are {len(classes)} classes")
     several = "test" not in splits or len(np.unique(splits["test"][1])) > 1
     _require(several, f"{path}: test_labels are all of one class: there is nothing to measure")
-    resize = str(arrays["resize"]) if "resize" in arrays else None
+    with _no_unicode(path, "resize"):
+        resize = str(arrays["resize"]) if "resize" in arrays else None
     _require(resize in (None, *get_args(Resize)), f"{path}: resize: one of {', '.join(get_args(Resize))} is wanted")
     ordered = arrays.get("ordered", np.array(False))
     _require((ordered.dtype, ordered.shape) == (bool, ()), f"{path}: ordered: True or False is wanted")
     described = {"unlabelled": unlabelled, "resize": resize, "ordered": bool(ordered)}
     return Source(name, classes, splits, **described, patients=_patients(path, arrays, splits, unlabelled))
+
+
+def _no_unicode(path: Path, name: str) -> contextlib.AbstractContextManager[None]:
+    """Around what makes strings of an array: the numbers in it may be no characters."""
+    return user_error(f"{path}: {name}: no Unicode", SystemError, ValueError)  # the first is CPython's
 
 
 def _patients(

@@ -37,7 +37,7 @@ def main() -> None:
     with atomic_folder(PUBLISHED) as folder:
         for model in models:
             (folder / model["file"]).write_bytes(model["content"])
-        (folder / "README.md").write_text(card(models))
+        (folder / "README.md").write_bytes(card(models).encode())
     for model in models:
         print(f"{PUBLISHED / model['file']}: {len(model['content']):,} bytes, {model['data']['name']}")
     print(f"{PUBLISHED / 'README.md'}: commit the folder")
@@ -74,7 +74,7 @@ def describe(track: str) -> dict[str, Any]:
         "recalls": {label: row["recall"] for label, row in entry["by_class"].items()},
         "figures": of_seed | {"accuracy": figures["accuracy"]},
         "verdict": sentence(*main_verdict),
-        "table": Markup((METRICS / f"{track}.md").read_text().strip()),  # noqa: S704 (results_table's)
+        "table": Markup((METRICS / f"{track}.md").read_text("utf-8").strip()),  # noqa: S704 (results_table's)
         "data": about(name),
     }
 

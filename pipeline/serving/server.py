@@ -92,18 +92,21 @@ def read_images(body: bytes, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 that closes a connection on which nothing is going on: uvicorn waits for the head of a request forever."""
+    """HTTP/1.1 that closes a connection on which nothing is going on: uvicorn waits forever, for a request or for its reader."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """As h11's, and look after the connection."""
         super().connection_made(transport)
-        self.loop.call_later(PATIENCE, self._look)
+        self.loop.call_later(PATIENCE, self._look, None)
 
-    def _look(self) -> None:
+    def _look(self, unread: object) -> None:
+        """`unread`: the request whose answer nobody took when this was last called."""
+        if self.transport.is_closing() or (unread and unread is self.cycle):
+            self.transport.abort()
+            return
         if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
-        else:
-            self.loop.call_later(PATIENCE, self._look)
+            self.transport.close()  # when what is written is read
+        self.loop.call_later(PATIENCE, self._look, self.cycle if self.flow.write_paused else None)
 
 
 def main(track: str = "distillation") -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 import tarfile
 from base64 import b64encode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,9 +39,18 @@ def main(track: str = "baselines") -> None:
         "/ort.wasm": ("application/wasm", binary),
     }
     with user_error(f"cannot listen on 127.0.0.1:{port}", OSError, then="PORT=... (make try TRY_PORT=...) names another port"):
-        server = ThreadingHTTPServer(("127.0.0.1", port), handler(files, {f"127.0.0.1:{port}", f"localhost:{port}"}))
+        server = Server(("127.0.0.1", port), handler(files, {f"127.0.0.1:{port}", f"localhost:{port}"}))
     print(f"{student.path.name} on http://127.0.0.1:{port}/", flush=True)
     server.serve_forever()
+
+
+class Server(ThreadingHTTPServer):
+    """One that says nothing where a browser has gone away in the middle of an answer."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Print a traceback of any other error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def read_runtime(folder: Path) -> tuple[bytes, bytes]:

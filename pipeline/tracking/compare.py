@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from tabulate import tabulate
 
 from pipeline.core.cli import run
@@ -28,7 +29,8 @@ def main(a: str, b: str) -> None:
     """Print the table or, of two, the verdicts."""
     if bool(a) != bool(b):
         raise UserError("two are compared: make compare A=... B=..., or none: make compare")
-    print("\n".join(verdicts(a, b)) if a else table())
+    text = "\n".join(verdicts(a, b)) if a else table()
+    print("".join(char if char.isprintable() or char == "\n" else "?" for char in text))  # of anybody's experiment
 
 
 def revisions() -> dict[str, str]:
@@ -70,14 +72,16 @@ def _headline(name: str, revision: str) -> dict[str, str]:
 
 def verdicts(a: str, b: str) -> list[str]:
     """Per track and model of both: is `b` better than `a`, over the seeds that they share. Raises UserError."""
-    readers, lines, reason = [_reader(a), _reader(b)], [], ""
+    readers, lines, reason = [_reader(a), _reader(b)], [], None
     for track in TRACKS:
         try:
             theirs, ours = (read_evaluation(track, reader) for reader in readers)
             both = [model for model in ours.metrics if model in theirs.metrics]
             lines += [_verdict(f"{b} against {a}, {model}", model, ours, theirs) for model in both]
-        except (UserError, KeyError) as error:
+        except Exception as error:  # of a dozen types, on whatever anybody's experiment has in these files
             reason = error
+            if not isinstance(error.__cause__, FileNotFoundError):
+                print(f"left out: {track}: {one_line(error)}", file=sys.stderr)
     if not lines:
         raise UserError(f"{a}, {b}: no track has results in both (dvc fetch may bring them): {reason}")
     return lines
@@ -102,6 +106,8 @@ def _verdict(heading: str, model: str, ours: Evaluation, theirs: Evaluation) -> 
     if ours.detail["dataset"]["fingerprint"] != theirs.detail["dataset"]["fingerprint"]:
         names = f"{ours.detail['dataset']['name']}, {theirs.detail['dataset']['name']}"
         return f"{heading}: not compared, the data or their split differ: {names}"
+    if not np.array_equal(ours.labels, theirs.labels):
+        raise UserError(f"{model}: the two have other labels for the same images")
     seeds = [seed for seed in details[0]["seeds"] if seed in details[1]["seeds"]]
     if not seeds:
         return f"{heading}: no seed in common"
@@ -110,6 +116,8 @@ def _verdict(heading: str, model: str, ours: Evaluation, theirs: Evaluation) -> 
         for evaluation, detail in zip((ours, theirs), details, strict=True)
     ]
     answer = next(iter(ours.comparisons.values()))
+    if not 0 <= answer["margin"] <= 1:
+        raise UserError(f"{model}: a margin of {answer['margin']}")
     patients = theirs.patients if ours.patients is None else ours.patients
     comparison = compare(ours.labels, *both, answer["metric"], answer["margin"], patients)
     gain, low, high = (difference(comparison.metric, value) for value in (comparison.gain, comparison.low, comparison.high))

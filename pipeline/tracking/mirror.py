@@ -214,15 +214,21 @@ class Mirror:
             self._log_results(parent, figures, tags | {EVALUATED: digest})
 
     def _log_results(self, run: "Run", figures: Mapping[str, float], tags: Mapping[str, str]) -> None:
-        now = int(1000 * time.time())  # of several values, MLflow shows the latest
-        self._log(run, [(f"test_{name}", value, now, 0) for name, value in figures.items()])
+        now, known = int(1000 * time.time()), run.data.metrics  # of several values, MLflow shows the latest, of two the larger
+        points = {_metric_name(f"test_{name}"): value for name, value in figures.items()}
+        for name in (name for name, value in points.items() if known.get(name, value) != value):
+            history = self.client.get_metric_history(run.info.run_id, name)
+            now = max(
+                [now, *(point.timestamp + 1 for point in history)]
+            )  # a clock may have been set back, or be another machine's
+        self._log(run, [(name, value, now, 0) for name, value in points.items()])
         self._log(run, tags=tags.items())  # after the points: they say that all is there
 
     def _log(self, run: "Run", points: Iterable[tuple] = (), params: Iterable[tuple] = (), tags: Iterable[tuple] = ()) -> None:
         """Log points (name, value, time in ms, step), parameters and tags: no tag that says all is there if something is not."""
         from mlflow.entities import Metric, Param, RunTag
 
-        named = [(FORBIDDEN.sub("_", name)[:250], *point) for name, *point in points]  # as MLflow allows
+        named = [(_metric_name(name), *point) for name, *point in points]
         changed = [Metric(*point) for point in named if point[-1] or run.data.metrics.get(point[0]) != point[1]]
         values = [Param(name, str(value)[:6000]) for name, value in params]
         labels = [RunTag(*tag) for tag in tags if not (self.refused and tag[0] in (MIRRORED, EVALUATED))]
@@ -313,6 +319,11 @@ def _identity(record: "Record", origin: Mapping[str, str], seed: int | None = No
     tags |= {"model": record.model, "dataset": record.dataset.name, "device": record.device, "setting": record.setting}
     note = f"**{escape(title)}**, trained on {escape(record.dataset.name)}.\n\n{repeat}"
     return title, tags | {"repeat": repeat[:8000], NOTE: note[:8000]}
+
+
+def _metric_name(name: str) -> str:
+    """As MLflow allows."""
+    return FORBIDDEN.sub("_", name)[:250]
 
 
 def _say(text: str) -> None:

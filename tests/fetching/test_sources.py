@@ -65,6 +65,7 @@ def test_an_own_file_is_read_with_or_without_its_optional_parts_by_a_path_from_t
     assert read_source(str(write_npz(no_mirror / "grades.npz", ordered=np.array(True)))).ordered
 
 
+NO_CHARACTER = np.array([2**31 - 1], np.uint32).view("U1")
 WHOSE = {
     f"{split}_groups": np.arange(images) + start
     for split, images, start in (("train", 400, 0), ("val", 100, 400), ("test", 200, 500))
@@ -106,6 +107,8 @@ WHOSE = {
         ({"train_images": IMAGES[:0], "train_labels": LABELS[:0]}, "train_images are empty"),
         ({"resize": np.array("squeeze")}, "resize: one of pad, crop, stretch is wanted"),
         ({"resize": np.arange(3)}, "resize: one of"),
+        ({"resize": NO_CHARACTER.reshape(())}, "resize: no Unicode"),
+        ({"class_names": NO_CHARACTER.repeat(10)}, "class_names: no Unicode"),
         ({"ordered": np.arange(3)}, "ordered: True or False is wanted"),
         ({"train_labels": np.array([object()] * 400)}, "truncated, or not an .npz file of plain arrays"),
     ],

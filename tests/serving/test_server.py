@@ -113,6 +113,7 @@ def test_a_body_that_does_not_come_or_does_not_end_is_given_up(registry: Registr
 def test_a_connection_on_which_nothing_is_going_on_is_closed(registry: Registry, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(server, "PATIENCE", 0.5)
     listening = socket.create_server(("127.0.0.1", 0))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1024)  # of every connection
     config = uvicorn.Config(server.application(Student(registry.onnx)), http=server.Protocol, log_level="warning")
     running_server = uvicorn.Server(config)
     thread = threading.Thread(target=running_server.run, args=([listening],))
@@ -122,6 +123,12 @@ def test_a_connection_on_which_nothing_is_going_on_is_closed(registry: Registry,
             with socket.create_connection(listening.getsockname(), timeout=30) as connection:
                 connection.sendall(begun)
                 assert connection.recv(1000) == b"", "closed"
+        with socket.socket() as reads_nothing:
+            reads_nothing.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            reads_nothing.connect(listening.getsockname())
+            reads_nothing.settimeout(30)
+            with pytest.raises(ConnectionError):
+                reads_nothing.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200_000)
     finally:
         running_server.should_exit = True
         thread.join()

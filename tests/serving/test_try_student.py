@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from pipeline.data.prepared import TrainingData
 from pipeline.export.onnx_export import export_onnx
 from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import new_classifier
+from pipeline.serving import try_student
 from pipeline.serving.predict import PUBLISHED, read_image
 from pipeline.serving.try_student import DOWNLOADS, PACKAGE, read_runtime
 from tests.browser import needs_browser, open_browser
@@ -197,6 +200,16 @@ def test_what_predict_refuses_the_page_refuses_and_some_more(browser: webdriver.
             assert "cannot be read as an image: " in drop(browser, path), path.name
             assert not browser.find_element(By.ID, "result").is_displayed()
         assert drop(browser, tmp_path.parent / "good.png") in map(str, range(10))
+
+
+def test_a_browser_that_goes_away_in_the_middle_is_not_worth_a_traceback(capfd: pytest.CaptureFixture):
+    with try_student.Server(("127.0.0.1", 0), try_student.handler({"/": ("text/plain", bytes(10**8))}, {"localhost"})) as server:
+        threading.Thread(target=server.serve_forever).start()
+        with socket.create_connection(server.server_address) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            client.recv(1000)
+        server.shutdown()
+    assert capfd.readouterr().err == ""
 
 
 def test_without_npm_or_with_other_bytes_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,39 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     assert lone == "b against a, student_alone: the same checkpoints"
     with pytest.raises(UserError, match="no track has results in both"):
         compare.verdicts("a", "c")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"comparisons": {}},
+        {"comparisons": {"a": "b"}},
+        {"comparisons": {"a": {"metric": [], "margin": 0}}},
+        {"comparisons": {"a": {"metric": "accuracy", "margin": None}}},
+        {"comparisons": {"a": {"metric": "accuracy", "margin": 1e9}}},
+        {"images": 150},
+        {"labels": 1},
+    ],
+)
+def test_an_experiment_whose_files_were_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, changed: dict[str, Any]
+):
+    records = [make_record(seed) for seed in range(3)]
+    write_evaluation(make_evaluation(*records), tmp_path / "a")
+    theirs = make_evaluation(*records, temperature=6.0, images=changed.get("images", 200))
+    write_evaluation(theirs._replace(labels=(theirs.labels + changed.get("labels", 0)) % 2), tmp_path / "b")
+    detail = tmp_path / "b/metrics/detail/distillation.json"
+    detail.write_text(json.dumps(json.loads(detail.read_text()) | changed))
+    monkeypatch.setattr(compare, "_reader", lambda name: lambda path: (tmp_path / name / path).read_bytes())
+    with pytest.raises(UserError, match="no track has results in both"):
+        compare.verdicts("a", "b")
+    assert capsys.readouterr().err.startswith("left out: distillation: ")
+
+
+def test_a_terminal_sees_no_escapes_of_an_experiments(show, capsys):
+    show({"HEAD": HEADLINE, "warmer": HEADLINE.replace("teacher", "\\u001b[2J")})
+    compare.main("", "")
+    assert "?[2J" in capsys.readouterr().out
 
 
 def test_an_unknown_name_is_said():

@@ -362,6 +362,17 @@ def test_changed_results_replace_the_old_ones(monkeypatch: pytest.MonkeyPatch):
     assert not drawn
 
 
+def test_changed_results_replace_the_old_ones_where_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch):
+    for share, now in ((0.9, 1_800_000_000), (0.7, 1_700_000_000)):
+        monkeypatch.setattr(module.time, "time", lambda now=now: now)
+        evaluation = make_evaluation(make_record(0), make_record(1), shares=STUDENTS | {"student_distilled": share})
+        Mirror("e").evaluation(evaluation)
+    figures = evaluation.detail["models"]["student_distilled"]["figures"][0]
+    assert {name: runs()["student_distilled/seed0"].data.metrics[f"test_{name}"] for name in figures} == figures
+    accuracy = runs()["student_distilled"].data.metrics["test_accuracy"]
+    assert accuracy == evaluation.metrics["student_distilled"]["accuracy"]
+
+
 @pytest.mark.usefixtures("silent")
 def test_a_checkpoint_that_the_store_does_not_know_gets_its_run_from_the_evaluation_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DVC_STAGE", "evaluate@distillation")
