@@ -33,6 +33,8 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
     wrong = f"{path}: truncated, or not an .npz file of plain arrays"
     with user_error(wrong, Exception), zipfile.ZipFile(path) as archive:  # likewise
         members = {name: archive.getinfo(f"{name}.npy") for name in names if f"{name}.npy" in archive.namelist()}
+        if twice := [name for name in members if archive.namelist().count(f"{name}.npy") > 1]:
+            raise ValueError(f"{twice[0]} stands twice")
         size = sum(member.file_size for member in members.values())
         if size > max(SMALL, PLAUSIBLE * path.stat().st_size):
             raise ValueError(f"its arrays would be {size:,} bytes, over {PLAUSIBLE} times the file's size")
@@ -41,7 +43,8 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
             with archive.open(member) as packed, tempfile.TemporaryFile(dir=".") as file:
                 shutil.copyfileobj(packed, file, 2**20)  # no more than member.file_size bytes; their CRC is checked
                 file.seek(0)
-                arrays[name] = _mapped(Path(f"/dev/fd/{file.fileno()}"))  # NumPy maps by name, and the file has no other
+                with user_error(name, ValueError):
+                    arrays[name] = _mapped(Path(f"/dev/fd/{file.fileno()}"))  # NumPy maps by name, and the file has no other
     return arrays
 
 

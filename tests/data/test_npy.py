@@ -3,6 +3,7 @@
 import errno
 import shutil
 import tracemalloc
+import zipfile
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -45,6 +46,16 @@ def test_a_header_that_lies_is_refused(tmp_path: Path):
         (tmp_path / "a.npy").write_bytes(content)
         with pytest.raises(UserError, match=r"a\.npy"):
             read_npy(tmp_path / "a.npy")
+
+
+def test_which_array_of_an_archive_is_wrong_is_said(tmp_path: Path):
+    np.savez(tmp_path / "a.npz", images=np.zeros(3), labels=np.array([1, "b"], object))
+    with pytest.raises(UserError, match=r"a\.npz.*labels.*Python objects"):
+        read_npz(tmp_path / "a.npz", ["images", "labels"])
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("images.npy", b"")
+    with pytest.raises(UserError, match=r"a\.npz.*images stands twice"):
+        read_npz(tmp_path / "a.npz", ["images"])
 
 
 BLANK = np.zeros((60_000, 28, 28), np.uint8)  # compresses as well as a bomb
