@@ -55,7 +55,7 @@ demo: .venv/installed
 	@echo "evidence, three begin to be. Next:"
 	@echo "  make ui                                           accuracy, gain and verdict of every model, the curves of every training"
 	@echo "  make demo NAME=demo-t6 VARY='-S kd.temperature=6' the same, varied: what that does not touch is not trained again"
-	@echo "  make compare A=demo B=demo-t6                     is it better?"
+	@echo "  make compare A=demo B=demo-t6                     the difference; with three seeds or more, a verdict"
 
 # Two at a time. Left out: what is marked slow, and tests/faults. `make test TESTS="slow or faults"`: these alone.
 TESTS := not slow and not faults

@@ -27,7 +27,7 @@ def open_image(path: Path, modes: Collection[str] = MODES) -> Iterator[Image.Ima
     """
     with user_error(f"{path}: cannot be read as an image", Exception):  # Pillow raises a dozen types on malformed bytes
         if not path.is_file():  # a folder, or a pipe that nothing comes out of
-            raise ValueError("not a file")
+            raise ValueError("not a file" if path.exists() else "no such file")
         # Pillow refuses images of over 179 million pixels by itself, and warns of half as many.
         refused = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
         with refused, Image.open(path, formats=sorted({*FORMATS.values()})) as image:

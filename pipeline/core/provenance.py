@@ -51,6 +51,15 @@ def committed_parameters(revision: str) -> dict[str, Any]:
     return {}
 
 
+def locked_parameters(revision: str) -> dict[str, Any]:
+    """Those that the results of a revision were made with, as its dvc.lock has them, likewise."""
+    with contextlib.suppress(UserError, AttributeError, KeyError):
+        stages = parse_yaml(git("show", f"{revision}:./dvc.lock").encode())["stages"].values()
+        blocks = [stage.get("params", {}).get("params.yaml", {}) for stage in stages]
+        return {key: value for block in blocks for key, value in _leaves(block)}
+    return {}
+
+
 def _leaves(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in block.items():
         yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]

@@ -16,9 +16,9 @@ from tabulate import tabulate
 
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError, one_line
-from pipeline.core.provenance import committed_parameters, experiments, git
+from pipeline.core.provenance import experiments, git, locked_parameters
 from pipeline.evaluation.comparisons import Evaluation, read_evaluation
-from pipeline.evaluation.statistics import compare
+from pipeline.evaluation.statistics import FEWEST, compare
 from pipeline.params import TRACKS
 from pipeline.reporting.tables import difference, scale, unit
 
@@ -39,9 +39,9 @@ def revisions() -> dict[str, str]:
 
 
 def table() -> str:
-    """A row per experiment: the parameters that differ among them, then accuracies in percent and gains in points that do."""
+    """A row per experiment: the parameters of its results that differ among them, then figures, in percent, and gains that do."""
     rows = {
-        name: committed_parameters(revision) | _headline(name, revision)
+        name: locked_parameters(revision) | _headline(name, revision)
         for name, revision in ({"HEAD": "HEAD"} | revisions()).items()
     }
     keys = dict.fromkeys(key for row in rows.values() for key in row)
@@ -62,11 +62,13 @@ def _headline(name: str, revision: str) -> dict[str, str]:
             gains = {key: headline.pop(key) for key in GAINS if key in headline}
             (metric, *_) = next(iter(headline.values()), {"accuracy": 0})
             gains = {key: difference(metric, value) for key, value in gains.items()}
-            accuracies = {model: f"{scale(metric) * of_model[metric]:.2f}" for model, of_model in headline.items()}
+            models = {model: f"{scale(metric) * of_model[metric]:.2f}" for model, of_model in headline.items()}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             print(f"left out: {name}: metrics/{track}.json: {one_line(error)}", file=sys.stderr)
             continue
-        figures |= accuracies | {f"{track} {key.replace('_', ' ')}": text for key, text in gains.items()}
+        figures |= (
+            {f"{track} figure": metric} | models | {f"{track} {key.replace('_', ' ')}": text for key, text in gains.items()}
+        )
     return figures
 
 
@@ -121,8 +123,11 @@ def _verdict(heading: str, model: str, ours: Evaluation, theirs: Evaluation) -> 
     patients = theirs.patients if ours.patients is None else ours.patients
     comparison = compare(ours.labels, *both, answer["metric"], answer["margin"], patients)
     gain, low, high = (difference(comparison.metric, value) for value in (comparison.gain, comparison.low, comparison.high))
-    extent = f"95 % interval {low} to {high}, {comparison.seeds} seeds, {comparison.images:,} images"
-    return f"{heading}: {comparison.verdict}, {gain} {unit(comparison.metric)} ({extent})"
+    gain += f" {unit(comparison.metric)}"
+    extent = f"{comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}, {comparison.images:,} images"
+    if comparison.seeds < FEWEST:
+        return f"{heading}: a smoke test, no evidence, {gain} ({extent})"
+    return f"{heading}: {comparison.verdict}, {gain} (95 % interval {low} to {high}, {extent})"
 
 
 if __name__ == "__main__":

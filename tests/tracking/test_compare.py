@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import UserError
+from pipeline.core.provenance import git, locked_parameters
 from pipeline.evaluation.comparisons import write_evaluation
+from pipeline.params import TRACKS
 from pipeline.tracking import compare
 from tests.tracking.samples import make_evaluation, make_record
 
@@ -21,7 +23,7 @@ def show(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
 
     def prepare(contents: dict[str, str]) -> None:
         monkeypatch.setattr(compare, "revisions", lambda: {name: name for name in contents if name != "HEAD"})
-        monkeypatch.setattr(compare, "committed_parameters", lambda revision: {"kd.temperature": len(revision), "epochs": 5})
+        monkeypatch.setattr(compare, "locked_parameters", lambda revision: {"kd.temperature": len(revision), "epochs": 5})
         monkeypatch.setattr(
             compare, "git", lambda _, place: contents[place.partition(":")[0]] if place.endswith("/distillation.json") else ""
         )
@@ -34,6 +36,13 @@ def test_the_table_has_parameters_first_and_leaves_out_what_does_not_differ(show
     heading, _, first, second = (line.split() for line in compare.table().splitlines())
     assert heading == ["experiment", "kd.temperature", "teacher"]
     assert (first, second) == (["HEAD", "4", "90.00"], ["warmer", "6", "90.50"])
+
+
+@pytest.mark.parametrize("track", TRACKS)
+def test_the_parameters_are_those_that_the_results_were_made_with(track: str):
+    """params.yaml may name another data set by now."""
+    table = git("show", f"HEAD:./metrics/{track}.md")
+    assert table.startswith(f"{track}: {locked_parameters('HEAD')[f'{track}.dataset']}, ")
 
 
 @pytest.mark.parametrize("damaged", ["[1]", '{"a":', '{"teacher": 1}', "\ufffd"])
