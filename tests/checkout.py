@@ -41,7 +41,7 @@ class Checkout:
         """How a command is run here."""
         return {"cwd": self.folder, "env": self.environment, "text": True}
 
-    def run(self, *command: str, expect: int | None = 0, timeout: int = 300) -> subprocess.CompletedProcess:
+    def run(self, *command: str, expect: int | None = 0, timeout: int = 900) -> subprocess.CompletedProcess:
         """Run a command to its end. Raises AssertionError if its exit status is not the expected one."""
         done = subprocess.run(command, **self.options, capture_output=True, timeout=timeout, check=False)
         assert expect is None or done.returncode == expect, f"{command}: {done.stdout}\n{done.stderr}"
