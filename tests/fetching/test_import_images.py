@@ -373,7 +373,7 @@ def test_what_can_be_no_set_is_refused_before_pixels_are_read(tmp_path: Path, na
         ({"patient": " "}, "patient is empty in row 3"),
         ({"split": "valid"}, "split 'valid' in row 3: train, val, test"),
         ({"path": "./0.png"}, "0.png stands twice, the second time in row 3"),
-        ({"path": "none.png"}, r"none\.png: cannot be read as an image: not a file"),
+        ({"path": "none.png"}, r"none\.png: cannot be read as an image: no such file"),
     ],
 )
 def test_a_table_with_a_mistake_is_refused_by_its_row(tmp_path: Path, changed: dict[str, str], message: str):

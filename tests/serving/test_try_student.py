@@ -180,7 +180,7 @@ def write_refused(folder: Path) -> None:
     for name in ("torn.png", "torn.jpg"):
         image.save(folder / name)
         (folder / name).write_bytes((folder / name).read_bytes()[:700])
-    image.save(folder / "animated, predict reads.png", save_all=True, append_images=[image.rotate(90)])
+    image.save(folder / "animated.png", save_all=True, append_images=[image.rotate(90)])
     image.save(folder / "turned, predict reads.jpg", xmp=b'<rdf:Description tiff:Orientation="6"/>')
     image.save(folder / "predict reads.tif")
     (folder / "empty.png").touch()
