@@ -52,12 +52,13 @@ def committed_parameters(revision: str) -> dict[str, Any]:
 
 
 def locked_parameters(revision: str) -> dict[str, Any]:
-    """Those that the results of a revision were made with, as its dvc.lock has them, likewise."""
-    with contextlib.suppress(UserError, AttributeError, KeyError):
+    """As `committed_parameters`, but those that dvc.lock says the revision's results were made with, where it has them."""
+    parameters = committed_parameters(revision)
+    with contextlib.suppress(UserError, AttributeError, KeyError, TypeError):  # no such file, or another's
         stages = parse_yaml(git("show", f"{revision}:./dvc.lock").encode())["stages"].values()
-        blocks = [stage.get("params", {}).get("params.yaml", {}) for stage in stages]
-        return {key: value for block in blocks for key, value in _leaves(block)}
-    return {}
+        for stage in stages:
+            parameters |= dict(_leaves(stage.get("params", {}).get("params.yaml", {})))
+    return parameters
 
 
 def _leaves(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
