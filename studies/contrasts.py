@@ -13,6 +13,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.npy import read_npz
 from pipeline.evaluation.jackknife import FIGURES, LOWER_IS_BETTER
 from pipeline.evaluation.statistics import CONFIDENCE, Comparison, analyse, by_seed
+from pipeline.reporting.report import nothing_differed
 
 CALIBRATED = "_calibrated"  # the end of a figure's name: after temperature scaling on validation images
 METRICS = (*FIGURES, *(f"{name}{CALIBRATED}" for name in LOWER_IS_BETTER))
@@ -145,7 +146,7 @@ def outcome(answer: Comparison, claim: str) -> str:
     ):  # at 5 % together: where both are false, either needs a 90 % interval above -margin, or below margin
         return outcome(answer, "better") or outcome(answer, "equivalent")
     shown = {"better": answer.low > 0, "equivalent": answer.equivalent}
-    shown["not_inferior"] = answer.low > -answer.margin and not _silent(answer)
+    shown["not_inferior"] = answer.low > -answer.margin and not nothing_differed(answer.as_json())
     return claim.replace("_", " ") if answer.enough and shown[claim] else ""
 
 
@@ -155,17 +156,12 @@ def p_value(answer: Comparison | None, claim: str, margin: float) -> float:
         return 1.0
     if claim == "better":
         return answer.p
-    if _silent(answer):
+    if nothing_differed(answer.as_json()):
         return 1.0
     error = (answer.high - answer.low) / 2 / t.ppf((1 + CONFIDENCE) / 2, answer.df)
     with np.errstate(divide="ignore"):
         below, above = t.sf(np.divide([margin + answer.gain, margin - answer.gain], error), answer.df)
     return float(min(1, 2 * below) if claim == "not_inferior" else max(below, above))
-
-
-def _silent(answer: Comparison) -> bool:
-    """Whether no image makes a difference, and there are too few of them to rule out one of the margin."""
-    return answer.low == answer.high and not answer.equivalent
 
 
 def holm(p: pd.Series) -> pd.Series:

@@ -150,8 +150,8 @@ def load_study(name: str, threads: int | None = None) -> tuple[Study, list[Point
     blocks = [study.fixed, *(grid.fixed for grid in study.grids)]
     blocks += [setting for grid in study.grids for item in grid.vary.items() for _, setting in choices(*item)]
     keys = dict.fromkeys(key for block in blocks for item in block.items() for key in spelt(*item))
-    known = combinations[0][2].values(*Params.model_fields)
-    if unknown := [key for key in keys if not any(f"{name}.".startswith(f"{key}.") for name in known)]:
+    parameters = combinations[0][2].values(*Params.model_fields)
+    if unknown := [key for key in keys if not any(f"{name}.".startswith(f"{key}.") for name in parameters)]:
         raise UserError(f"{path}: {unknown[0]}: not a parameter")
     points = []
     for grid, names, point in combinations:

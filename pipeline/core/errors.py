@@ -27,8 +27,13 @@ def user_error(message: str, *errors: type[Exception], then: str = "") -> Iterat
 
 def one_line(message: object) -> str:
     """`message` as one printable line of at most `LONGEST` characters, whatever the input put into it."""
-    text = "".join(char if char.isprintable() else "?" for char in " ".join(str(message).split()))
+    text = printable(" ".join(str(message).split()))
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+
+
+def printable(text: str) -> str:
+    """`text` with a question mark for every character that moves a cursor, rings, or shows nothing; a new line too."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -80,15 +80,10 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     pairs = [name.split("_vs_") for name in comparisons][1:]
     rarest = content["answer"]["smallest_class"] if content["answer"]["metric"] in OF_CLASSES else FEWEST_IMAGES
     few = min(rarest, content["answer"].get("patients", FEWEST_IMAGES)) < FEWEST_IMAGES
-    unknown = [few or c["high"] >= c["margin"] or _nothing_differed(c) for c in against_teacher]
+    unknown = [few or c["high"] >= c["margin"] or nothing_differed(c) for c in against_teacher]
     content["inferiority"] = [(*pair, of_pair) for pair, of_pair in zip(pairs, unknown, strict=True)]
     classes, recalls = evaluation.detail["dataset"]["classes"], evaluation.detail["recalls"]
-    labels_of = {"validation": evaluation.val_labels, "test": evaluation.labels}
-    content["absent"] = {
-        split: absent
-        for split, labels in labels_of.items()
-        if len(labels) and (absent := [name for label, name in enumerate(classes) if label not in labels])
-    }
+    content["absent"] = _absent_classes(evaluation)
     rarest_first = recalls[other]  # those with test images
     by_class = {name: models[model]["by_class"][name] for name in rarest_first}
     content["lost"] = {
@@ -201,7 +196,16 @@ def _others(comparisons: Json) -> Table:
     return ["comparison", *(unit(metric) for metric in first["others"])], rows
 
 
-def _nothing_differed(comparison: Json) -> bool:
+def _absent_classes(evaluation: Evaluation) -> dict[str, list[str]]:
+    """By split that has images, the classes without any, if there are some."""
+    classes, absent = evaluation.detail["dataset"]["classes"], {}
+    for split, labels in (("validation", evaluation.val_labels), ("test", evaluation.labels)):
+        names = [name for label, name in enumerate(classes) if label not in labels]
+        absent |= {split: names} if len(labels) and names else {}
+    return absent
+
+
+def nothing_differed(comparison: Json) -> bool:
     """Whether no image makes a difference in any seed, which of so few images says nothing of the margin."""
     return comparison["low"] == comparison["high"] and comparison["verdict"] == "undecided"
 

@@ -15,7 +15,7 @@ import numpy as np
 from tabulate import tabulate
 
 from pipeline.core.cli import run
-from pipeline.core.errors import UserError, one_line
+from pipeline.core.errors import UserError, one_line, printable
 from pipeline.core.provenance import experiments, git, locked_parameters
 from pipeline.evaluation.comparisons import Evaluation, read_evaluation
 from pipeline.evaluation.statistics import FEWEST, compare
@@ -29,8 +29,8 @@ def main(a: str, b: str) -> None:
     """Print the table or, of two, the verdicts."""
     if bool(a) != bool(b):
         raise UserError("two are compared: make compare A=... B=..., or none: make compare")
-    text = "\n".join(verdicts(a, b)) if a else table()
-    print("".join(char if char.isprintable() or char == "\n" else "?" for char in text))  # of anybody's experiment
+    for line in verdicts(a, b) if a else table().splitlines():
+        print(printable(line))  # of anybody's experiment
 
 
 def revisions() -> dict[str, str]:

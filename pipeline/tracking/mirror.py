@@ -214,13 +214,11 @@ class Mirror:
             self._log_results(parent, figures, tags | {EVALUATED: digest})
 
     def _log_results(self, run: "Run", figures: Mapping[str, float], tags: Mapping[str, str]) -> None:
-        now, known = int(1000 * time.time()), run.data.metrics  # of several values, MLflow shows the latest, of two the larger
         points = {_metric_name(f"test_{name}"): value for name, value in figures.items()}
-        for name in (name for name, value in points.items() if known.get(name, value) != value):
-            history = self.client.get_metric_history(run.info.run_id, name)
-            now = max(
-                [now, *(point.timestamp + 1 for point in history)]
-            )  # a clock may have been set back, or be another machine's
+        changed = [name for name, value in points.items() if run.data.metrics.get(name, value) != value]
+        earlier = [point for name in changed for point in self.client.get_metric_history(run.info.run_id, name)]
+        # Of several values MLflow shows the latest; a clock may have been set back, or be another machine's.
+        now = max([int(1000 * time.time()), *(point.timestamp + 1 for point in earlier)])
         self._log(run, [(name, value, now, 0) for name, value in points.items()])
         self._log(run, tags=tags.items())  # after the points: they say that all is there
 
