@@ -1,10 +1,9 @@
 """Check the trainings on a GPU, and time them there: `make gpu-check` (five minutes; neither network nor DVC nor MLflow).
 
 What runs on a GPU alone is a training's step as a captured CUDA graph. Checked is that it trains to the weights of the step that
-is not captured, that an interrupted training resumes to them, and that bf16 costs no accuracy. Timed are several trainings on one
-device, and each training of `make bench` in four ways that take turns. Data are made here unless --distillation and --baselines
-name .npz files. It writes benchmarks/results/<device>-check.md, and fails if a check does. With `--device cpu` nothing is
-captured: a small run shows that every other line works.
+is not captured, also beside others, that an interrupted training resumes to them, and that bf16 costs no accuracy. several trainings on one device, and each training of `make bench` in four ways that take turns. Data are made here unless
+--distillation and --baselines name .npz files. It writes benchmarks/results/<device>-check.md, and fails if a check does. With
+`--device cpu` nothing is captured: a small run shows that every other line works.
 """
 
 import argparse
@@ -16,8 +15,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,14 +28,14 @@ from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks import bench
+from pipeline.core.files import md5
 from pipeline.core.provenance import commit
 from pipeline.data.dataset import load_dataset
-from pipeline.data.prepared import load_training_data
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import Source, read_source
 from pipeline.networks.inference import choose_device, choose_precision
 from pipeline.training import loop
-from pipeline.training.recipe import Recipe, _training, train
+from pipeline.training.recipe import Recipe, train
 
 SIZES = {"distillation": (10, 54_000, 6_000), "baselines": (2, 4_708, 524)}  # classes, images for training and validation
 FEW = {"distillation": 0.1, "baselines": 0.5}  # of them, for what is slow
@@ -190,34 +187,28 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def seeds(place: Place) -> Found:
-    """Trainings of the lone student on one device: in processes, as a stage starts them, and in threads of one process."""
-    data, rows, numbers = place.data["distillation"], [["way", "s / training", "images / s"]], (1, 2, 4, 8)
-    images = load_dataset(data).images["train"]
-    for number in numbers if place.device.type == "cuda" else (1, 2):
-        count = max(4, number)
-        spent = bench.ours("c", "student_alone", data, count, place.folder, place.device, EPOCHS, number)["wall_seconds"] / count
-        rows.append([f"{number} at a time, a process each, with their start", f"{spent:.2f}", f"{EPOCHS * images / spent:,.0f}"])
-        spent = threads(place, number)
-        rows.append([f"{number} at a time, a thread and stream each, started", f"{spent:.2f}", f"{EPOCHS * images / spent:,.0f}"])
-    return f"student_alone, {EPOCHS} epochs of {images:,} images.", rows, 0
-
-
-def threads(place: Place, count: int) -> float:
-    """Seconds per training of `count`, each in a thread with a stream of its own: EPOCHS epochs after the first."""
-    training = recipe(place, "student_alone", place.data, 1 + EPOCHS, precision=choose_precision("auto", place.device))
-    data = load_training_data(training.data, place.device)
-    trainings = [_training(replace(training, seed=seed), place.device, data, None)[1] for seed in range(count)]
-    for epochs in trainings:
-        next(epochs)  # returns when the device has finished
-
-    def rest(epochs: Iterator) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()) if place.device.type == "cuda" else contextlib.nullcontext():
-            list(epochs)
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(rest, trainings))
-    return (time.perf_counter() - start) / count
+    """Stages by how many seeds train at a time; failed are those whose weights depend on that."""
+    rows, failures = [["training", "images", "at a time", "s / training", "images / s", "weights"]], 0
+    numbers = (1, 2, 4, 8) if place.device.type == "cuda" else (1, 2)
+    for model, of_track, ways in (
+        ("student_alone", place.data, numbers),
+        (STUDENT, place.few, numbers[:: len(numbers) - 1]),
+        ("resnet18", place.few, numbers[:: len(numbers) - 1]),
+    ):
+        data, before = of_track[bench.ARCHITECTURES[model][0]], {}
+        images = load_dataset(data).images["train"]
+        for number in ways:
+            spent = bench.ours("c", model, data, numbers[-1], place.folder, place.device, EPOCHS, number)["wall_seconds"]
+            spent /= numbers[-1]
+            weights = {path.name: md5(path) for path in (place.folder / f"c {model}").iterdir()}
+            before, same = before or weights, weights == (before or weights)
+            failures += not same
+            row = [model, f"{images:,}", str(number), f"{spent:.2f}", f"{EPOCHS * images / spent:,.0f}"]
+            rows.append([*row, "the same" if same else "OTHERS"])
+    words = (
+        f"{numbers[-1]} seeds of {EPOCHS} epochs, with their start. On a GPU they share a process, each in a thread and stream."
+    )
+    return f"{words} Weights are checked to be those of one at a time.", rows, failures
 
 
 def speed(place: Place) -> Found:

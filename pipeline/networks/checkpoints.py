@@ -1,5 +1,6 @@
 """Save and load weights together with their description, in one safetensors file."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from pipeline.data.dataset import Dataset
 from pipeline.networks.architectures import Classifier, build, build_meta
 from pipeline.networks.description import Description, read_description
 
+_DRAWING = threading.Lock()  # from the process's generator
+
 
 def new_classifier(architecture: str, arguments: dict[str, Any], dataset: Dataset, seed: int) -> Classifier:
     """A classifier for `dataset` whose random weights `seed` alone determines."""
-    torch.manual_seed(seed)
-    return Classifier(_network(build, architecture, arguments, dataset), dataset.mean, dataset.std)
+    with _DRAWING:
+        torch.manual_seed(seed)
+        return Classifier(_network(build, architecture, arguments, dataset), dataset.mean, dataset.std)
 
 
 def _network(new: Callable[..., nn.Module], architecture: str, arguments: dict[str, Any], dataset: Dataset) -> nn.Module:

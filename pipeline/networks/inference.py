@@ -1,8 +1,9 @@
 """Run a model forward, and on which device."""
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,17 @@ def choose_device(name: str, number: int = 0) -> torch.device:
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms(True) without importing the compiler
     torch.utils.deterministic.fill_uninitialized_memory = False
     return torch.device("cuda", number % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+
+
+@contextlib.contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Where what this thread computes on a GPU waits for no other thread; at the end it is finished."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(stream := torch.cuda.Stream(device)):
+        yield
+    stream.synchronize()
 
 
 def choose_precision(name: str, device: torch.device) -> str:

@@ -4,6 +4,7 @@ torchvision is imported where it is used: the project's own networks do without 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -48,7 +49,29 @@ def resnet(name: str, /, stem: str, in_channels: int, image_size: tuple[int, int
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's own
     if stem == "cifar":
         model.maxpool = nn.Identity()
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3):
+                setattr(module, name, _Conv3x3(child))
     return model
+
+
+class _Conv3x3(nn.Conv2d):
+    """`conv`, 3x3, padded by one and without bias, but trains on a single pixel with the middle of its kernel alone.
+
+    The other taps meet padding, and their gradient is zero. A single pixel is what the last block sees of a 28x28 image with
+    the imagenet stem: so a training step of ResNet18 takes three quarters of the time (bfloat16, one thread).
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, 3, conv.stride, 1, bias=False, device="meta")
+        self.weight = conv.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution of `x` (N, C, H, W)."""
+        if self.training and x.shape[2:] == (1, 1):
+            return F.linear(x.flatten(1), self.weight[:, :, 1, 1])[:, :, None, None]
+        return super().forward(x)
 
 
 def first_convolution(model: nn.Module) -> str | None:

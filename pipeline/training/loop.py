@@ -7,6 +7,7 @@ full-size step is captured once as a graph and replayed: launching these small k
 import copy
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ Batches = Callable[[Tensor, Sequence[Tensor]], Iterator[Tensor]]
 View = Callable[[Tensor, Tensor], Tensor]  # of images (B, H, W, C), those views whose numbers, int64 (B,), are the second
 # One step of the optimiser, from rows, int64 (B,), images, uint8 (B, H, W, C), and with views their numbers, int64 (B,).
 Step = Callable[..., None]
+_GRAPHS = threading.Lock()  # of the process: held while a step is captured, and to replay one
 
 
 class NotFiniteError(ArithmeticError):
@@ -290,7 +292,8 @@ def _captured(
 ) -> Step:
     """`step` for batches of the size of `images`, a buffer, as one CUDA graph. Model, optimiser and generator are as before.
 
-    See "Whole-network capture" in PyTorch's notes on CUDA graphs: a few warm-up steps on a side stream come first.
+    See "Whole-network capture" in PyTorch's notes on CUDA graphs: a few warm-up steps on a side stream come first. Other threads
+    may train on the device meanwhile, but PyTorch replays no graph while one is captured.
     """
     rows = torch.arange(len(images), device=images.device)
     numbers = (torch.zeros_like(rows),) if has_views else ()
@@ -304,7 +307,7 @@ def _captured(
             step(rows, images, *numbers)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with _GRAPHS, torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step(rows, images, *numbers)
     _set_rng_state(images.device, rng)
     model.load_state_dict(before[0])  # both are copied in place: the graph keeps the addresses
@@ -320,6 +323,7 @@ def _captured(
         images.copy_(batch_images)
         for number, values in zip(numbers, batch_numbers, strict=True):
             number.copy_(values)
-        graph.replay()
+        with _GRAPHS:
+            graph.replay()
 
     return replay

@@ -151,6 +151,7 @@ def _carry_out(
     from pipeline.data.labels import part
     from pipeline.data.prepared import load_training_data
     from pipeline.networks.checkpoints import save_checkpoint
+    from pipeline.networks.inference import own_stream
     from pipeline.training.loop import Epoch as LoopEpoch
     from pipeline.training.loop import Progress
 
@@ -163,16 +164,17 @@ def _carry_out(
     entry.write(record)
     report(record)
     try:
-        data = load_training_data(recipe.data, device, recipe.seed)
-        val = part(data.val, recipe.label_fraction, recipe.seed)  # no more labels to select an epoch by than to train on
-        classifier, epochs = _training(recipe, device, data._replace(val=val), progress)
-        for progress in epochs:
-            record.history.append(Epoch(**progress.history[-1]._asdict()))
-            record.best_epoch = progress.best_epoch
-            record.loads.append(_machine_load())
-            record.seconds = spent + time.time() - start
-            entry.save(record, progress.state)
-            report(record)
+        with own_stream(device):
+            data = load_training_data(recipe.data, device, recipe.seed)
+            val = part(data.val, recipe.label_fraction, recipe.seed)  # no more labels to select an epoch by than to train on
+            classifier, epochs = _training(recipe, device, data._replace(val=val), progress)
+            for progress in epochs:
+                record.history.append(Epoch(**progress.history[-1]._asdict()))
+                record.best_epoch = progress.best_epoch
+                record.loads.append(_machine_load())
+                record.seconds = spent + time.time() - start
+                entry.save(record, progress.state)
+                report(record)
     except (UserError, ArithmeticError) as error:
         record.failed = str(error)
         entry.write(record)

@@ -1,7 +1,8 @@
-"""A stage's trainings side by side: each in a process of its own, with exactly the threads that its recipe says.
+"""A stage's trainings side by side: on CPUs each in a process of its own, with exactly the threads that its recipe says.
 
 Results depend neither on the machine's cores nor on its load. The processes come from a fork server that imports PyTorch once.
-They write to the disk and tell their parent, which alone shows progress and talks to MLflow.
+They write to the disk and tell their parent, which alone shows progress and talks to MLflow. Small trainings on one GPU share a
+process, whose start costs more than they do: each in a thread, with a stream of its own.
 """
 
 import multiprocessing
@@ -10,7 +11,9 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver
@@ -25,6 +28,7 @@ from pipeline.core.errors import UserError, file_problem
 from pipeline.core.files import atomic_folder
 from pipeline.data.dataset import load_dataset
 from pipeline.networks.description import Epoch, checkpoint_path
+from pipeline.networks.names import WITHOUT_DROPOUT
 from pipeline.training.cache import Record, prune
 from pipeline.training.recipe import Recipe, train
 
@@ -33,23 +37,28 @@ PRELOAD = ["pipeline.training.loop", "pipeline.networks.checkpoints", "pipeline.
 # glibc's own settings: reuse the memory of one step in the next instead of returning it to the system and faulting it in again.
 # Measured for the default student, 25,600 images: 0.5 to 0.6 s of system time with them, 1.3 and 4.1 s without.
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-# Trainings at a time on a GPU: on images of up to SMALL pixels each way, one leaves most of it idle, above all while it starts.
-# Measured on an H100, 54,000 images of 28x28, five epochs: 2.9 s a student with one at a time, 1.8 with two, 1.4 with four, 1.3
-# with eight.
-PER_GPU, SMALL = 4, 64
+# Trainings at a time on a GPU, in threads of one process: on images of up to SMALL pixels each way, one leaves most of it idle,
+# and a process takes seconds to start there. MEASURED
+PER_GPU, SMALL = 8, 64
+
+
+@dataclass
+class _Training:
+    """A training, as its parent knows it."""
+
+    recipe: Recipe
+    bar: tqdm
+    record: Record | None = None  # the last that came
+    trains: bool = False  # is not taken from the cache
 
 
 @dataclass
 class _Child:
-    """A training in its process."""
+    """A process, and by seed the trainings in it that are not over."""
 
-    recipe: Recipe
     process: BaseProcess
     pipe: Connection
-    bar: tqdm
-    record: Record | None = None  # the last that came
-    trains: bool = False  # is not taken from the cache
-    result: Path | str | None = None  # its checkpoint, or why there is none
+    trainings: dict[int, _Training]
 
 
 def preload() -> BaseContext:
@@ -69,45 +78,61 @@ def train_seeds(recipes: Sequence[Recipe], root: Path, jobs: int | str, folder: 
 
     Finished trainings in `root` (cache.trainings_folder) are taken from there, interrupted ones resume. When the iterator
     ends, `folder` holds a checkpoint per seed, `seed<k>.safetensors`, and nothing else. `jobs` "auto": as many as the cores
-    allow, and no more at a time in all stages of the checkout; or PER_GPU per GPU, one where images are not SMALL.
+    allow, and no more at a time in all stages of the checkout; or PER_GPU per GPU, one where they cannot share it.
 
     Raises UserError, after the others have finished, if some trainings failed; `folder` is then as before.
     """
     context = preload()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most, of_gpus = max(1, cores // recipes[0].threads), 0
+    most, gpus, threads = max(1, cores // recipes[0].threads), 0, 1
     if recipes[0].device in ("auto", "cuda") and any(Path("/dev").glob("nvidia[0-9]*")):  # else known without PyTorch
         import torch
 
-        small = max(load_dataset(recipes[0].data).image_shape[:2]) <= SMALL
-        of_gpus = torch.cuda.device_count() * (PER_GPU if small else 1)
-    start = partial(_start, context, root, most if jobs == "auto" and not of_gpus else None)
-    queue = list(enumerate(recipes))
-    running = [start(*queue.pop(0)) for _ in recipes[: (of_gpus or most) if jobs == "auto" else int(jobs)]]
+        gpus = torch.cuda.device_count()
+    processes, groups = (gpus or most) if jobs == "auto" else int(jobs), [[recipe] for recipe in recipes]
+    if gpus and recipes[0].architecture in WITHOUT_DROPOUT and max(load_dataset(recipes[0].data).image_shape[:2]) <= SMALL:
+        threads = PER_GPU if jobs == "auto" else -(-processes // gpus)
+        groups = [recipes[number::gpus] for number in range(min(gpus, len(recipes)))]
+    start = partial(_start, context, root, most if jobs == "auto" and not gpus else None, threads)
+    queue = list(enumerate(groups))
+    running = [start(*queue.pop(0)) for _ in queue[:processes]]
     return _records(running, queue, start, root, folder)
 
 
-def _start(context: BaseContext, root: Path, places: int | None, number: int, recipe: Recipe) -> _Child:
+def _start(context: BaseContext, root: Path, places: int | None, threads: int, number: int, recipes: Sequence[Recipe]) -> _Child:
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, recipe, root, places, number), daemon=True)
+    process = context.Process(target=_work, args=(theirs, recipes, root, places, threads, number), daemon=True)
     process.start()
     theirs.close()
-    bar = tqdm(total=recipe.settings["epochs"], desc=recipe.title, unit="epoch", disable=None, leave=False)
-    return _Child(recipe, process, ours, bar)
+    options = {"unit": "epoch", "disable": None, "leave": False}
+    bars = {recipe.seed: tqdm(total=recipe.settings["epochs"], desc=recipe.title, **options) for recipe in recipes}
+    return _Child(process, ours, {recipe.seed: _Training(recipe, bars[recipe.seed]) for recipe in recipes})
 
 
-def _work(pipe: Connection, recipe: Recipe, root: Path, places: int | None, gpu: int) -> None:
-    """What a child does: train, and send records, then the path of the checkpoint or a message of what went wrong."""
+def _work(pipe: Connection, recipes: Sequence[Recipe], root: Path, places: int | None, threads: int, gpu: int) -> None:
+    """What a child does: train, and send seed and record, then seed and the checkpoint's path or what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        pipe.send(train(recipe, root, pipe.send, places, gpu))
-    except UserError as error:
-        pipe.send(str(error))
-    except OSError as error:
-        if not (message := file_problem(error)):
-            raise
-        pipe.send(message)
+    sending = threading.Lock()
+
+    def send(seed: int, message: Record | Path | str | None) -> None:
+        with sending:
+            pipe.send((seed, message))
+
+    def work(recipe: Recipe) -> None:
+        try:
+            result = train(recipe, root, partial(send, recipe.seed), places, gpu)
+        except Exception as error:
+            result = str(error) if isinstance(error, UserError) else isinstance(error, OSError) and file_problem(error)
+            if not result:
+                traceback.print_exc()
+        send(recipe.seed, result or "failed, see above")
+
+    if len(recipes) == 1:  # in the first thread, as PyTorch's threads are
+        work(*recipes)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, recipes))
 
 
 def _end_with_parent() -> None:
@@ -117,7 +142,11 @@ def _end_with_parent() -> None:
 
 
 def _records(
-    running: list[_Child], queue: list[tuple[int, Recipe]], start: Callable[[int, Recipe], _Child], root: Path, folder: Path
+    running: list[_Child],
+    queue: list[tuple[int, Sequence[Recipe]]],
+    start: Callable[[int, Sequence[Recipe]], _Child],
+    root: Path,
+    folder: Path,
 ) -> Iterator[Record]:
     """Yield what children send; start one from the queue for each that ends; put the checkpoints into `folder` at the end."""
     checkpoints: dict[int, Path] = {}  # by seed
@@ -126,20 +155,28 @@ def _records(
         for pipe in wait([child.pipe for child in running]):
             child = next(child for child in running if child.pipe is pipe)
             try:
-                message = pipe.recv()
+                messages = [pipe.recv()]
             except (EOFError, OSError):  # the second in the middle of a message
                 running.remove(child)
                 running += [start(*queue.pop(0))] if queue else []
-                _end(child)
-                if isinstance(child.result, Path):
-                    checkpoints[child.recipe.seed] = child.result
-                    continue
-                failures.setdefault(child.result, []).append(child.recipe.title)
-                message = child.record and child.record.model_copy(update={"failed": child.result})
-            else:
-                _show(child, message)
-            if isinstance(message, Record):
-                yield message
+                child.process.join()
+                code = child.process.exitcode
+                killed = f"was killed by {signal.Signals(-code).name}: the same command resumes it" if code < 0 else ""
+                messages = [(seed, killed or "failed, see above") for seed in child.trainings]
+            for seed, message in messages:
+                training = child.trainings[seed]
+                if isinstance(message, Path):
+                    checkpoints[seed] = message
+                elif isinstance(message, str):
+                    failures.setdefault(message, []).append(training.recipe.title)
+                if isinstance(message, Path | str):
+                    del child.trainings[seed]
+                _show(training, message)
+                record = message
+                if isinstance(message, str) and training.record:
+                    record = training.record.model_copy(update={"failed": message})
+                if isinstance(record, Record):
+                    yield record
     if failures:
         raise UserError("; ".join(f"{', '.join(sorted(titles))}: {problem}" for problem, titles in failures.items()))
     with atomic_folder(folder) as made:
@@ -148,36 +185,28 @@ def _records(
     prune(root)
 
 
-def _show(child: _Child, message: Record | Path | str | None) -> None:
-    """Keep what a child sent, and bring its progress line up to date."""
+def _show(training: _Training, message: Record | Path | str | None) -> None:
+    """Keep the record that came and bring the progress line up to date; say that the training waits, resumes or is over."""
+    title = training.recipe.title
     if message is None:
-        tqdm.write(f"{child.recipe.title}: another process is at this training: waiting for it")
-    elif not isinstance(message, Record):
-        child.result = message
-    else:
+        tqdm.write(f"{title}: another process is at this training: waiting for it")
+    elif isinstance(message, Record):
         epochs = len(message.history)
-        if not child.record and 0 < epochs < message.epochs:
-            tqdm.write(f"{child.recipe.title}: resumes after epoch {epochs} of {message.epochs}")
-        child.record, child.trains = message, child.trains or not message.finished
-        child.bar.update(epochs - child.bar.n)
+        if not training.record and 0 < epochs < message.epochs:
+            tqdm.write(f"{title}: resumes after epoch {epochs} of {message.epochs}")
+        training.record, training.trains = message, training.trains or not message.finished
+        training.bar.update(epochs - training.bar.n)
         if epochs:
-            child.bar.set_postfix_str(f"loss {message.history[-1].train_loss:.4f}{_validation(message.history[-1])}")
-
-
-def _end(child: _Child) -> None:
-    """Say how a training ended; if its process ended without a word, that is the result."""
-    child.process.join()
-    child.bar.close()
-    record, code = child.record, child.process.exitcode
-    if child.result is None:
-        killed = f"was killed by {signal.Signals(-code).name}: the same command resumes it" if code < 0 else ""
-        child.result = killed or "failed, see above"
-    elif isinstance(child.result, Path):
-        best = record.history[record.best_epoch - 1]
-        how = f"{record.seconds or 0:.1f} s on {record.device}, {record.parameters.get('precision')}"
-        how = how if child.trains else "taken from .trainings/"
-        figure = _validation(best).removeprefix(", ") or f"training loss {best.train_loss:.4f}"
-        print(f"{child.recipe.title}: {figure} after epoch {record.best_epoch} of {record.epochs}; {how}", flush=True)
+            training.bar.set_postfix_str(f"loss {message.history[-1].train_loss:.4f}{_validation(message.history[-1])}")
+    else:
+        training.bar.close()
+        if isinstance(message, Path):
+            record = training.record
+            best = record.history[record.best_epoch - 1]
+            how = f"{record.seconds or 0:.1f} s on {record.device}, {record.parameters.get('precision')}"
+            how = how if training.trains else "taken from .trainings/"
+            figure = _validation(best).removeprefix(", ") or f"training loss {best.train_loss:.4f}"
+            print(f"{title}: {figure} after epoch {record.best_epoch} of {record.epochs}; {how}", flush=True)
 
 
 def _validation(epoch: Epoch) -> str:
