@@ -1,7 +1,8 @@
 """Check the trainings on a GPU, and time them there: `make gpu-check` (five minutes; neither network nor DVC nor MLflow).
 
 What runs on a GPU alone is a training's step as a captured CUDA graph. Checked is that it trains to the weights of the step that
-is not captured, also beside others, that an interrupted training resumes to them, and that bf16 costs no accuracy. several trainings on one device, and each training of `make bench` in four ways that take turns. Data are made here unless
+is not captured, also beside others, that an interrupted training resumes to them, and that bf16 costs no accuracy. Timed are
+several trainings on one device, and each training of `make bench` in four ways that take turns. Data are made here unless
 --distillation and --baselines name .npz files. It writes benchmarks/results/<device>-check.md, and fails if a check does. With
 `--device cpu` nothing is captured: a small run shows that every other line works.
 """
