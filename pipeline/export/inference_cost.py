@@ -1,14 +1,17 @@
-"""What one model costs to run on the CPU, measured in a process of its own so that the peak memory is the model's alone.
+"""What models cost to run on the CPU, each measured in a process of its own so that the peak memory is the model's alone.
 
-`python -m pipeline.export.inference_cost FILE` prints the figures of a checkpoint or an ONNX file as JSON. An ONNX file is
-run without importing PyTorch.
+`python -m pipeline.export.inference_cost FILE` opens a checkpoint or an ONNX file, the latter without importing PyTorch. It
+writes three lines of JSON, the second and the third when it was sent a line: `null` when the model is ready, the figures of
+`measure`, those of `network_cost`.
 """
 
+import contextlib
+import gc
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from timeit import repeat
 from typing import TYPE_CHECKING, Any
@@ -21,20 +24,37 @@ if TYPE_CHECKING:
 BATCH = 256  # images
 
 
-def inference_cost(path: Path) -> dict[str, float]:
-    """The figures of `measure`, from a fresh process."""
-    command = [sys.executable, "-m", "pipeline.export.inference_cost", str(path)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 (ourselves)
-    return json.loads(done.stdout)
+def inference_costs(paths: Sequence[Path]) -> list[dict[str, float]]:
+    """The figures of each model. All processes start, and count what networks need, side by side; they measure one by one."""
+    command, pipes = (
+        [sys.executable, "-m", "pipeline.export.inference_cost"],
+        {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE},
+    )
+    with contextlib.ExitStack() as stack:
+        started = (subprocess.Popen([*command, str(path)], **pipes, text=True, bufsize=1) for path in paths)  # noqa: S603 (ourselves)
+        processes = [stack.enter_context(process) for process in started]
+        for process in processes:
+            _answer(process)
+        measured = []
+        for process in processes:
+            process.stdin.write("\n")
+            measured.append(_answer(process))
+        for process in processes:
+            process.stdin.write("\n")
+        return [figures | _answer(process) for figures, process in zip(measured, processes, strict=True)]
 
 
-def measure(path: Path) -> dict[str, float]:
+def _answer(process: subprocess.Popen) -> Any:
+    if line := process.stdout.readline():
+        return json.loads(line)
+    raise subprocess.CalledProcessError(process.wait(), process.args)
+
+
+def measure(run: Callable[[np.ndarray], Any], image_shape: tuple[int, int, int]) -> dict[str, float]:
     """Latency of one image (ms, median and 95th percentile), images per second in batches of 256, peak memory (MiB).
 
-    All cores are used. The memory is the whole process's, libraries included; left out on systems without /proc. Of a
-    checkpoint, those of `network_cost` too.
+    All cores are used. The memory is the whole process's, libraries included; left out on systems without /proc.
     """
-    run, image_shape, classifier = _open(path)
     images = np.random.default_rng(0).integers(0, 256, (BATCH, *image_shape), dtype=np.uint8)
     single = repeat(lambda: run(images[:1]), number=1, repeat=110)[10:]  # seconds, after a warm-up
     batch = repeat(lambda: run(images), number=1, repeat=7)[2:]
@@ -45,7 +65,7 @@ def measure(path: Path) -> dict[str, float]:
     }
     if (status := Path("/proc/self/status")).exists():
         figures["peak_memory_mib"] = int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
-    return figures | (network_cost(classifier, image_shape) if classifier else {})  # last: it takes memory
+    return figures
 
 
 def network_cost(classifier: "Classifier", image_shape: tuple[int, int, int]) -> dict[str, int]:
@@ -77,5 +97,16 @@ def _open(path: Path) -> tuple[Callable[[np.ndarray], Any], tuple[int, int, int]
     return lambda images: predict(classifier, torch.from_numpy(images)).softmax(dim=1), image_shape, classifier
 
 
+def main(path: Path) -> None:
+    """What the process of one model does."""
+    run, image_shape, classifier = _open(path)
+    print("null", flush=True)
+    input()
+    print(json.dumps(measure(run, image_shape)), flush=True)
+    input()
+    print(json.dumps(network_cost(classifier, image_shape) if classifier else {}))
+    gc.freeze()  # what is left need not be collected
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]))))
+    main(Path(sys.argv[1]))

@@ -13,7 +13,7 @@ import torch
 from pipeline.core.errors import UserError
 from pipeline.data.prepared import TrainingData
 from pipeline.export import onnx_model
-from pipeline.export.inference_cost import inference_cost
+from pipeline.export.inference_cost import inference_costs
 from pipeline.export.onnx_export import check_export, export_onnx, quantize
 from pipeline.export.onnx_model import Student, open_foreign
 from pipeline.networks.checkpoints import new_classifier
@@ -143,7 +143,7 @@ def test_onnxruntime_and_numpy_are_enough(exported, data: TrainingData, tmp_path
 
 
 def test_an_exported_student_is_measured_without_pytorch(exported):
-    cost = inference_cost(exported[0])
+    (cost,) = inference_costs(exported[:1])
     assert 0 < cost["latency_ms"] <= cost["latency_p95_ms"]
     assert cost["images_per_second"] > 200 / cost["latency_ms"], "of images, not of batches"
     assert cost.get("peak_memory_mib", 100) < 150, "PyTorch alone takes more"
