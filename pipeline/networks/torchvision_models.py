@@ -57,10 +57,10 @@ def resnet(name: str, /, stem: str, in_channels: int, image_size: tuple[int, int
 
 
 class _Conv3x3(nn.Conv2d):
-    """`conv`, 3x3, padded by one and without bias, but trains on a single pixel with the middle of its kernel alone.
+    """`conv`, 3x3, padded by one and without bias, but where it makes a single pixel it trains as a linear layer.
 
-    The other taps meet padding, and their gradient is zero. A single pixel is what the last block sees of a 28x28 image with
-    the imagenet stem: so a training step of ResNet18 takes three quarters of the time (bfloat16, one thread).
+    The taps that then meet padding alone are left out: their gradient is zero. That is so in the last block, on 28x28 images
+    with the imagenet stem: a training step of ResNet18 takes two thirds of the time (bfloat16, one thread).
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -69,9 +69,11 @@ class _Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of `x` (N, C, H, W)."""
-        if self.training and x.shape[2:] == (1, 1):
-            return F.linear(x.flatten(1), self.weight[:, :, 1, 1])[:, :, None, None]
-        return super().forward(x)
+        height, width = x.shape[2:]
+        if not self.training or height > self.stride[0] or width > self.stride[1]:
+            return super().forward(x)
+        taps = self.weight.permute(0, 2, 3, 1)[:, 1 : 1 + height, 1 : 1 + width]
+        return F.linear(x.permute(0, 2, 3, 1).flatten(1), taps.flatten(1))[:, :, None, None]
 
 
 def first_convolution(model: nn.Module) -> str | None:

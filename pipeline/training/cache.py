@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import itertools
+import math
 import os
 import shutil
 import time
@@ -18,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, user_error
 from pipeline.core.files import main_checkout, md5, write_atomic
 from pipeline.networks.description import Description, Digest, read_description
 
@@ -169,10 +170,11 @@ def prune(root: Path) -> None:
 
     Raises UserError if that is no number.
     """
-    try:
-        left = float(os.environ.get("TRAININGS_MAX_GB") or MOST_GB) * 1e9
-    except ValueError as error:
-        raise UserError(f"TRAININGS_MAX_GB = {os.environ['TRAININGS_MAX_GB']!r}: a number is wanted") from error
+    limit = os.environ.get("TRAININGS_MAX_GB") or str(MOST_GB)
+    with user_error(f"TRAININGS_MAX_GB = {limit!r}: a number is wanted", ValueError):
+        left = float(limit) * 1e9
+        if math.isnan(left):
+            raise ValueError("not a number")
     folders = [path for path in root.iterdir() if path.is_dir()]
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
         left -= sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -95,14 +95,14 @@ def check_method(recipe: Recipe) -> None:
     """Raises UserError if a student's method cannot be had on the recipe's data or of its teachers: what, and why."""
     method, dataset = recipe.method or {"name": ""}, load_dataset(recipe.data)
     name, standardized = method["name"], method.get("logit_standardization", False)
-    two, labelled = len(dataset.classes) == 2, recipe.label_fraction == 1 and not dataset.images.get("unlabelled")
+    two_classes, labelled = len(dataset.classes) == 2, recipe.label_fraction == 1 and not dataset.images.get("unlabelled")
     plain = method.get("divergence") == "forward" and not standardized
     single = len(recipe.teachers) < 2 and not any(path.suffix == ".npz" for path in recipe.teachers)
     for wrong, reason in (
         (dataset.folds and not single, "folds want a teacher of the student's own seed, neither an ensemble nor a file"),
-        (name == "dkd" and two, "dkd wants three classes or more: of two, it is dkd.alpha times kd"),
+        (name == "dkd" and two_classes, "dkd wants three classes or more: of two, it is dkd.alpha times kd"),
         (
-            standardized and two,
+            standardized and two_classes,
             "logit_standardization wants three classes or more: of two, it takes away how sure the teacher is",
         ),
         (name == "dkd" and not labelled, "dkd wants the label of every training image"),

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import mobilenet_v3_small, resnet18
+from torchvision.models import get_model, mobilenet_v3_small, resnet18
 
 from pipeline.core.errors import UserError, one_line
 from pipeline.networks.architectures import ARCHITECTURES, Classifier, build, build_meta, check_architecture, load_initial
@@ -33,6 +33,19 @@ def test_the_stem_decides_how_far_images_shrink(stem: str, side: int):
     model.layer4.register_forward_hook(lambda *call: shapes.append(call[-1].shape))
     assert model(torch.zeros(2, 3, 28, 28)).shape == (2, 9)
     assert shapes[0][2:] == (side, side)
+
+
+@pytest.mark.parametrize(("name", "side"), [("resnet18", 28), ("resnet18", 40), ("resnet50", 28), ("resnet34", 17)])
+def test_a_resnet_trains_as_torchvisions_also_where_its_last_block_sees_a_single_pixel(name: str, side: int):
+    ours = build(name, stem="imagenet", **COLOUR | {"image_size": (side, side)}).double().to(memory_format=torch.channels_last)
+    theirs = get_model(name, num_classes=9).double()
+    theirs.load_state_dict(ours.state_dict())
+    images, labels = torch.rand(4, 3, side, side, dtype=torch.float64), torch.arange(4)
+    for model in (ours, theirs):
+        F.cross_entropy(model(images), labels).backward()
+    for (key, our), their in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(our.grad, their.grad, msg=lambda text, key=key: f"{key}: {text}", check_stride=False)
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
 
 
 @pytest.mark.parametrize("side", [28, 64, 128, 224])

@@ -144,6 +144,7 @@ def test_the_oldest_go_first_where_there_is_too_much(tmp_path: Path, monkeypatch
         os.utime(tmp_path / "0", (0, 0))
         prune(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "2", "3"]
-    monkeypatch.setenv("TRAININGS_MAX_GB", "many")
-    with pytest.raises(UserError, match="TRAININGS_MAX_GB = 'many'"):
-        prune(tmp_path)
+    for wrong in ("many", "nan"):
+        monkeypatch.setenv("TRAININGS_MAX_GB", wrong)
+        with pytest.raises(UserError, match=f"TRAININGS_MAX_GB = '{wrong}'"):
+            prune(tmp_path)
