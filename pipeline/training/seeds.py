@@ -38,8 +38,8 @@ PRELOAD = ["pipeline.training.loop", "pipeline.networks.checkpoints", "pipeline.
 # Measured for the default student, 25,600 images: 0.5 to 0.6 s of system time with them, 1.3 and 4.1 s without.
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 # Trainings at a time on a GPU, in threads of one process: on images of up to SMALL pixels each way, one leaves most of it idle.
-# Measured on an H100, 54,000 images of 28x28, five epochs, with their start: 1.4 s a student with one at a time, 1.0 with two, 0.7
-# with four, 0.6 with eight; with a process each 3.0, 1.9, 1.4 and 1.3.
+# Measured on an H100, 54,000 images of 28x28, five epochs, with their start: 1.4 s a student with one at a time, 1.0 with two,
+# 0.7 with four, 0.6 with eight; with a process each 3.0, 1.9, 1.4 and 1.3.
 PER_GPU, SMALL = 8, 64
 
 
