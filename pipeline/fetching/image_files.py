@@ -1,4 +1,4 @@
-"""One image file, read for a data set: PNG, JPEG, TIFF or, where pydicom is installed, DICOM.
+"""One image file, read for a data set or to be predicted: PNG, JPEG, TIFF or, where pydicom is installed, DICOM.
 
 Pixels of more than 8 bits need a window: what is at its lower end or below becomes 0, at its upper end or above 255, and what is
 between them grows evenly. A DICOM file brings its own (its first WindowCenter and WindowWidth, after the rescale); without
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DEEP = ("I;16", "I;16B", "I;16L", "I", "F")  # Pillow's modes of grey with more than 8 bits
 WHITE_IS_ZERO = (262, 0)  # a TIFF tag and its value
 DICM = b"DICM"  # after 128 bytes: files without a suffix are common
+NO_WINDOW = "its pixels have more than 8 bits: --window LOW HIGH says which of their values become 0 and 255"
 ENDS = np.array([-(2.0**40), 2.0**40])  # beyond every pixel
 
 Window = tuple[float, float]
@@ -47,7 +48,7 @@ def read_header(path: Path, window: Window | None) -> Header:
         return Header(dataset.SamplesPerPixel == 3, str(dataset.get("PatientID") or "").strip())
     with open_image(path, (*MODES, *DEEP)) as image:
         if image.mode in DEEP and window is None:
-            raise ValueError("its pixels have more than 8 bits: --window LOW HIGH says which of their values become 0 and 255")
+            raise ValueError(NO_WINDOW)
         return Header(image.mode not in ("L", *DEEP), "")
 
 
@@ -65,7 +66,7 @@ def read_image_file(path: Path, window: Window | None) -> Image.Image:
         if image.mode not in DEEP:
             return ImageOps.exif_transpose(image)
         if window is None:
-            raise ValueError("its pixels have more than 8 bits, and there is no window")
+            raise ValueError(NO_WINDOW)
         grey = _windowed(np.asarray(ImageOps.exif_transpose(image)), *window)
         tag, value = WHITE_IS_ZERO
         inverted = image.format == "TIFF" and image.tag_v2.get(tag) == value  # Pillow does this for 8 bits alone

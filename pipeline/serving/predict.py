@@ -1,10 +1,12 @@
 """Classify images with an exported student: `python -m pipeline.serving.predict image.png`.
 
 Needs onnxruntime, numpy and pillow alone for the models in models/student/. Prints a table (CSV): each image, its class, and the
-probability of every class. Of a folder, every PNG, JPEG and TIFF in it is an image; other files are named and left out. Images
-are 8-bit grey, RGB or palette images without transparency. Those of another size than the model's are resized as its training
-images were, by the rule in its file; where it has none, by --resize or not at all. A camera's orientation (EXIF) is followed;
-colours become grey by ITU-R 601's luma for a model of grey images, and grey is repeated in each channel for one of colours.
+probability of every class. Of a folder, every PNG, JPEG, TIFF and DICOM file in it is an image; other files are named and left
+out. Images are read as those of a data set (pipeline/fetching/image_files.py): 8-bit grey, RGB or palette without transparency,
+deeper grey by --window, DICOM by its own window where pydicom is installed. Those of another size than the model's are resized as
+its training images were, by the rule in its file; where it has none, by --resize or not at all. A camera's orientation (EXIF) is
+followed; colours become grey by ITU-R 601's luma for a model of grey images, and grey is repeated in each channel for one of
+colours.
 """
 
 import csv
@@ -13,25 +15,26 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
-from PIL import ImageOps
 
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError, one_line, user_error
-from pipeline.core.images import FORMATS, RULES, fit_image, open_image
+from pipeline.core.images import FORMATS, RULES, fit_image
 from pipeline.export.onnx_model import Student, open_foreign
+from pipeline.fetching.image_files import Window, is_dicom, read_image_file
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "models/student"  # of this repository: as trustworthy as its code
 DEFAULT = "models/student/baselines.onnx"
 FORMULA = tuple("=+-@\t\r")  # what a spreadsheet takes for the beginning of a formula
 
 
-def main(images: list[Path], model: Path | None = None, resize: str | None = None) -> None:
-    """Print the table for `images`, files and folders, by the model in the file `model`; `resize`: see `RULES`."""
+def main(images: list[Path], model: Path | None = None, resize: str | None = None, window: Window | None = None) -> None:
+    """Print the table for `images`, files and folders, by the model in the file `model`; `resize`, `window`: see `read_image`."""
     student = open_model(model or Path(DEFAULT))
     if not model:
         print(f"model: {DEFAULT}, classes {', '.join(student.classes)}; others: --model", file=sys.stderr)
     paths = [path for given in images for path in (images_in(given) if given.is_dir() else [given])]
-    rows = student.probabilities(np.stack([read_image(path, student.shape, student.resize or resize) for path in paths]))
+    rule = student.resize or resize
+    rows = student.probabilities(np.stack([read_image(path, student.shape, rule, window) for path in paths]))
     if not np.isfinite(rows).all():
         raise UserError(f"{student.path}: its probabilities are no numbers: dvc repro export_student")
     table = csv.writer(sys.stdout, lineterminator="\n")
@@ -49,15 +52,15 @@ def open_model(path: Path) -> Student:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The PNG, JPEG and TIFF files of a folder; others are named on stderr. Raises UserError if there are none."""
-    with user_error(f"{folder}: cannot be listed", OSError):
+    """The PNG, JPEG, TIFF and DICOM files of a folder; others are named on stderr. Raises UserError if there are none."""
+    with user_error(f"{folder}: cannot be read", OSError):
         files = sorted(folder.iterdir())
-    paths = [path for path in files if path.suffix.lower() in FORMATS]
+        paths = [path for path in files if path.suffix.lower() in FORMATS or is_dicom(path)]
     for path in files:
         if path not in paths:
-            print(f"left out: {one_line(path)}: no PNG, JPEG or TIFF", file=sys.stderr)
+            print(f"left out: {one_line(path)}: no PNG, JPEG, TIFF or DICOM", file=sys.stderr)
     if not paths:
-        raise UserError(f"{folder}: no PNG, JPEG or TIFF files there")
+        raise UserError(f"{folder}: no PNG, JPEG, TIFF or DICOM files there")
     return paths
 
 
@@ -67,21 +70,18 @@ def as_text(name: str) -> str:
     return f"'{text}" if name.startswith(FORMULA) else text
 
 
-def read_image(path: Path, shape: tuple[int, int, int], resize: str | None = None) -> np.ndarray:
-    """One image, uint8 of `shape` (H, W, C), resized by the rule `resize`.
+def read_image(path: Path, shape: tuple[int, int, int], resize: str | None = None, window: Window | None = None) -> np.ndarray:
+    """One image, uint8 of `shape` (H, W, C), resized by the rule `resize`; `window` as in `read_image_file`.
 
-    Raises UserError as `open_image` and, without a rule, for an image of another size.
+    Raises UserError as `read_image_file` and, without a rule, for an image of another size.
     """
     height, width, channels = shape
-    with open_image(path) as image:
+    with user_error(f"{path}: DICOM files need pydicom", ImportError, then="pip install -r requirements-dicom.lock"):
+        image = read_image_file(path, window)
+    if not resize and image.size != (width, height):
         sizes = f"{image.size[0]}x{image.size[1]} pixels; the student takes {width}x{height}"
-        wrong_size = ValueError(f"{sizes} and knows no rule to resize by: --resize {', '.join(RULES)}")
-        if not resize and sorted(image.size) != sorted((width, height)):  # known before the pixels are unpacked
-            raise wrong_size
-        image = ImageOps.exif_transpose(image)
-        if not resize and image.size != (width, height):  # lies on its side
-            raise wrong_size
-        return fit_image(image, (height, width), resize or "stretch", channels)
+        raise UserError(f"{path}: {sizes} and knows no rule to resize by: --resize {', '.join(RULES)}")
+    return fit_image(image, (height, width), resize or "stretch", channels)
 
 
 if __name__ == "__main__":
@@ -89,4 +89,5 @@ if __name__ == "__main__":
     options.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder of files")
     options.add_argument("--model", type=Path, help=f"an exported student (default: {DEFAULT})")
     options.add_argument("--resize", choices=RULES, help="how to resize images of another size if the model's file does not say")
+    options.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="what becomes 0 and 255, beyond 8 bits")
     run(main, options)

@@ -16,6 +16,7 @@ from pipeline.data.dataset import SPLITS
 from pipeline.fetching.import_images import main
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import read_source
+from pipeline.serving.predict import images_in, read_image
 from tests.checkout import Checkout
 from tests.conftest import ROOT, small_checkout
 from tests.hostile import IEND, png
@@ -150,6 +151,7 @@ def test_more_than_8_bits_want_a_window(tmp_path: Path, name: str, pixels: np.ge
     refuses(rf"1 files \(.*{name}.*--window LOW HIGH", source)
     arrays = make(source, window=(1000, 2000))
     assert np.array_equal(arrays["train_images"][4, ..., 0], scaled((deep - 1000.0) / 1000))
+    assert np.array_equal(read_image(source / "train" / "c" / name, (16, 16, 1), window=(1000, 2000)), arrays["train_images"][4])
     assert "window 1000 to 2000" in (tmp_path / "out.md").read_text()
 
 
@@ -208,6 +210,9 @@ def test_dicom_is_windowed(tmp_path: Path, dicom, pixels, kind, options, window,
     dicom(source / "train" / "c" / "IM0001", pixels, kind, **options)
     image = make(source, window=window)["train_images"][4]
     assert np.abs(image.astype(int) - expected.reshape(16, 16, -1)).max() <= 1
+    assert np.array_equal(read_image(*images_in(source / "train" / "c")[-1:], image.shape, window=window), image), (
+        "to predict, too"
+    )
 
 
 def test_dicoms_patients_are_in_one_split_alone(tmp_path: Path, dicom):
