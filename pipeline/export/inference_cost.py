@@ -6,7 +6,6 @@ writes three lines of JSON, the second and the third when it was sent a line: `n
 """
 
 import contextlib
-import gc
 import json
 import re
 import subprocess
@@ -18,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.core.cli import run
+from pipeline.core.errors import UserError
+
 if TYPE_CHECKING:
     from pipeline.networks.architectures import Classifier
 
@@ -25,39 +27,45 @@ BATCH = 256  # images
 
 
 def inference_costs(paths: Sequence[Path]) -> list[dict[str, float]]:
-    """The figures of each model. All processes start, and count what networks need, side by side; they measure one by one."""
-    command, pipes = (
-        [sys.executable, "-m", "pipeline.export.inference_cost"],
-        {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE},
-    )
+    """The figures of each model. All processes start, and count what networks need, side by side; they measure one by one.
+
+    Raises UserError if a process ends before.
+    """
+    command = [sys.executable, "-m", "pipeline.export.inference_cost"]
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}  # a line at a time
     with contextlib.ExitStack() as stack:
-        started = (subprocess.Popen([*command, str(path)], **pipes, text=True, bufsize=1) for path in paths)  # noqa: S603 (ourselves)
+        started = (subprocess.Popen([*command, str(path)], **options) for path in paths)  # noqa: S603 (ourselves)
         processes = [stack.enter_context(process) for process in started]
         for process in processes:
             _answer(process)
         measured = []
         for process in processes:
-            process.stdin.write("\n")
+            _ask(process)
             measured.append(_answer(process))
         for process in processes:
-            process.stdin.write("\n")
+            _ask(process)
         return [figures | _answer(process) for figures, process in zip(measured, processes, strict=True)]
+
+
+def _ask(process: subprocess.Popen) -> None:
+    with contextlib.suppress(BrokenPipeError):  # there will be no answer
+        process.stdin.write("\n")
 
 
 def _answer(process: subprocess.Popen) -> Any:
     if line := process.stdout.readline():
         return json.loads(line)
-    raise subprocess.CalledProcessError(process.wait(), process.args)
+    raise UserError(f"{process.args[-1]}: could not be measured, see above")
 
 
-def measure(run: Callable[[np.ndarray], Any], image_shape: tuple[int, int, int]) -> dict[str, float]:
+def measure(model: Callable[[np.ndarray], Any], image_shape: tuple[int, int, int]) -> dict[str, float]:
     """Latency of one image (ms, median and 95th percentile), images per second in batches of 256, peak memory (MiB).
 
     All cores are used. The memory is the whole process's, libraries included; left out on systems without /proc.
     """
     images = np.random.default_rng(0).integers(0, 256, (BATCH, *image_shape), dtype=np.uint8)
-    single = repeat(lambda: run(images[:1]), number=1, repeat=110)[10:]  # seconds, after a warm-up
-    batch = repeat(lambda: run(images), number=1, repeat=7)[2:]
+    single = repeat(lambda: model(images[:1]), number=1, repeat=110)[10:]  # seconds, after a warm-up
+    batch = repeat(lambda: model(images), number=1, repeat=7)[2:]
     figures = {
         "latency_ms": 1000 * float(np.median(single)),
         "latency_p95_ms": 1000 * float(np.quantile(single, 0.95)),
@@ -97,16 +105,15 @@ def _open(path: Path) -> tuple[Callable[[np.ndarray], Any], tuple[int, int, int]
     return lambda images: predict(classifier, torch.from_numpy(images)).softmax(dim=1), image_shape, classifier
 
 
-def main(path: Path) -> None:
+def main(file: str) -> None:
     """What the process of one model does."""
-    run, image_shape, classifier = _open(path)
+    model, image_shape, classifier = _open(Path(file))
     print("null", flush=True)
-    input()
-    print(json.dumps(measure(run, image_shape)), flush=True)
-    input()
+    sys.stdin.readline() or sys.exit()  # the one who asks is gone
+    print(json.dumps(measure(model, image_shape)), flush=True)
+    sys.stdin.readline() or sys.exit()
     print(json.dumps(network_cost(classifier, image_shape) if classifier else {}))
-    gc.freeze()  # what is left need not be collected
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run(main, file=None)

@@ -5,13 +5,15 @@ between them grows evenly. A DICOM file brings its own (its first WindowCenter a
 one, the window is everything that the file's BitsStored can hold. MONOCHROME1 is inverted: bright stays bright.
 """
 
+import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipeline.core.errors import user_error
+from pipeline.core.errors import UserError, user_error
 from pipeline.core.images import FORMATS, MODES, open_image
 
 if TYPE_CHECKING:
@@ -31,11 +33,21 @@ class Header(NamedTuple):
 
     colour: bool
     patient: str  # PatientID; "" where there is none
+    size: tuple[int, int]  # width and height in pixels, before a camera's orientation is followed
+
+
+def check_window(window: Window | None) -> None:
+    """Raises UserError for a window whose ends are no numbers, the same or exchanged."""
+    if window is None:
+        return
+    width = window[1] - window[0]
+    if not (width > 0 and math.isfinite(width) and math.isfinite(1 / width)):
+        raise UserError(f"--window {window[0]:g} {window[1]:g}: two numbers are wanted, the lower first")
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether the file is DICOM, by its content or, where that cannot be read, by its suffix. Raises OSError."""
-    if path.suffix.lower() in FORMATS or not path.is_file():
+    """Whether the file is a DICOM image, by its content or its suffix. Raises OSError."""
+    if path.suffix.lower() in FORMATS or path.name == "DICOMDIR" or not path.is_file():
         return False
     with path.open("rb") as file:
         return file.read(132)[128:] == DICM or path.suffix.lower() == ".dcm"
@@ -45,11 +57,12 @@ def read_header(path: Path, window: Window | None) -> Header:
     """What the file says of itself. Raises as `read_image_file`, for all that shows without the pixels."""
     if is_dicom(path):
         dataset = _dicom(path, pixels=False)
-        return Header(dataset.SamplesPerPixel == 3, str(dataset.get("PatientID") or "").strip())
+        patient = str(dataset.get("PatientID") or "").strip()
+        return Header(dataset.SamplesPerPixel == 3, patient, (dataset.Columns, dataset.Rows))
     with open_image(path, (*MODES, *DEEP)) as image:
         if image.mode in DEEP and window is None:
             raise ValueError(NO_WINDOW)
-        return Header(image.mode not in ("L", *DEEP), "")
+        return Header(image.mode not in ("L", *DEEP), "", image.size)
 
 
 def read_image_file(path: Path, window: Window | None) -> Image.Image:
@@ -82,8 +95,12 @@ def _windowed(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def _dicom(path: Path, pixels: bool) -> "Dataset":
     from pydicom import dcmread
+    from pydicom.filereader import read_file_meta_info
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
 
     with user_error(f"{path}: cannot be read as DICOM", Exception):  # pydicom raises a dozen types on malformed bytes
+        if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            raise ValueError("it is deflated as a whole, to an unknown size")
         dataset = dcmread(path, stop_before_pixels=not pixels)
         kind, frames = dataset.PhotometricInterpretation, int(dataset.get("NumberOfFrames") or 1)
         grey = kind in ("MONOCHROME1", "MONOCHROME2") and dataset.SamplesPerPixel == 1
@@ -98,7 +115,10 @@ def _dicom(path: Path, pixels: bool) -> "Dataset":
 def _dicom_image(dataset: "Dataset", window: Window | None) -> Image.Image:
     from pydicom.pixels import apply_modality_lut, apply_windowing, pixel_array
 
-    stored = pixel_array(dataset)  # colours as RGB
+    with warnings.catch_warnings(action="ignore"):  # of a byte too many or too few at the end
+        stored = pixel_array(dataset)  # colours as RGB
+    if stored.shape[:2] != (dataset.Rows, dataset.Columns):
+        raise ValueError("it has more pixels than one frame")
     if dataset.SamplesPerPixel == 3:
         return Image.fromarray(stored)
     pixels = apply_modality_lut(stored, dataset)

@@ -24,7 +24,7 @@ from pipeline.core.files import atomic_file, write_atomic
 from pipeline.core.images import fit_image
 from pipeline.data.dataset import SPLITS, Resize
 from pipeline.fetching.duplicates import duplicates
-from pipeline.fetching.image_files import Window, read_header, read_image_file
+from pipeline.fetching.image_files import Window, check_window, read_header, read_image_file
 from pipeline.fetching.import_summary import summarise
 from pipeline.fetching.labelled_files import UNLABELLED, ImageFile, LeftOut, list_folders, list_table, patients_by_pattern
 from pipeline.fetching.sources import as_source
@@ -99,8 +99,7 @@ def _check_arguments(source: Path, out: Path, size: int, window: Window | None, 
         raise UserError(f"{out}: a file name that ends in .npz is wanted")
     if size not in SIZES:
         raise UserError(f"--size {size}: {SIZES[0]} to {SIZES[-1]} pixels are wanted")
-    if window and not window[0] < window[1]:
-        raise UserError(f"--window {window[0]:g} {window[1]:g}: the lower end comes first")
+    check_window(window)
     for path in (out, out.with_suffix(".md")):
         if path.exists() and not force:
             raise UserError(f"{path} is there already: --force replaces it")

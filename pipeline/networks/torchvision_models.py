@@ -50,9 +50,9 @@ def resnet(name: str, /, stem: str, in_channels: int, image_size: tuple[int, int
     if stem == "cifar":
         model.maxpool = nn.Identity()
     for module in [*model.modules()]:
-        for name, child in module.named_children():
-            if isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3):
-                setattr(module, name, _Conv3x3(child))
+        for key, child in module.named_children():
+            if isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3) and child.bias is None:
+                setattr(module, key, _Conv3x3(child))
     return model
 
 

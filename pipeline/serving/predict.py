@@ -20,7 +20,7 @@ from pipeline.core.cli import run
 from pipeline.core.errors import UserError, one_line, user_error
 from pipeline.core.images import FORMATS, RULES, fit_image
 from pipeline.export.onnx_model import Student, open_foreign
-from pipeline.fetching.image_files import Window, is_dicom, read_image_file
+from pipeline.fetching.image_files import Window, check_window, is_dicom, read_header, read_image_file
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "models/student"  # of this repository: as trustworthy as its code
 DEFAULT = "models/student/baselines.onnx"
@@ -29,6 +29,7 @@ FORMULA = tuple("=+-@\t\r")  # what a spreadsheet takes for the beginning of a f
 
 def main(images: list[Path], model: Path | None = None, resize: str | None = None, window: Window | None = None) -> None:
     """Print the table for `images`, files and folders, by the model in the file `model`; `resize`, `window`: see `read_image`."""
+    check_window(window)
     student = open_model(model or Path(DEFAULT))
     if not model:
         print(f"model: {DEFAULT}, classes {', '.join(student.classes)}; others: --model", file=sys.stderr)
@@ -53,15 +54,22 @@ def open_model(path: Path) -> Student:
 
 def images_in(folder: Path) -> list[Path]:
     """The PNG, JPEG, TIFF and DICOM files of a folder; others are named on stderr. Raises UserError if there are none."""
-    with user_error(f"{folder}: cannot be read", OSError):
+    with user_error(f"{folder}: cannot be listed", OSError):
         files = sorted(folder.iterdir())
-        paths = [path for path in files if path.suffix.lower() in FORMATS or is_dicom(path)]
+    paths = [path for path in files if _is_image(path)]
     for path in files:
         if path not in paths:
             print(f"left out: {one_line(path)}: no PNG, JPEG, TIFF or DICOM", file=sys.stderr)
     if not paths:
         raise UserError(f"{folder}: no PNG, JPEG, TIFF or DICOM files there")
     return paths
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        return path.suffix.lower() in FORMATS or is_dicom(path)
+    except OSError:  # not for us to read
+        return False
 
 
 def as_text(name: str) -> str:
@@ -77,9 +85,11 @@ def read_image(path: Path, shape: tuple[int, int, int], resize: str | None = Non
     """
     height, width, channels = shape
     with user_error(f"{path}: DICOM files need pydicom", ImportError, then="pip install -r requirements-dicom.lock"):
-        image = read_image_file(path, window)
-    if not resize and image.size != (width, height):
-        sizes = f"{image.size[0]}x{image.size[1]} pixels; the student takes {width}x{height}"
+        size = read_header(path, window).size
+        fits = resize or sorted(size) == sorted((width, height))  # known before the pixels are unpacked; it may lie on its side
+        image = read_image_file(path, window) if fits else None
+    if image is None or not (resize or image.size == (width, height)):
+        sizes = f"{size[0]}x{size[1]} pixels; the student takes {width}x{height}"
         raise UserError(f"{path}: {sizes} and knows no rule to resize by: --resize {', '.join(RULES)}")
     return fit_image(image, (height, width), resize or "stretch", channels)
 

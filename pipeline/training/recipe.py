@@ -163,6 +163,7 @@ def _carry_out(
     record.started = record.started or start
     entry.write(record)
     report(record)
+    _machine_load()  # a thread's first call says nothing
     try:
         with own_stream(device):
             data = load_training_data(recipe.data, device, recipe.seed)

@@ -74,6 +74,15 @@ def preload() -> BaseContext:
     return context
 
 
+def gpu_count(device: str) -> int:
+    """How many GPUs trainings on `device`, as in choose_device, may use here; PyTorch is imported only if there may be one."""
+    if device not in ("auto", "cuda") or not any(Path("/dev").glob("nvidia[0-9]*")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def train_seeds(recipes: Sequence[Recipe], root: Path, jobs: int | str, folder: Path) -> Iterator[Record]:
     """Start trainings, at most `jobs` at a time, and return an iterator of their records: at the start and after each epoch.
 
@@ -81,18 +90,15 @@ def train_seeds(recipes: Sequence[Recipe], root: Path, jobs: int | str, folder: 
     ends, `folder` holds a checkpoint per seed, `seed<k>.safetensors`, and nothing else. `jobs` "auto": as many as the cores
     allow, and no more at a time in all stages of the checkout; or PER_GPU per GPU, one where they cannot share it.
 
-    Raises UserError, after the others have finished, if some trainings failed; `folder` is then as before.
+    Raises UserError, after the others have finished, if some trainings failed; `folder` is then as before. A process that is
+    killed takes all its trainings with it.
     """
-    context = preload()
+    context, first = preload(), recipes[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most, gpus, threads = max(1, cores // recipes[0].threads), 0, 1
-    if recipes[0].device in ("auto", "cuda") and any(Path("/dev").glob("nvidia[0-9]*")):  # else known without PyTorch
-        import torch
-
-        gpus = torch.cuda.device_count()
+    most, gpus, threads = max(1, cores // first.threads), gpu_count(first.device), 1
     processes, groups = (gpus or most) if jobs == "auto" else int(jobs), [[recipe] for recipe in recipes]
-    if gpus and recipes[0].architecture in WITHOUT_DROPOUT and max(load_dataset(recipes[0].data).image_shape[:2]) <= SMALL:
-        threads = PER_GPU if jobs == "auto" else -(-processes // gpus)
+    if gpus and first.architecture in WITHOUT_DROPOUT and max(load_dataset(first.data).image_shape[:2]) <= SMALL:
+        threads = PER_GPU if jobs == "auto" else max(1, processes // gpus)
         groups = [recipes[number::gpus] for number in range(min(gpus, len(recipes)))]
     start = partial(_start, context, root, most if jobs == "auto" and not gpus else None, threads)
     queue = list(enumerate(groups))
@@ -123,13 +129,16 @@ def _work(pipe: Connection, recipes: Sequence[Recipe], root: Path, places: int |
     def work(recipe: Recipe) -> None:
         try:
             result = train(recipe, root, partial(send, recipe.seed), places, gpu)
+        except UserError as error:
+            result = str(error)
         except Exception as error:
-            result = str(error) if isinstance(error, UserError) else isinstance(error, OSError) and file_problem(error)
+            result = file_problem(error) if isinstance(error, OSError) else None
             if not result:
-                traceback.print_exc()
-        send(recipe.seed, result or "failed, see above")
+                result = "failed, see above"
+                print(f"{recipe.title}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        send(recipe.seed, result)
 
-    if len(recipes) == 1:  # in the first thread, as PyTorch's threads are
+    if len(recipes) == 1:  # in this thread: PyTorch's number of threads is meant for it
         work(*recipes)
         return
     with ThreadPoolExecutor(threads) as pool:

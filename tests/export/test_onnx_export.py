@@ -149,6 +149,14 @@ def test_an_exported_student_is_measured_without_pytorch(exported):
     assert cost.get("peak_memory_mib", 100) < 150, "PyTorch alone takes more"
 
 
+def test_a_damaged_file_among_those_measured_is_named_and_nobody_waits(exported, tmp_path: Path, capfd):
+    (tmp_path / "a.onnx").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"a\.onnx: could not be measured, see above"):
+        inference_costs([exported[0], tmp_path / "a.onnx", exported[0]])
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error:", "Traceback"))]
+    assert ["a.onnx: damaged, or no exported student" in line for line in lines] == [True]
+
+
 @pytest.mark.slow
 def test_a_student_that_cannot_be_exported_is_refused_before_it_is_trained():
     check_export("mobilenet_v3_small", {}, (64, 64, 1), 3)

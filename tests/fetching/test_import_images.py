@@ -234,7 +234,13 @@ def test_dicom_that_is_no_single_picture_is_refused(tmp_path: Path, dicom):
         dicom(path, pixels, kind)
         refuses(rf"x\.dcm: cannot be read as DICOM: .*{message}", source)
     dicom(path, RAMP)
-    for content in (b"no DICOM", path.read_bytes()[:-20]):
+    whole = path.read_bytes()
+    explicit, deflated = b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99"  # the latter may unpack to any size
+    length = len(explicit).to_bytes(2, "little"), len(deflated).to_bytes(2, "little")
+    bomb = whole.replace(length[0] + explicit, length[1] + deflated)
+    two_frames = whole.replace((256).to_bytes(4, "little") + RAMP.tobytes(), (512).to_bytes(4, "little") + 2 * RAMP.tobytes())
+    assert len(whole) < len(bomb) < len(two_frames)
+    for content in (b"no DICOM", whole[:-20], bomb, two_frames):
         path.write_bytes(content)
         refuses(r"x\.dcm: cannot be read as DICOM", source)
 

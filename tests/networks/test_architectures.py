@@ -6,7 +6,7 @@ from torchvision.models import get_model, mobilenet_v3_small, resnet18
 
 from pipeline.core.errors import UserError, one_line
 from pipeline.networks.architectures import ARCHITECTURES, Classifier, build, build_meta, check_architecture, load_initial
-from pipeline.networks.names import OPTIONS, architecture_arguments
+from pipeline.networks.names import OPTIONS, WITHOUT_DROPOUT, architecture_arguments
 from pipeline.networks.torchvision_models import classifier_names, first_convolution
 
 GREY = {"in_channels": 1, "image_size": (28, 28), "num_classes": 10}
@@ -24,6 +24,14 @@ COLOUR = {"in_channels": 3, "image_size": (28, 28), "num_classes": 9}
 )
 def test_sizes_are_the_original_projects(name: str, arguments: dict, parameters: int):
     assert sum(tensor.numel() for tensor in build(name, **arguments).parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", WITHOUT_DROPOUT)
+def test_networks_that_may_share_a_process_draw_nothing_when_they_train(name: str):
+    network = build(name, **architecture_arguments(name, {"width": 4, "hidden": 8, "stem": "imagenet"}), **COLOUR).train()
+    before = torch.get_rng_state()
+    network(torch.rand(2, 3, 28, 28, generator=torch.Generator())).sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("stem", "side"), [("imagenet", 1), ("cifar", 4)])

@@ -96,6 +96,23 @@ def test_every_image_has_a_row_and_every_other_file_is_named(tmp_path: Path, mon
     assert [line.endswith("notes.txt: no PNG, JPEG, TIFF or DICOM") for line in printed.err.splitlines()] == [True]
 
 
+def test_a_file_that_cannot_be_looked_into_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def is_dicom(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(predict, "is_dicom", is_dicom)
+    for name in ("a.png", "notes", "DICOMDIR"):
+        (tmp_path / name).touch()
+    assert predict.images_in(tmp_path) == [tmp_path / "a.png"]
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("window", [(0, float("inf")), (float("nan"), 9), (9, 9), (9, 0), (0, 1e-320)])
+def test_a_window_that_is_none_is_refused_before_anything_is_read(window: tuple[float, float]):
+    with pytest.raises(UserError, match=r"--window .*: two numbers are wanted, the lower first"):
+        predict.main([Path("missing.png")], Path("missing.onnx"), window=window)
+
+
 def test_probabilities_that_are_no_numbers_are_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(FakeStudent, "probabilities", lambda self, images: np.full((len(images), 2), np.nan))
     monkeypatch.setattr(predict, "open_foreign", FakeStudent)

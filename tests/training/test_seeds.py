@@ -1,4 +1,4 @@
-"""Trainings side by side, each in a process of its own."""
+"""Trainings side by side: each in a process of its own or, as on a GPU, in threads of one."""
 
 import dataclasses
 import multiprocessing
@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
+from pipeline.training import seeds
 from pipeline.training.cache import Record  # noqa: TC001
 from pipeline.training.recipe import Recipe
 from pipeline.training.seeds import train_seeds
@@ -42,6 +43,34 @@ def test_the_number_of_jobs_changes_no_byte_and_an_added_seed_trains_alone(recip
     assert checkpoints(folder).items() >= before.items()
     list(train_seeds(recipes[:1], tmp_path / "b", 3, folder))
     assert checkpoints(folder) == {"seed0.safetensors": before["seed0.safetensors"]}
+
+
+@pytest.mark.parametrize(("gpus", "jobs"), [(1, "auto"), (1, 1), (2, "auto"), (2, 3), (4, 2)])
+def test_trainings_that_share_a_process_have_the_bytes_of_those_that_do_not(
+    recipes: list[Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, jobs: int | str
+):
+    list(train_seeds(recipes, tmp_path / "a", 1, tmp_path / "apart"))
+    monkeypatch.setattr(seeds, "gpu_count", lambda _: gpus)
+    records = list(train_seeds(recipes, tmp_path / "b", jobs, tmp_path / "together"))
+    assert checkpoints(tmp_path / "together") == checkpoints(tmp_path / "apart")
+    assert [sum(record.seed == recipe.seed for record in records) for recipe in recipes] == [4] * 3, "start, two epochs, end"
+
+
+def test_what_fails_or_kills_one_of_several_in_a_process(
+    recipes: list[Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+):
+    monkeypatch.setattr(seeds, "gpu_count", lambda _: 1)
+    wild = dataclasses.replace(recipes[1], settings=SETTINGS | {"lr": 1e30})
+    broken = dataclasses.replace(recipes[2], architecture="compact_cnn", arguments={"no": 1})
+    with pytest.raises(UserError, match=r"(?=.*teacher/seed1: the loss.* not finite)(?=.*teacher/seed2: architecture)"):
+        list(train_seeds([recipes[0], wild, broken], tmp_path / "root", "auto", tmp_path / "models"))
+    assert "teacher/seed0: validation accuracy" in capfd.readouterr().out
+    long = [dataclasses.replace(recipe, settings=LONG) for recipe in recipes]
+    with pytest.raises(UserError, match="teacher/seed0, teacher/seed1, teacher/seed2: was killed by SIGKILL"):  # noqa: PT012
+        for record in train_seeds(long, tmp_path / "root", 2, tmp_path / "models"):
+            if len(record.history) == 3 and not record.failed:
+                multiprocessing.active_children()[0].kill()
+    assert next(train_seeds(long[:1], tmp_path / "root", 1, tmp_path / "models")).history, "resumes"
 
 
 def test_a_failing_seed_is_named_and_the_others_are_kept(recipes: list[Recipe], tmp_path: Path):
@@ -75,6 +104,7 @@ STAGE = """
 import sys
 from pathlib import Path
 from pipeline.core.cli import run
+from pipeline.training import seeds
 from pipeline.training.recipe import Recipe
 from pipeline.training.seeds import train_seeds
 
