@@ -67,9 +67,12 @@ def copy_checkout(folder: Path) -> Path:
 def run(checkout: Path, *command: str) -> float:
     """Seconds that a command takes there, but for those that it says it trained."""
     variables = environment() | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "RETRAIN": "1"}
-    start = time.perf_counter()
-    output = subprocess.run(command, cwd=checkout, env=variables, text=True, check=True, stdout=subprocess.PIPE).stdout
-    return time.perf_counter() - start - sum(float(trained) for trained in re.findall(r"; ([\d.]+) s on", output))
+    with tempfile.TemporaryFile("w+") as output:  # not a pipe, which processes that outlive the stage would keep open
+        start = time.perf_counter()
+        subprocess.run(command, cwd=checkout, env=variables, check=True, stdout=output)
+        spent = time.perf_counter() - start
+        output.seek(0)
+        return spent - sum(float(trained) for trained in re.findall(r"; ([\d.]+) s on", output.read()))
 
 
 if __name__ == "__main__":
