@@ -34,8 +34,10 @@ def inference_costs(paths: Sequence[Path]) -> list[dict[str, float]]:
     command = [sys.executable, "-m", "pipeline.export.inference_cost"]
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}  # a line at a time
     with contextlib.ExitStack() as stack:
-        started = (subprocess.Popen([*command, str(path)], **options) for path in paths)  # noqa: S603 (ourselves)
-        processes = [stack.enter_context(process) for process in started]
+        processes = [subprocess.Popen([*command, str(path)], **options) for path in paths]  # noqa: S603 (ourselves)
+        for process in processes:
+            stack.enter_context(process)
+            stack.callback(process.kill)  # when all have answered, or one has failed
         for process in processes:
             _answer(process)
         measured = []
