@@ -50,7 +50,7 @@ demo: .venv/installed
 	@dvc exp remove "$$NAME" >/dev/null 2>&1 || true
 	dvc exp run --temp --name "$$NAME" $(DEMO) $$VARY report@baselines report@distillation
 	@dvc get --quiet --force --rev "$$NAME" . metrics/report.html -o "$$NAME.html"
-	@echo "That was the whole graph, small, as the DVC experiment '$$NAME'; your files are as they were. Its report is $$NAME.html."
+	@echo "That was the whole graph, small, as the DVC experiment '$$NAME'; your files are as they were. The students' report is $$NAME.html."
 	@echo "The students had a tenth of the labels; the distilled one also had the teacher's answers on the other images. Two seeds are no"
 	@echo "evidence, three begin to be. Next:"
 	@echo "  make ui                                           accuracy, gain and verdict of every model, the curves of every training"

@@ -46,6 +46,10 @@ def main(images: list[Path], model: Path | None = None, resize: str | None = Non
 
 def open_model(path: Path) -> Student:
     """A published model as it is; any other file after a trial, and only where the package `onnx` is installed."""
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file: dvc repro export_student or, of an experiment, dvc get . {path} --rev NAME -o FILE"
+        )
     if path.resolve().parent == PUBLISHED:
         return Student(path)
     with user_error(f"{path}: to try a file that is not in models/student", ImportError, then="pip install onnx"):

@@ -88,12 +88,16 @@ def test_every_image_has_a_row_and_every_other_file_is_named(tmp_path: Path, mon
             Image.fromarray(GREY).save(file, "JPEG" if name.endswith(b"jpg") else "PNG")
     (tmp_path / "notes.txt").touch()
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"student\.onnx: no such file: dvc repro export_student or"):
+        predict.main([Path()], Path("student.onnx"))
+    (tmp_path / "student.onnx").touch()
     predict.main([Path()], Path("student.onnx"))
     printed = capsys.readouterr()
     table = pd.read_csv(io.StringIO(printed.out))
     assert table["file"].tolist() == ["'=1+1.png", "a.jpg", "b.PNG", r"\udcff.png"]
     assert set(table["class"]) == {"'=cmd|' /C calc'!A0"}
-    assert [line.endswith("notes.txt: no PNG, JPEG, TIFF or DICOM") for line in printed.err.splitlines()] == [True]
+    left_out = [Path(line.split(": ")[1]).name for line in printed.err.splitlines()]
+    assert left_out == ["notes.txt", "student.onnx"]
 
 
 def test_a_file_that_cannot_be_looked_into_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -117,8 +121,9 @@ def test_probabilities_that_are_no_numbers_are_no_answer(tmp_path: Path, monkeyp
     monkeypatch.setattr(FakeStudent, "probabilities", lambda self, images: np.full((len(images), 2), np.nan))
     monkeypatch.setattr(predict, "open_foreign", FakeStudent)
     Image.fromarray(GREY).save(tmp_path / "a.png")
+    (tmp_path / "student.onnx").touch()
     with pytest.raises(UserError, match="no numbers"):
-        predict.main([tmp_path], Path("student.onnx"))
+        predict.main([tmp_path], tmp_path / "student.onnx")
 
 
 def without_other_packages(*arguments: str | Path) -> subprocess.CompletedProcess:
@@ -142,6 +147,7 @@ def test_a_published_model_needs_three_packages(tmp_path: Path):
     table = pd.read_csv(io.StringIO(done.stdout))
     assert table["file"].tolist() == [str(tmp_path / name) for name in ("a.png", "a.png", "b.tif")]
     np.testing.assert_allclose(table.iloc[:2, 2:], np.repeat(expected, 2, axis=0), atol=1e-6)
+    (tmp_path / "foreign.onnx").touch()
     foreign = without_other_packages(tmp_path / "a.png", "--model", tmp_path / "foreign.onnx")
     assert foreign.stderr.splitlines() == [
         f"error: {tmp_path}/foreign.onnx: to try a file that is not in models/student: "
