@@ -156,13 +156,18 @@ def draw(found: Findings) -> Figure:
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, section in zip(parts, found.sections, strict=True):
         part.suptitle(_literal(section.title), fontweight="bold")
-        (_lines if section.x else _forest)(part, section, found)
+        (_lines if _has_axis(section) else _forest)(part, section, found)
     return figure
+
+
+def _has_axis(section: Section) -> bool:
+    """Whether it has an x with more than one value."""
+    return bool(section.x) and len({row.labels[section.x] for row in section.rows}) > 1
 
 
 def _height(section: Section) -> float:
     """Inches."""
-    if section.x:
+    if _has_axis(section):
         return 0.8 + 2.2 * -(-len(_by_line(section)) // PANELS)
     compared = sum(row.against is not None for row in section.rows)
     return 1.4 + 0.28 * len(section.rows) + bool(compared) * (0.7 + 0.28 * compared)

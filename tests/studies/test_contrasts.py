@@ -218,6 +218,16 @@ def test_the_figure_has_a_row_per_comparison_and_a_panel_per_line(points: list[P
     assert matplotlib.image.imread(tmp_path / "small.png").shape[1] == 1100
 
 
+def test_an_x_of_one_value_is_no_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tasks, "ROOT", tmp_path)
+    grid = "{title: t, x: kd.temperature, vary: {kd.temperature: [4], kd.alpha: [0.1, 0.2]}}"
+    points = load(tmp_path, monkeypatch, f"fixed: {{seeds: [0, 1, 2]}}\ngrids: [{grid}]")[1]
+    for point in points:
+        write_result(point)
+    (panel,) = (panel for part in draw(found(points)).subfigs for panel in part.axes)
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["temperature 4.0, alpha 0.1", "temperature 4.0, alpha 0.2"]
+
+
 def test_ten_lines_are_ten_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tasks, "ROOT", tmp_path)
     alphas = [number / 10 for number in range(1, 11)]
