@@ -24,23 +24,43 @@ from pipeline.fetching.image_files import Window, check_window, is_dicom, read_h
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "models/student"  # of this repository: as trustworthy as its code
 DEFAULT = "models/student/baselines.onnx"
+NAMED = 5  # broken images that an error names
 FORMULA = tuple("=+-@\t\r")  # what a spreadsheet takes for the beginning of a formula
 
 
-def main(images: list[Path], model: Path | None = None, resize: str | None = None, window: Window | None = None) -> None:
-    """Print the table for `images`, files and folders, by the model in the file `model`; `resize`, `window`: see `read_image`."""
+def main(
+    images: list[Path],
+    model: Path | None = None,
+    resize: str | None = None,
+    window: Window | None = None,
+    leave_out_broken: bool = False,
+) -> None:
+    """Print the table for `images`, files and folders, by the model in the file `model`; `resize`, `window`: see `read_image`.
+
+    Raises UserError if an image cannot be read, and nothing is printed; with `leave_out_broken`, it is named on stderr.
+    """
     check_window(window)
     student = open_model(model or Path(DEFAULT))
     if not model:
         print(f"model: {DEFAULT}, classes {', '.join(student.classes)}; others: --model", file=sys.stderr)
     paths = [path for given in images for path in (images_in(given) if given.is_dir() else [given])]
-    rule = student.resize or resize
-    rows = student.probabilities(np.stack([read_image(path, student.shape, rule, window) for path in paths]))
+    read, broken = [], []
+    for path in paths:
+        try:
+            read.append((path, read_image(path, student.shape, student.resize or resize, window)))
+        except UserError as error:
+            broken.append(one_line(error))
+    if broken and not (leave_out_broken and read):
+        advice = ": --leave-out-broken predicts the others" if read else ""
+        raise UserError("; ".join(broken[:NAMED]) + ("; ..." if len(broken) > NAMED else "") + advice)
+    for message in broken:
+        print(f"left out: {message}", file=sys.stderr)
+    rows = student.probabilities(np.stack([pixels for _, pixels in read]))
     if not np.isfinite(rows).all():
         raise UserError(f"{student.path}: its probabilities are no numbers: dvc repro export_student")
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["file", "class", *map(as_text, student.classes)])
-    for path, row in zip(paths, rows, strict=True):
+    for (path, _), row in zip(read, rows, strict=True):
         table.writerow([as_text(str(path)), as_text(student.classes[row.argmax()]), *(f"{share:.6f}" for share in row)])
 
 
@@ -104,4 +124,5 @@ if __name__ == "__main__":
     options.add_argument("--model", type=Path, help=f"an exported student (default: {DEFAULT})")
     options.add_argument("--resize", choices=RULES, help="how to resize images of another size if the model's file does not say")
     options.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="what becomes 0 and 255, beyond 8 bits")
+    options.add_argument("--leave-out-broken", action="store_true", help="predict the others where an image cannot be read")
     run(main, options)

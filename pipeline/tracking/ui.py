@@ -61,7 +61,8 @@ def main() -> None:
     threading.Thread(target=_open, args=(port, address), daemon=True).start()
     command = ["mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     stores = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_REGISTRY_STORE_URI": uri}  # an argument would show a password to all users
-    subprocess.run([sys.executable, "-m", *command], check=False, env=os.environ | stores, stderr=subprocess.DEVNULL)  # noqa: S603
+    variables = os.environ | stores | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # whose processes outlive the server
+    subprocess.run([sys.executable, "-m", *command], check=False, env=variables, stderr=subprocess.DEVNULL)  # noqa: S603 (ours)
 
 
 def _open(port: int, address: str) -> None:

@@ -100,6 +100,25 @@ def test_every_image_has_a_row_and_every_other_file_is_named(tmp_path: Path, mon
     assert left_out == ["notes.txt", "student.onnx"]
 
 
+def test_broken_images_are_named_together_and_left_out_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(predict, "open_foreign", FakeStudent)
+    monkeypatch.chdir(tmp_path)
+    Path("student.onnx").touch()
+    for name in ("a.png", "b.png", "c.png"):
+        Image.fromarray(GREY).save(name) if name == "b.png" else Path(name).touch()
+    with pytest.raises(
+        UserError, match=r"a\.png: cannot be read.*; c\.png: cannot be read.*: --leave-out-broken predicts the others"
+    ):
+        predict.main([Path()], Path("student.onnx"))
+    assert capsys.readouterr().out == ""
+    predict.main([Path()], Path("student.onnx"), leave_out_broken=True)
+    printed = capsys.readouterr()
+    assert [line.split(",")[0] for line in printed.out.splitlines()] == ["file", "b.png"]
+    assert sum("cannot be read as an image" in line for line in printed.err.splitlines()) == 2
+    with pytest.raises(UserError, match=r"^a\.png: (?!.*--leave-out)"):
+        predict.main([Path("a.png")], Path("student.onnx"), leave_out_broken=True)
+
+
 def test_a_file_that_cannot_be_looked_into_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     def is_dicom(path: Path) -> bool:
         raise PermissionError(13, "Permission denied", str(path))
