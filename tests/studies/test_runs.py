@@ -13,7 +13,7 @@ from pipeline.training.cache import read_record
 from tests.conftest import Checkout, small_checkout, write_npz
 
 pytestmark = pytest.mark.slow
-EPOCHS = 20
+EPOCHS = 40
 STUDY = f"""
 fixed: {{seeds: [0, 1], distillation.epochs: {EPOCHS}}}
 grids:
@@ -33,7 +33,7 @@ def start(folder: Path, *options: str) -> Checkout:
     while checkout.process.poll() is None:
         for path in folder.glob(".trainings/*/record.json"):
             checkout.interrupted = read_record(path.parents[1], path.parent.name)
-            if checkout.interrupted and 2 <= len(checkout.interrupted.history) < EPOCHS - 5:
+            if checkout.interrupted and 2 <= len(checkout.interrupted.history) < EPOCHS / 2:
                 return checkout
         time.sleep(0.01)
     raise AssertionError(checkout.process.communicate()[0])
@@ -55,8 +55,9 @@ def on_ray(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     checkout = start(tmp_path_factory.mktemp("on_ray") / "checkout", "--workers", "2")
     main, title = psutil.Process(checkout.process.pid), f"{checkout.interrupted.model}/seed{checkout.interrupted.seed}"
     family = [main, *main.children(recursive=True)]
-    checkout.sockets = [socket for member in family for socket in member.net_connections()]
     (worker,) = (member for member in family if member.cmdline()[:1] == [f"ray::{title}"])
+    worker.suspend()
+    checkout.sockets = [socket for member in family for socket in member.net_connections()]
     worker.kill()
     checkout.output = checkout.process.communicate()[0]
     assert checkout.process.returncode == 1

@@ -129,6 +129,7 @@ def click(browser: webdriver.Chrome, xpath: str) -> None:
 def open_comparison(browser: webdriver.Chrome, address: str, pair: list[Run]) -> None:
     ids, experiments = json.dumps([run.info.run_id for run in pair]), json.dumps([pair[0].info.experiment_id])
     browser.get(f"{address.partition('/experiments/')[0]}/compare-runs?runs={quote(ids)}&experiments={quote(experiments)}")
+    browser.refresh()  # of an address that differs after the # alone the page takes no notice, now and then
     wait_until(browser, lambda: browser.find_element(By.XPATH, "//*[contains(., 'Comparing 2 Runs')]"), "the comparison")
 
 
