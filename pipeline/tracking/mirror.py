@@ -241,7 +241,8 @@ class Mirror:
         source = json.dumps({"uri": str(main_checkout() / "data")})
         dataset = Dataset(data.name[:500], digest, "local", source, profile=profile)
         inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
-        self._write(self.client.log_inputs, run.info.run_id, inputs)
+        with store_lock():  # MLflow looks for the data set and creates it if it is missing
+            self._write(self.client.log_inputs, run.info.run_id, inputs)
 
     def _find(self, tag: str, value: str) -> "Run | None":
         """The run with a tag. Of several, which lost answers leave behind, one stays, the same whoever looks; the others go."""
