@@ -28,6 +28,19 @@ def recipes(teacher: Recipe) -> list[Recipe]:
     return [dataclasses.replace(teacher, seed=seed) for seed in range(3)]
 
 
+def kill_children():
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+
+
+@pytest.fixture(autouse=True)
+def no_child_left():
+    """A training that a test leaves would go on beside the next test, and be the one that it kills."""
+    yield
+    kill_children()
+
+
 def checkpoints(folder: Path) -> dict[str, str]:
     return {path.name: md5(path) for path in folder.iterdir()}
 
@@ -68,8 +81,8 @@ def test_what_fails_or_kills_one_of_several_in_a_process(
     long = [dataclasses.replace(recipe, settings=LONG) for recipe in recipes]
     with pytest.raises(UserError, match="teacher/seed0, teacher/seed1, teacher/seed2: was killed by SIGKILL"):  # noqa: PT012
         for record in train_seeds(long, tmp_path / "root", 2, tmp_path / "models"):
-            if len(record.history) == 3 and not record.failed:
-                multiprocessing.active_children()[0].kill()
+            if record.seed == 0 and len(record.history) == 3 and not record.failed:
+                kill_children()
     assert next(train_seeds(long[:1], tmp_path / "root", 1, tmp_path / "models")).history, "resumes"
 
 
@@ -91,7 +104,7 @@ def test_a_killed_child_is_told_and_its_training_resumes(recipes: list[Recipe], 
         for record in train_seeds([long], tmp_path / "root", 1, tmp_path / "models"):
             records.append(record)
             if len(record.history) == 3 and not record.failed:
-                multiprocessing.active_children()[0].kill()
+                kill_children()
     assert "SIGKILL" in records[-1].failed
     for record in train_seeds([long], tmp_path / "root", 1, tmp_path / "models"):
         first = record
