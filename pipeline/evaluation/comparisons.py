@@ -1,7 +1,6 @@
 """A track's models on its test images: predictions, figures over the seeds, comparisons, and their files (read without torch)."""
 
 import io
-import itertools
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -100,31 +99,22 @@ def evaluate_track(
 
     Raises UserError if a checkpoint is missing, damaged or trained on other data than `data`, and if the models' seeds differ.
     """
-    from pipeline.evaluation.metrics import fidelity, over_seeds
+    from pipeline.evaluation.metrics import over_seeds
 
     models = [model for model in models if is_measured(folder / model)]
     comparisons = [pair for pair in comparisons if set(pair) <= set(models)]
-    dataset = data.dataset
-    labels, val_labels = (split.labels.cpu().numpy() for split in (data.test, data.val))
-    details, parameters, predictions = {}, {}, {}
+    details, parameters, answers = {}, {}, {"test": {}, "val": {}}
     for model in models:
-        details[model], parameters[model], predictions[model] = _predict(folder / model, data)
-    probabilities, val_probabilities = (
-        {model: by_split[split] for model, by_split in predictions.items() if split in by_split} for split in ("test", "val")
-    )
+        details[model], parameters[model], by_split = _predict(folder / model, data)
+        for split, of_seeds in by_split.items():
+            answers[split][model] = of_seeds
+    probabilities, val_probabilities = answers["test"], answers["val"]
     seeds = {model: detail["seeds"] for model, detail in details.items()}
     if len(set(map(tuple, seeds.values()))) > 1:
         raise UserError(f"{folder}: the models were trained with different seeds, {seeds}: run dvc repro")
     metrics = {}
     for model, detail in details.items():
-        answers = _answers_by_seed(data, probabilities[model], val_probabilities.get(model, []))
-        detail["figures"], detail["validation_figures"] = map(
-            list, zip(*(_figures(*of_seed, dataset.ordered) for of_seed in answers), strict=True)
-        )
-        if teachers.get(model) in probabilities:
-            of_teacher = _answers_by_seed(data, probabilities[teachers[model]])
-            fidelities = [fidelity(ours[1], theirs[1]) for (ours, _), (theirs, _) in zip(answers, of_teacher, strict=True)]
-            detail["figures"] = [figures | more for figures, more in zip(detail["figures"], fidelities, strict=True)]
+        detail |= _figures(data, probabilities[model], val_probabilities.get(model), probabilities.get(teachers.get(model)))
         metrics[model] = over_seeds(detail["figures"])
         if losses := [{"final_train_loss": history[-1]["train_loss"]} for history in detail["histories"] if history]:
             metrics[model] |= over_seeds(losses)
@@ -134,6 +124,7 @@ def evaluate_track(
         f"{model}_vs_{other}": _compare(data, probabilities[model], probabilities[other], metric, margin)
         for model, other in comparisons
     }
+    dataset = data.dataset
     detail = {"track": track, "dataset": dataset.model_dump(mode="json"), "models": details}
     if train_labels is not None:
         counts = np.bincount(train_labels[train_labels >= 0], minlength=len(dataset.classes))
@@ -141,20 +132,42 @@ def evaluate_track(
     (student, *others), *_ = comparisons
     against = {other: probabilities[other] for other in (*others, teachers.get(student)) if other in probabilities}
     detail["recalls"] = _recalls(data, probabilities[student], against, detail.get("train_images"))
-    stored = ({model: p.astype(np.float32) for model, p in of.items()} for of in (probabilities, val_probabilities))
+    stored = ({model: of_seeds.astype(np.float32) for model, of_seeds in of_split.items()} for of_split in answers.values())
+    labels, val_labels = (split.labels.cpu().numpy() for split in (data.test, data.val))
     return Evaluation(metrics, compared, detail, labels, next(stored), val_labels, next(stored), data.patients)
 
 
-Answers = tuple[np.ndarray, np.ndarray]  # labels (n,) and probabilities (n, K) of those images that a seed answered for
+def _figures(
+    data: "EvaluationData", probabilities: np.ndarray, val: np.ndarray | None, teacher: np.ndarray | None
+) -> dict[str, Any]:
+    """`by_class`, `figures` and `validation_figures` of a model in `Evaluation.detail`.
 
+    All are from probabilities (S, N, K): the model's, on test and, where there are some, validation images; and its teacher's.
+    """
+    from pipeline.evaluation.calibration import calibrated, fit_temperature
+    from pipeline.evaluation.metrics import by_class, fidelity, operating_points, over_seeds, score, youden_threshold
 
-def _answers_by_seed(
-    data: "EvaluationData", test: np.ndarray, val: Sequence[np.ndarray] = ()
-) -> list[tuple[Answers, Answers | None]]:
-    """Each seed's answers for its test images and, where there are some, its validation images, from arrays (S, N, K)."""
-    labels, val_labels = (split.labels.cpu().numpy() for split in (data.test, data.val))
-    pairs = itertools.zip_longest(test, val)
-    return [(tested(labels, of_test), None if of_val is None else tested(val_labels, of_val)) for of_test, of_val in pairs]
+    names, labels, val_labels = data.dataset.classes, *(split.labels.cpu().numpy() for split in (data.test, data.val))
+    classes, of_test, of_validation = [], [], []
+    for row, of_seed in enumerate(probabilities):
+        test = tested(labels, of_seed)
+        held = None if val is None else tested(val_labels, val[row])
+        figures, points = score(*test, data.dataset.ordered), {}
+        if len(names) == 2:
+            threshold = youden_threshold(*held) if held else None
+            figures |= operating_points(*test, threshold)
+            if threshold is not None:
+                figures["youden_threshold"] = threshold
+                points = operating_points(*held, threshold)
+        if held:
+            figures |= calibrated(*test, fit_temperature(*held))
+        if teacher is not None:
+            figures |= fidelity(test[1], tested(labels, teacher[row])[1])
+        classes.append(by_class(*test, names))
+        of_test.append(figures)
+        of_validation.append(points)
+    means = {name: over_seeds([of_seed[name] for of_seed in classes]) for name in names}
+    return {"by_class": means, "figures": of_test, "validation_figures": of_validation}
 
 
 def _compare(data: "EvaluationData", ours: np.ndarray, theirs: np.ndarray, metric: str, margin: float) -> dict[str, Any]:
@@ -181,45 +194,20 @@ def _recalls(
     return recalls
 
 
-def _figures(test: Answers, val: Answers | None, ordered: bool) -> tuple[dict[str, float], dict[str, float]]:
-    """The figures of one seed's model on test images, some only where `val` is given; and those on validation images."""
-    from pipeline.evaluation.calibration import calibrated, fit_temperature
-    from pipeline.evaluation.metrics import operating_points, score, youden_threshold
-
-    figures, of_validation = score(*test, ordered), {}
-    if test[1].shape[1] == 2:
-        threshold = youden_threshold(*val) if val else None
-        figures |= operating_points(*test, threshold)
-        if threshold is not None:
-            figures["youden_threshold"] = threshold
-            of_validation = operating_points(*val, threshold)
-    if val:
-        figures |= calibrated(*test, fit_temperature(*val))
-    return figures, of_validation
-
-
 Predictions = tuple[dict[str, Any], int | None, dict[str, np.ndarray]]
 
 
 def _predict(folder: Path, data: "EvaluationData") -> Predictions:
-    """One model's `Evaluation.detail` (without `figures`), number of parameters, and by split probabilities, float64 (S, N, K).
+    """One model's `Evaluation.detail` without `_figures`, number of parameters, and by split probabilities, float64 (S, N, K).
 
     Of a teacher that is a file of logits, the number is not known. Splits without images, or without its logits, are left out.
     """
-    from pipeline.evaluation.metrics import by_class, over_seeds
-
     outside, splits = outside_in(folder), ["test", *(["val"] if len(data.val.labels) else [])]
-    detail, parameters, probabilities = (
-        _of_outside(outside, data.dataset, splits) if outside else _of_checkpoints(folder, data, splits)
-    )
-    labels, names = data.test.labels.cpu().numpy(), data.dataset.classes
-    classes = [by_class(*tested(labels, of_seed), names) for of_seed in probabilities["test"]]
-    detail["by_class"] = {name: over_seeds([figures[name] for figures in classes]) for name in names}
-    return detail, parameters, probabilities
+    return _of_outside(outside, data.dataset, splits) if outside else _of_checkpoints(folder, data, splits)
 
 
 def _of_outside(paths: Mapping[int, Path], dataset: Dataset, splits: Sequence[str]) -> Predictions:
-    """As `_predict`, without `by_class`, from the files of a teacher from outside by seed."""
+    """As `_predict`, from the files of a teacher from outside by seed."""
     from scipy.special import softmax
 
     first, checksums = read_outside(next(iter(paths.values()))), [md5(path) for path in paths.values()]
@@ -241,7 +229,7 @@ def _of_outside(paths: Mapping[int, Path], dataset: Dataset, splits: Sequence[st
 
 
 def _of_checkpoints(folder: Path, data: "EvaluationData", splits: Sequence[str]) -> Predictions:
-    """As `_predict`, without `by_class`, from the checkpoints in `folder`."""
+    """As `_predict`, from the checkpoints in `folder`."""
     from pipeline.data.prepared import take
     from pipeline.networks.checkpoints import load_checkpoint
     from pipeline.networks.inference import predict

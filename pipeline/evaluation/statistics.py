@@ -74,9 +74,9 @@ class Comparison(NamedTuple):
     def as_json(self) -> dict[str, float | str]:
         """The figures and the verdict, without what a single seed, models without a difference, or the data do not have."""
         absent = {key for key in ("patients", "folds") if not getattr(self, key)}
-        figures = {key: value for key, value in self._asdict().items() if isinstance(value, str) or np.isfinite(value)}
-        figures = {key: value for key, value in figures.items() if key not in absent}
-        return figures | {"verdict": self.verdict}
+        figures = {key: value for key, value in self._asdict().items() if key not in absent}
+        known = {key: value for key, value in figures.items() if key == "metric" or np.isfinite(value)}
+        return known | {"verdict": self.verdict}
 
 
 def compare(
@@ -126,29 +126,23 @@ def analyse(
     In a cross-validation of K folds it is s^2 * (1 / K + 1 / (K - 2)) with K - 1: s^2 that of the folds' gains, each the mean of
     its seeds', and 1 / (K - 2) the number of test images as a share of the training images'.
     """
-    (seeds, images), gain = without.shape, fmean(gains)
-    smallest_class = min(_cases(labels, patients).values())
-    tested, folds = ~np.isnan(without), 0
-    if tested.all() or seeds == 1:
-        whose = None if patients is None else patients[tested[0]]
-        (error, df), half = _error(gains, without[:, tested[0]], whose), half_width(gains)
+    (seeds, images), gain, whose = without.shape, fmean(gains), _whose(labels, patients)
+    tested = ~np.isnan(without)
+    folds = 0 if tested.all() or seeds == 1 else round(tested.size / tested.sum())
+    if folds:
+        error, df = _error_of_folds(gains, without, whose)
     else:
-        folds = round(tested.size / tested.sum())
-        (error, df), half = _error_of_folds(gains, without, patients), half_width(gains)
-    critical, one_sided = (float(t.ppf(share, df)) for share in ((1 + CONFIDENCE) / 2, CONFIDENCE))
-    wide, narrow = error * critical, error * one_sided
+        error, df = _error(gains, without[:, tested[0]], whose[tested[0]])
+    critical = float(t.ppf((1 + CONFIDENCE) / 2, df))
+    wide, narrow, of_seeds = error * critical, error * float(t.ppf(CONFIDENCE, df)), half_width(gains)
+    intervals = [end for half in (wide, of_seeds, narrow) for end in (gain - half, gain + half)]
     p = 2 * float(t.sf(abs(gain) / error, df)) if error else float(gain == 0)
-    low, high, low_90, high_90 = gain - wide, gain + wide, gain - narrow, gain + narrow
     detectable = error * _detectable(df, critical) if seeds > 1 else float("nan")
-    seeds_low, seeds_high = gain - half, gain + half
-    intervals = low, high, seeds_low, seeds_high, low_90, high_90
-    people = 0 if patients is None else len(np.unique(patients))
-    return Comparison(
-        metric, margin, gain, *intervals, p, df, detectable, seeds, images, smallest_class, patients=people, folds=folds
-    )
+    counts = seeds, images, min(_cases(labels, whose).values()), 0 if patients is None else len(np.unique(patients)), folds
+    return Comparison(metric, margin, gain, *intervals, p, df, detectable, *counts)
 
 
-def _error_of_folds(gains: Sequence[float], without: np.ndarray, patients: np.ndarray | None = None) -> tuple[float, float]:
+def _error_of_folds(gains: Sequence[float], without: np.ndarray, whose: np.ndarray) -> tuple[float, float]:
     """As `_error`, of a cross-validation in which one fold tests, the next validates and the others train.
 
     Seeds of one fold have all their images in common: their mean counts once. s^2 counts as no less than what a fold's images
@@ -160,40 +154,44 @@ def _error_of_folds(gains: Sequence[float], without: np.ndarray, patients: np.nd
     for fold, mask in enumerate(masks):
         its_seeds = members.ravel() == fold
         of_folds.append(float(np.mean(np.asarray(gains)[its_seeds])))
-        whose = None if patients is None else patients[mask]
-        of_images.append(float(_covariance(without[its_seeds][:, mask].mean(axis=0, keepdims=True), whose)[0, 0]))
+        of_images.append(float(_covariance(without[its_seeds][:, mask].mean(axis=0, keepdims=True), whose[mask])[0, 0]))
     of_seeds = max(variance(of_folds) if len(of_folds) > 1 else 0.0, fmean(of_images))
     folds = max(FEWEST, round(tested.size / tested.sum()))
     return (of_seeds * (1 / len(of_folds) + 1 / (folds - 2))) ** 0.5, len(of_folds) - 1
 
 
-def _error(
-    gains: Sequence[float], without: np.ndarray, patients: np.ndarray | None = None, images_at_least: bool = False
-) -> tuple[float, float]:
-    """The standard error of the mean gain and its degrees of freedom, as `analyse` has them.
+def _error(gains: Sequence[float], without: np.ndarray, whose: np.ndarray, images_floor: bool = False) -> tuple[float, float]:
+    """The standard error of the mean gain and its degrees of freedom, as `analyse` has them; `whose` as of `_whose`.
 
-    With `images_at_least`, s^2 counts as no less than what images alone contribute to it: the mean variance over images of a
+    With `images_floor`, s^2 counts as no less than what images alone contribute to it: the mean variance over images of a
     seed's gain, minus V. Where seeds and images are few, s^2 is small, or zero, by chance.
     """
-    seeds, covariance = len(without), _covariance(without, patients)
+    seeds, covariance = len(without), _covariance(without, whose)
     of_one = float(covariance.trace()) / seeds
     if seeds == 1:
         return of_one**0.5, float("inf")
     of_two = (float(covariance.sum()) - float(covariance.trace())) / (seeds * (seeds - 1))
     of_seeds = variance(gains)
-    total = (max(of_seeds, of_one - of_two) if images_at_least else of_seeds) / seeds + max(0.0, of_two)
+    total = (max(of_seeds, of_one - of_two) if images_floor else of_seeds) / seeds + max(0.0, of_two)
     return total**0.5, (seeds - 1) * (total / (of_seeds / seeds)) ** 2 if of_seeds else float("inf")
 
 
-def _covariance(without: np.ndarray, patients: np.ndarray | None) -> np.ndarray:
-    """The jackknife's covariances over images, or patients, of the seeds' gains, (S, S): of those without each image, (S, N)."""
-    images = without.shape[1]
+def _covariance(without: np.ndarray, whose: np.ndarray) -> np.ndarray:
+    """The jackknife's covariances over patients of the seeds' gains, (S, S): of those without each image, (S, N)."""
+    images, (patients, members) = without.shape[1], np.unique(whose, return_inverse=True)
     influences = (images - 1) / images * (without.mean(axis=1, keepdims=True) - without)  # of each image on the gain
-    if patients is not None:
-        members = np.unique(patients, return_inverse=True)[1]
-        influences = np.stack([np.bincount(members, of_seed) for of_seed in influences])
-    cases = influences.shape[1]
-    return cases / max(cases - 1, 1) * influences @ influences.T
+    influences = np.stack([np.bincount(members, of_seed) for of_seed in influences])
+    return len(patients) / max(len(patients) - 1, 1) * influences @ influences.T
+
+
+def _whose(labels: np.ndarray, patients: np.ndarray | None) -> np.ndarray:
+    """Whose an image is, int (N,); where that is not known, every image is a patient of its own."""
+    return np.arange(len(labels)) if patients is None else patients
+
+
+def _cases(labels: np.ndarray, whose: np.ndarray) -> dict[int, int]:
+    """How many patients, or images, each of the labels' classes has."""
+    return {int(label): len(np.unique(whose[labels == label])) for label in np.unique(labels)}
 
 
 def recall_gains(
@@ -202,35 +200,27 @@ def recall_gains(
     """The recall of one model minus that of another, by class that the labels hold; arguments as of `compare`.
 
     Of each: `images`, `gain` and, of a class with FEWEST_IMAGES and with FEWEST seeds, `low` and `high`: simultaneous 95 %
-    intervals over seeds and images (Bonferroni), by the analysis of accuracy on the class's images with `images_at_least`.
+    intervals over seeds and images (Bonferroni), by the analysis of accuracy on the class's images with `images_floor`.
     """
-    in_folds = bool(np.isnan(ours).any())
-    counts = _cases(labels)
-    tested = [label for label, cases in _cases(labels, patients).items() if cases >= FEWEST_IMAGES and len(ours) >= FEWEST]
+    in_folds, whose = bool(np.isnan(ours).any()), _whose(labels, patients)
+    tested = [label for label, cases in _cases(labels, whose).items() if cases >= FEWEST_IMAGES and len(ours) >= FEWEST]
     difference = 1.0 * (ours.argmax(axis=2) == labels) - (theirs.argmax(axis=2) == labels)
     difference[np.isnan(ours[:, :, 0])] = np.nan
     rows = {}
-    for label, images in counts.items():
-        of_class = difference[:, labels == label]
+    for label in np.unique(labels).tolist():
+        members = labels == label
+        of_class = difference[:, members]
         gains = np.nanmean(of_class, axis=1)  # every fold has images of every class
-        rows[label] = {"images": images, "gain": float(gains.mean())}
+        gain = float(gains.mean())
+        rows[label] = {"images": int(members.sum()), "gain": gain}
         if label in tested:
             answered = np.count_nonzero(~np.isnan(of_class), axis=1, keepdims=True)
             without = (np.nansum(of_class, axis=1, keepdims=True) - of_class) / np.maximum(answered - 1, 1)
-            whose = None if patients is None else patients[labels == label]
-            arguments = gains.tolist(), without, whose
-            error, df = _error_of_folds(*arguments) if in_folds else _error(*arguments, images_at_least=True)
+            arguments = gains.tolist(), without, whose[members]
+            error, df = _error_of_folds(*arguments) if in_folds else _error(*arguments, images_floor=True)
             half = error * float(t.ppf(1 - (1 - CONFIDENCE) / 2 / len(tested), df))
-            rows[label] |= {"low": rows[label]["gain"] - half, "high": rows[label]["gain"] + half}
+            rows[label] |= {"low": gain - half, "high": gain + half}
     return rows
-
-
-def _cases(labels: np.ndarray, patients: np.ndarray | None = None) -> dict[int, int]:
-    """How many images, or patients where they are known, each of the labels' classes has."""
-    of_labels = {int(label): labels == label for label in np.unique(labels)}
-    if patients is None:
-        return {label: int(members.sum()) for label, members in of_labels.items()}
-    return {label: len(np.unique(patients[members])) for label, members in of_labels.items()}
 
 
 def _detectable(df: float, critical: float) -> float:
