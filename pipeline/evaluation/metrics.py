@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 import numpy as np
-import pandas as pd
 from scipy.special import rel_entr
 from sklearn import metrics as sk
 
@@ -56,18 +55,14 @@ def operating_points(labels: np.ndarray, probabilities: np.ndarray, threshold: f
     }
 
 
-def reliability(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
-    """Accuracy by confidence (the largest probability): the points of a reliability diagram.
+def reliability(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """The points of a reliability diagram, by confidence (the largest probability): float64 (3, 15).
 
-    A row per bin of (0, 1], 15 of equal width: `bin` (its upper end), `images`, and their mean `confidence` and `accuracy`,
-    0 where a bin is empty.
+    Of each bin of (0, 1], 15 of equal width: its images, the sum of their confidences, and how many are named rightly.
     """
     confidence = probabilities.max(axis=1).astype(float)
-    correct = probabilities.argmax(axis=1) == labels
-    bins = calibration_bins(confidence)
-    images, *sums = (np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, confidence, correct))
-    means = {name: total / np.maximum(images, 1) for name, total in zip(("confidence", "accuracy"), sums, strict=True)}
-    return pd.DataFrame({"bin": np.arange(1, CALIBRATION_BINS + 1) / CALIBRATION_BINS, "images": images} | means)
+    bins, correct = calibration_bins(confidence), probabilities.argmax(axis=1) == labels
+    return np.stack([np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, confidence, correct)])
 
 
 def fidelity(probabilities: np.ndarray, teacher: np.ndarray) -> dict[str, float]:

@@ -93,7 +93,7 @@ def plot_confusion(counts: Mapping[str, np.ndarray], classes: Sequence[str]) -> 
     return figure
 
 
-def plot_reliability(bins: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
+def plot_reliability(bins: Mapping[str, Sequence[np.ndarray]]) -> Figure:
     """`metrics.reliability` by model and seed: accuracy by confidence of all seeds, and how many predictions each bin holds.
 
     The interval is over the seeds, by the variance of a ratio of sums (Cochran 1977, Sampling Techniques, eq. 2.46), in bins
@@ -101,11 +101,10 @@ def plot_reliability(bins: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
     """
     figure = Figure(figsize=(3.7 * len(bins), 4.8), layout="constrained")
     rows = figure.subplots(2, len(bins), squeeze=False, sharex=True, sharey="row", height_ratios=[3, 1])
-    for (upper, lower), (model, frames) in zip(rows.T, bins.items(), strict=True):
-        images, correct, confidence = (np.stack([frame[key] for frame in frames]) for key in ("images", "accuracy", "confidence"))
-        correct, total, seeds = correct * images, images.sum(axis=0), len(frames)
-        mean = {"accuracy": correct.sum(axis=0), "confidence": (confidence * images).sum(axis=0)}
-        accuracy, confidence = (values / np.maximum(total, 1) for values in mean.values())
+    for (upper, lower), (model, of_seeds) in zip(rows.T, bins.items(), strict=True):
+        images, confidences, correct = np.stack(of_seeds, axis=1)
+        total, seeds = images.sum(axis=0), len(images)
+        confidence, accuracy = (sums.sum(axis=0) / np.maximum(total, 1) for sums in (confidences, correct))
         residuals = ((correct - accuracy * images) ** 2).sum(axis=0) * seeds / max(seeds - 1, 1)
         half = t.ppf((1 + CONFIDENCE) / 2, max(seeds - 1, 1)) * np.sqrt(residuals) / np.maximum(total, 1)
         every, filled = (images > 0).all(axis=0) & (seeds > 1), total > 0
@@ -114,8 +113,8 @@ def plot_reliability(bins: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
         (hollow,) = upper.plot(confidence[filled], accuracy[filled], "o", color="black", markerfacecolor="white", markersize=5)
         bar = upper.errorbar(confidence[every], accuracy[every], half[every], fmt="o", color="black", capsize=3, markersize=5)
         upper.set(title=model, xlim=(0, 1.02), ylim=(-0.02, 1.02))
-        edges = frames[0]["bin"]
-        lower.bar(edges - edges[0] / 2, np.maximum(total, 0.5), width=edges[0], color="0.5", edgecolor="white")
+        middles = (np.arange(len(total)) + 0.5) / len(total)
+        lower.bar(middles, np.maximum(total, 0.5), width=1 / len(total), color="0.5", edgecolor="white")
         lower.set(yscale="log", ylim=(0.5, None), xlabel="confidence")
     rows[0, 0].set(ylabel="accuracy")
     rows[1, 0].set(ylabel="predictions")

@@ -16,23 +16,10 @@ from pipeline.evaluation.comparisons import Evaluation
 from pipeline.evaluation.metrics import over_seeds
 from pipeline.evaluation.statistics import CONFIDENCE, FEWEST, FEWEST_IMAGES, OF_CLASSES, POWER
 from pipeline.reporting.gallery import confidently_wrong, gallery_table
-from pipeline.reporting.tables import difference, escape, markdown_table, mean, p_text, points, unit
+from pipeline.reporting.tables import FIGURES, by_model, difference, escape, markdown_table, mean, p_text, points, unit
 
 HARDEST = 3  # classes named as hardest
 MOST_LOST = 10  # classes named as lost
-FIGURES = {  # of Evaluation.metrics: heading, factor, digits
-    "accuracy": ("accuracy (%)", 100, 2),
-    "balanced_accuracy": ("balanced accuracy (%)", 100, 2),
-    "auc": ("AUC", 1, 4),
-    "average_precision": ("average precision", 1, 4),
-    "f1_macro": ("macro F1 (%)", 100, 2),
-    "f1_weighted": ("weighted F1 (%)", 100, 2),
-    "kappa": ("quadratic weighted kappa", 1, 4),
-    "nll": ("NLL (nats)", 1, 4),
-    "ece": ("ECE (%)", 100, 2),
-    "agreement_with_teacher": ("agrees with teacher (%)", 100, 2),
-    "kl_from_teacher": ("KL(teacher, student) (nats)", 1, 4),
-}
 CALIBRATION = {
     "temperature": ("temperature", 1, 3),
     "nll": ("NLL (nats)", 1, 4),
@@ -111,9 +98,9 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     content["tables"] = {
         "gains": _gains(comparisons),
         "others": _others(comparisons),
-        "models": _by_model(evaluation.metrics, measured),
+        "models": by_model(evaluation.metrics, measured),
         "classes": _classes(evaluation, model, other),
-        "calibration": _by_model(evaluation.metrics, CALIBRATION) if "temperature" in evaluation.metrics[model] else None,
+        "calibration": by_model(evaluation.metrics, CALIBRATION) if "temperature" in evaluation.metrics[model] else None,
         "gallery": gallery_table(wrong, classes),
         "costs": _costs(evaluation, costs["models"], exported, other),
         "parameters": _parameters(models),
@@ -215,13 +202,6 @@ def _interval(comparison: Json, kind: str) -> str:
     return " to ".join(difference(comparison["metric"], comparison[key]) for key in pair if key in comparison)
 
 
-def _by_model(models: Json, columns: Mapping[str, tuple[str, float, int]]) -> Table:
-    rows = []
-    for model, figures in models.items():
-        rows.append([model, *(mean(figures, key, *style) for key, (_, *style) in columns.items())])
-    return ["model", *(heading for heading, _, _ in columns.values())], rows
-
-
 def _costs(evaluation: Evaluation, costs: Json, exported: Json, alone: str) -> Table:
     """A row per route to a cheap model: the track's models, and the exported files; a dash where something is not known."""
     routes = {}
@@ -233,7 +213,7 @@ def _costs(evaluation: Evaluation, costs: Json, exported: Json, alone: str) -> T
             route = f"{model} (the pretrained small network)"
         routes[route] = figures | costs.get(model, {})
     routes |= {file: exported[name] | costs[file] for name in exported if (file := f"{name}.onnx") in costs}
-    headings, rows = _by_model(routes, COSTS)
+    headings, rows = by_model(routes, COSTS)
     return headings, [[cell or "–" for cell in row] for row in rows]
 
 

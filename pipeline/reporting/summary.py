@@ -12,9 +12,8 @@ from matplotlib.transforms import ScaledTranslation
 from pipeline.evaluation.comparisons import Evaluation
 from pipeline.evaluation.jackknife import LOWER_IS_BETTER
 from pipeline.evaluation.statistics import FEWEST
-from pipeline.reporting.report import FIGURES
 from pipeline.reporting.style import STYLES, SURE, add_legend, literal
-from pipeline.reporting.tables import difference, scale, unit
+from pipeline.reporting.tables import FIGURES, difference, scale, unit
 
 
 def plot_summary(evaluation: Evaluation, costs: Mapping[str, Any], exported: Mapping[str, Any]) -> Figure:

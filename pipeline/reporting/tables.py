@@ -39,6 +39,19 @@ RECIPES = {
     | {"batch_size": 128, "architecture": "compact_cnn", "pretrained": False, "logits": None, "features": None},
 }
 SIZES = {"teacher.width": 32, "teacher.hidden": 128, "student.width": 16, "student.hidden": 64}
+FIGURES = {  # of Evaluation.metrics: heading, factor, digits
+    "accuracy": ("accuracy (%)", 100, 2),
+    "balanced_accuracy": ("balanced accuracy (%)", 100, 2),
+    "auc": ("AUC", 1, 4),
+    "average_precision": ("average precision", 1, 4),
+    "f1_macro": ("macro F1 (%)", 100, 2),
+    "f1_weighted": ("weighted F1 (%)", 100, 2),
+    "kappa": ("quadratic weighted kappa", 1, 4),
+    "nll": ("NLL (nats)", 1, 4),
+    "ece": ("ECE (%)", 100, 2),
+    "agreement_with_teacher": ("agrees with teacher (%)", 100, 2),
+    "kl_from_teacher": ("KL(teacher, student) (nats)", 1, 4),
+}
 NAMES = {"nll": "nats of negative log-likelihood", "auc": "points of AUC", "ece": "points of ECE"}
 MARKUP = r"[\\`*\[\]<>|~#&$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\."  # an underscore inside a word marks nothing
 
@@ -90,33 +103,37 @@ def mean(figures: Mapping[str, float], key: str, factor: float, digits: int) -> 
     return " ± ".join(cell(figures, name, factor, digits) for name in (key, f"{key}_sd") if name in figures)
 
 
+def by_model(
+    models: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[str, float, int]]
+) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row of figures per model; `columns`: heading, factor and digits by the name of a figure."""
+    headings = ["model", *(heading for heading, *_ in columns.values())]
+    return headings, [
+        [model, *(mean(figures, key, *style) for key, (_, *style) in columns.items())] for model, figures in models.items()
+    ]
+
+
 def results_table(evaluation: Evaluation, original_dataset: str) -> str:
     """A Markdown table with a row per model: means over the seeds and, on its data by its recipe, the original project's figures.
 
     `original_dataset` names the data that the original course project used.
     """
     dataset = evaluation.detail["dataset"]
-    styles = {
-        "parameters": ("parameters", 1, 0),
-        "accuracy": ("accuracy (%)", 100, 2),
-        "auc": ("AUC", 1, 4),
-        "f1_weighted": ("weighted F1 (%)", 100, 2),
-    }
-    columns = {
-        heading: [mean(of, key, *style) for of in evaluation.metrics.values()] for key, (heading, *style) in styles.items()
-    }
+    columns = {"parameters": ("parameters", 1, 0)} | {key: FIGURES[key] for key in ("accuracy", "auc", "f1_weighted")}
+    headings, rows = by_model(evaluation.metrics, columns)
     original = dataset["name"] == original_dataset and _by_original_recipe(evaluation)
     if original:
-        for key, (heading, *style) in styles.items():
-            values = [cell(ORIGINAL.get(model, {}), key, *style) for model in evaluation.metrics]
-            columns |= {f"original {heading}": values} if any(values) else {}
+        for key, (heading, *style) in columns.items():
+            if any(values := [cell(ORIGINAL.get(model, {}), key, *style) for model in evaluation.metrics]):
+                headings.append(f"original {heading}")
+                rows = [[*row, value] for row, value in zip(rows, values, strict=True)]
     (model, *_) = evaluation.probabilities
     seeds = len(evaluation.probabilities[model])
     images = " / ".join(f"{dataset['images'][split]:,}" for split in ("train", "val", "test"))
     heading = f"{evaluation.detail['track']}: {dataset['name']}, {images} training / validation / test images"
     heading += f", of the first of {dataset['folds']} folds, " if dataset.get("folds") else ", "
     heading += f"{seeds} seed{'s' if seeds > 1 else ''}"
-    table = markdown_table(["model", *columns], zip(evaluation.metrics, *columns.values(), strict=True))
+    table = markdown_table(headings, rows)
     notes = ["± is the standard deviation over the seeds."] if seeds > 1 else []
     if original:
         notes.append("Original: the course project's, of one seed, the last epoch, without validation images.")

@@ -156,13 +156,13 @@ def test_a_verdict_the_other_way_round(verdict: str, back: str):
 
 def test_the_intervals_of_a_reliability_diagram_are_over_the_seeds():
     """With as many predictions of every seed in a bin, that of a ratio is that of a mean; where one has none, there is none."""
-    accuracies, bins = [0.5, 0.7, 0.9], {"bin": [0.5, 1.0], "confidence": [0.4, 0.8]}
-    frames = [pd.DataFrame(bins | {"images": [int(a > 0.6), 10], "accuracy": [1.0, a]}) for a in accuracies]
-    axes = plot_reliability({"a": frames}).axes[0]
+    accuracies = [0.5, 0.7, 0.9]
+    seeds = [np.array([[first := int(a > 0.6), 10], [0.4 * first, 8], [first, 10 * a]]) for a in accuracies]
+    axes = plot_reliability({"a": seeds}).axes[0]
     (container,) = axes.containers
     (segment,) = container.lines[2][0].get_segments()
     assert segment[:, 1].tolist() == pytest.approx([0.7 - half_width(accuracies), 0.7 + half_width(accuracies)])
-    assert axes.lines[2].get_xydata().tolist() == [[0.4, 1.0], [0.8, pytest.approx(0.7)]]
+    assert axes.lines[2].get_xydata().tolist() == [pytest.approx([0.4, 1.0]), pytest.approx([0.8, 0.7])]
 
 
 def test_curves_at_their_steps():
