@@ -12,7 +12,7 @@ from matplotlib.transforms import ScaledTranslation
 from pipeline.evaluation.comparisons import Evaluation
 from pipeline.evaluation.jackknife import LOWER_IS_BETTER
 from pipeline.evaluation.statistics import FEWEST
-from pipeline.reporting.style import STYLES, SURE, add_legend, literal
+from pipeline.reporting.style import STYLES, SURE, add_legend
 from pipeline.reporting.tables import FIGURES, difference, scale, unit
 
 
@@ -60,7 +60,7 @@ def _draw_differences(axes: Axes, evaluation: Evaluation) -> dict[str, Any]:
         ours, theirs = (np.array([seed[metric] for seed in models[name]["figures"]]) for name in (model, other))
         seeds = axes.scatter(factor * better * (ours - theirs), [row + 0.25] * len(ours), s=60, color="0.4", marker="|")
         axes.text(1.01, row, f"{text}\n{verdict}", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
-        names.append(f"{question}\n{literal(model)}\n- {literal(other)}")
+        names.append(f"{question}\n{model}\n- {other}")
     margin = axes.axvspan(-factor * answer["margin"], factor * answer["margin"], color="0.88", zorder=0)
     axes.axvline(0, linestyle=":", color="black", linewidth=1)
     axes.set_yticks(range(len(names)), names)
@@ -87,14 +87,14 @@ def _draw_costs(axes: Axes, evaluation: Evaluation, costs: Mapping[str, Any], ex
         value, half = factor * figures[metric], factor * figures.get(f"{metric}_ci95", 0)
         if model not in costs:
             line = axes.axhline(value, color=style["color"], linestyle=style["linestyle"])
-            entries[f"{literal(model)}, latency not known"] = line
+            entries[f"{model}, latency not known"] = line
             continue
         latency = costs[model]["latency_ms"]
         inches = sum(0.9 < other / latency < 1.1 for other in drawn) / 16
         aside = ScaledTranslation(inches, 0, axes.figure.dpi_scale_trans)
         options = style | {"linestyle": "none", "markersize": 8, "markeredgecolor": "black", "capsize": 4}
         marker = axes.errorbar(latency, value, half or None, transform=axes.transData + aside, **options)
-        entries[f"{literal(model)}{', one seed' if model in files else ''}"] = marker
+        entries[f"{model}{', one seed' if model in files else ''}"] = marker
         axes.update_datalim([(latency, value - half), (latency, value + half)])
         drawn.append(latency)
     axes.set(xscale="log", xlabel="latency of one image on the CPU (ms)")

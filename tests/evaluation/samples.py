@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.dataset import Dataset
-from pipeline.data.prepared import EvaluationData, TrainingData
+from pipeline.data.prepared import EvaluationData, Split, TrainingData
 from pipeline.evaluation.comparisons import Evaluation, evaluate_track
 from pipeline.networks.checkpoints import new_classifier, save_checkpoint
 from pipeline.networks.description import Description, checkpoint_path
@@ -33,3 +33,16 @@ def evaluate(folder: Path, data: TrainingData) -> Evaluation:
     plan = PLAN.models, PLAN.comparisons, PLAN.teachers
     held = EvaluationData(data.dataset, data.train, data.val)
     return evaluate_track("distillation", folder, held, *plan, train_labels=data.val.labels.numpy())
+
+
+def even_odd(data: TrainingData) -> TrainingData:
+    """The same images in two classes."""
+    train, val = (Split(split.images, split.labels % 2) for split in (data.train, data.val))
+    return TrainingData(data.dataset.model_copy(update={"classes": ["even", "odd"]}), train, val)
+
+
+def with_validation(data: TrainingData, count: int) -> TrainingData:
+    """The first `count` of the validation images alone."""
+    images = data.dataset.images | {"val": count}
+    val = Split(data.val.images[:count], data.val.labels[:count])
+    return data._replace(dataset=data.dataset.model_copy(update={"images": images}), val=val)

@@ -2,19 +2,21 @@ import html
 import json
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import pipeline.report
 from pipeline.core.files import write_json
-from pipeline.data.prepared import Split, TrainingData
+from pipeline.data.prepared import TrainingData
 from pipeline.evaluation.comparisons import Evaluation, write_evaluation
 from pipeline.reporting.report import data_uri, render, sentence
 from tests.browser import CHROMIUM, FLAGS, needs_browser, open_browser
 from tests.conftest import ROOT, digits
-from tests.evaluation.samples import PLAN, evaluate
+from tests.evaluation.samples import PLAN, evaluate, even_odd, with_validation
 from tests.reporting.conftest import COSTS, EXPORTED
 
 HOSTILE = "<img src=/etc/passwd onerror=alert(1)> | ![cat](/etc/passwd) # {{ 7 * 7 }} $x^2$ <script>"
@@ -36,21 +38,36 @@ def addresses(page: str) -> list[str]:
     return re.findall(r'(?:src|href|srcset|action|data)="(.*?)"', elements)
 
 
+def changed(
+    evaluation: Evaluation,
+    comparison: Mapping[str, Any] = {},
+    data: Mapping[str, Any] = {},
+    parameters: Mapping[str, Any] = {},
+    **detail: Any,
+) -> Evaluation:
+    """The evaluation, of five seeds, changed: each comparison, the data set, each model's parameters, and the detail."""
+    models = {
+        name: entry | {"parameters": entry["parameters"] | parameters} for name, entry in evaluation.detail["models"].items()
+    }
+    comparisons = {}
+    for name, figures in evaluation.comparisons.items():
+        others = {metric: other | {"seeds": 5} for metric, other in figures["others"].items()}
+        comparisons[name] = figures | {"seeds": 5, "others": others} | comparison
+    whole = evaluation.detail | {"models": models, "dataset": evaluation.detail["dataset"] | data} | detail
+    return evaluation._replace(comparisons=comparisons, detail=whole)
+
+
 @pytest.mark.parametrize("format", ADDRESSES)
-def test_the_report_answers_in_the_order_of_the_questions(format: str, evaluation: Evaluation):
+def test_the_report_answers_in_the_order_of_the_questions_and_names_limits_once(format: str, evaluation: Evaluation):
     text = rendered(format, evaluation)
-    parts = [
-        PLAN.question,
-        "digits, 400 test images, seeds 0, 3.",
-        "student_alone, seed 3: not shown to be more accurate",
-        "points of accuracy",
-        "How much",
-        "On which classes",
-    ]
-    parts += ["Hardest for student_distilled, by F1: ", "At what cost", "student_int8.onnx: probabilities within 0.01"]
-    parts += ["How sure", "Limits", "How it was run", "0" * 64, "c0ffee"]
+    parts = [PLAN.question, "digits, 400 test images, seeds 0, 3.", "student_alone, seed 3: not shown to be more accurate"]
+    parts += ["points of accuracy", "How much", "On which classes", "Hardest for student_distilled, by F1: ", "At what cost"]
+    limits = ["is 8x8 pixels", "count as independent", "same patient", "images from elsewhere"]
+    parts += ["student_int8.onnx: probabilities within 0.01", "How sure", "Limits", *limits]
+    parts += ["How it was run", "0" * 64, "c0ffee"]
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
+    assert [text.count(words) for words in limits] == [1] * 4
     learned = evaluation.detail | {"models": dict.fromkeys(PLAN.models, evaluation.detail["models"]["teacher"])}
     other = rendered(
         format, evaluation._replace(detail=learned), {key: EXPORTED[key] for key in EXPORTED if key != "student_int8"}
@@ -58,67 +75,56 @@ def test_the_report_answers_in_the_order_of_the_questions(format: str, evaluatio
     assert ("not shown to be more accurate" in other, "int8: not kept" in other) == (False, True)
 
 
-def test_the_report_says_what_is_particular_about_data_and_recipe(tmp_path: Path, data: TrainingData):
-    images = data.dataset.images | {"unlabelled": 1234}
-    particular = data.dataset.model_copy(update={"shared_images": {"train/test": 8}, "images": images})
-    evaluation = evaluate(tmp_path / "models", data._replace(dataset=particular))
-    text = rendered("markdown", evaluation)
-    for words in ("8 in train/test. Results on them may flatter", "1,234 unlabelled", "also sees the images without a label"):
-        assert words in text
-    for entry in evaluation.detail["models"].values():
-        entry["parameters"] |= {"distillation.selection": "last", "distill.ensemble": True}
-    text = rendered("markdown", evaluation)
-    assert "the weights of the last epoch" in text
-    assert "the intervals hold for these teachers" in text
-    assert "from the same weights; the distilled one also sees" in text
-    assert "A control:" not in text
-    control = {"distill.method": "rkd", "distill.answers": "permuted", "distillation.alone_epochs": 88}
-    for entry in evaluation.detail["models"].values():
-        entry["parameters"] |= control
-    text = rendered("markdown", evaluation)
-    assert "the same weights, and the lone one is trained for 88 epochs of its own; the distilled one also" in text
-    assert "The method is rkd. **A control:** the distilled student did not learn from the teacher's own answers" in text
+NONE_DIFFERED = {"verdict": "undecided", "gain": 0.0, "low": 0.0, "high": 0.0, "margin": 0.3, "detectable": 0.0}
+SAID = [  # changes, and what the report says because of them
+    (
+        {"comparison": {"verdict": "better", "low": 0.1, "high": 0.2, "margin": 0.3}},
+        "student_distilled is non-inferior to teacher by the margin of 30.00 points of accuracy; student_alone is",
+    ),
+    ({"comparison": NONE_DIFFERED}, "student_distilled was not shown to be non-inferior to teacher by the margin of 30.00"),
+    ({"comparison": {"patients": 30}}, "No class has 10 test patients: whether"),
+    (
+        {"data": {"shared_images": {"train/test": 8}, "images": {"train": 400, "val": 100, "test": 0, "unlabelled": 1234}}},
+        "8 in train/test. Results on them may flatter",
+        "1,234 unlabelled",
+        "from the same weights; the distilled one also sees the images without a label",
+    ),
+    (
+        {"parameters": {"distillation.selection": "last", "distill.ensemble": True, "distillation.alone_epochs": 88}},
+        "the weights of the last epoch",
+        "the intervals hold for these teachers",
+        "the same weights, and the lone one is trained for 88 epochs of its own",
+    ),
+    (
+        {"parameters": {"distill.method": "rkd", "distill.answers": "permuted"}},
+        "The method is rkd. **A control:** the distilled student did not learn from the teacher's own answers",
+    ),
+    (
+        {"parameters": {"distillation.label_fraction": 0.01}, "train_images": dict.fromkeys("012345678", 200) | {"9": 3}},
+        "; known are the labels of 19 of 1,803 training images, at least one of each class.",
+    ),
+    (
+        {"parameters": {"teacher.features": None, "student.pretrained": False}},
+        "A pretrained small network was not run (`student.pretrained`). A linear probe was not run",
+    ),
+]
 
 
-def test_classes_are_tested_by_their_patients_where_these_are_known(evaluation: Evaluation):
-    enough = {name: comparison | {"seeds": 5} for name, comparison in evaluation.comparisons.items()}
-    for patients, words in ((0, "test images"), (30, "test patients")):
-        first = {name: comparison | {"patients": patients} for name, comparison in enough.items()}
-        assert f"No class has 10 {words}: whether" in rendered("markdown", evaluation._replace(comparisons=first))
+@pytest.mark.parametrize(("changes", "said"), [(changes, said) for changes, *said in SAID])
+def test_the_report_says_what_is_particular(changes: dict, said: list[str], evaluation: Evaluation):
+    usual = rendered("markdown", changed(evaluation))
+    assert "this data cannot tell whether distilling it helps" in usual
+    assert "No class has 10 test images: whether student_distilled loses one was not tested." in usual
+    assert "student_alone was not shown to be non-inferior to teacher by the margin of 0.00 points of accuracy" in usual
+    text = rendered("markdown", changed(evaluation, **changes))
+    assert [(words in usual, words in text) for words in said] == [(False, True)] * len(said)
+    assert ("cannot tell" in text) == (changes.get("comparison", {}).get("verdict") != "better")
 
 
-def test_classes_without_images_and_labels_that_were_hidden_are_said(tmp_path: Path, data: TrainingData):
-    rows = [split.labels < 8 for split in (data.train, data.val)]
-    train, val = (Split(split.images[of], split.labels[of]) for split, of in zip((data.train, data.val), rows, strict=True))
-    evaluation = evaluate(tmp_path / "models", data._replace(train=train, val=val))  # evaluated on the training images
-    text = rendered("markdown", evaluation)
+def test_classes_without_images_are_named(evaluation: Evaluation):
+    text = rendered("markdown", evaluation._replace(labels=evaluation.labels % 8, val_labels=evaluation.val_labels % 8))
     assert "**Warning:** no test image is of class 8, 9: no figure here says anything of recognizing it." in text
     assert "no validation image is of class 8, 9: epochs, thresholds and temperatures were chosen without it." in text
-    assert "known are the labels" not in text
-    evaluation.detail["train_images"] = dict.fromkeys(data.dataset.classes, 200) | {"9": 3}
-    for entry in evaluation.detail["models"].values():
-        entry["parameters"] |= {"distillation.label_fraction": 0.01}
-    text = rendered("markdown", evaluation)
-    assert "; known are the labels of 19 of 1,803 training images, at least one of each class." in text
-
-
-def test_headroom_and_inferiority_are_said(evaluation: Evaluation):
-    enough = {name: comparison | {"seeds": 5} for name, comparison in evaluation.comparisons.items()}
-    for other in enough.values():
-        other["others"] = {metric: figures | {"seeds": 5} for metric, figures in other["others"].items()}
-    text = rendered("markdown", evaluation._replace(comparisons=enough))
-    assert "this data cannot tell whether distilling it helps" in text
-    assert "student_alone was not shown to be non-inferior to teacher by the margin of 0.00 points of accuracy" in text
-    for comparison in enough.values():
-        comparison |= {"verdict": "better", "low": 0.1, "high": 0.2, "margin": 0.3}
-    text = rendered("markdown", evaluation._replace(comparisons=enough))
-    assert "cannot tell" not in text
-    assert "student_distilled is non-inferior to teacher by the margin of 30.00 points of accuracy; student_alone is" in text
-    for comparison in enough.values():  # in no image, which of few is no equivalence
-        comparison |= {"verdict": "undecided", "gain": 0.0, "low": 0.0, "high": 0.0, "detectable": 0.0}
-    text = rendered("markdown", evaluation._replace(comparisons=enough))
-    assert "student_distilled was not shown to be non-inferior to teacher by the margin of 30.00" in text
-    assert table(text, "comparison")["teacher - student_alone"]["detectable"] == ""
 
 
 def table(text: str, first: str) -> dict[str, dict[str, str]]:
@@ -126,6 +132,11 @@ def table(text: str, first: str) -> dict[str, dict[str, str]]:
     lines = text[re.search(rf"\| {first} ", text).start() :].split("\n\n")[0].splitlines()
     headings, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     return {row[0]: dict(zip(headings, row, strict=True)) for row in rows}
+
+
+def test_no_difference_is_detectable_where_none_was_seen(evaluation: Evaluation):
+    text = rendered("markdown", changed(evaluation, NONE_DIFFERED))
+    assert table(text, "comparison")["teacher - student_alone"]["detectable"] == ""
 
 
 def test_every_route_to_a_cheap_model_is_in_one_table(evaluation: Evaluation):
@@ -140,17 +151,14 @@ def test_every_route_to_a_cheap_model_is_in_one_table(evaluation: Evaluation):
     assert "not run" not in text, "of options that the parameters do not have"
 
 
-def test_a_linear_probe_a_pretrained_student_and_a_missing_teacher_are_said_in_the_table_of_routes(evaluation: Evaluation):
-    models = {model: dict(entry) for model, entry in evaluation.detail["models"].items()}
-    models["teacher"]["architecture"] = "outside: linear probe"
-    for model, pretrained in (("student_alone", True), ("student_distilled", True)):
-        models[model]["parameters"] = {"teacher.features": "f.npz", "student.pretrained": pretrained}
-    other = evaluation._replace(detail=evaluation.detail | {"models": models})
+def test_a_linear_probe_a_pretrained_student_and_a_missing_teacher_are_said_in_the_table_of_routes(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+):
+    other = changed(evaluation, parameters={"teacher.features": "f.npz", "student.pretrained": True})
+    other.detail["models"]["teacher"]["architecture"] = "outside: linear probe"
     exported = {key: EXPORTED[key] for key in ("pytorch", "student", "student_int8")} | {"no_teacher": "a reason <b>"}
-    costs = {model: cost for model, cost in COSTS["models"].items() if "teacher" not in model}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(COSTS, "models", costs)
-        text = rendered("markdown", other, exported)
+    monkeypatch.setitem(COSTS, "models", {model: cost for model, cost in COSTS["models"].items() if "teacher" not in model})
+    text = rendered("markdown", other, exported)
     rows = table(text.partition("## At what cost")[2], "model")
     students = "student_distilled", "student_alone (the pretrained small network)"
     assert list(rows) == ["teacher (linear probe)", *students, "student.onnx", "student_int8.onnx"]
@@ -158,57 +166,30 @@ def test_a_linear_probe_a_pretrained_student_and_a_missing_teacher_are_said_in_t
     assert "There is no int8 version of teacher: a reason &#60;b&#62;." in text
     assert "The linear probe's row is without the network that made its features" in text
     assert "teacher_int8" not in text
-    for model in ("student_alone", "student_distilled"):
-        models[model]["parameters"] = {"teacher.features": None, "student.pretrained": False}
-    text = rendered("markdown", other, exported)
-    assert "A pretrained small network was not run (`student.pretrained`). A linear probe was not run" in text
 
 
-def test_limits_are_named_once(evaluation: Evaluation):
-    text = rendered("markdown", evaluation)
-    limits = text.partition("## Limits")[2].partition("## ")[0]
-    for words in ("is 8x8 pixels", "same patient", "images from elsewhere", "count as independent"):
-        assert words in limits
-        assert text.count(words) == 1
-
-
-def test_a_class_without_any_difference_has_no_interval(evaluation: Evaluation):
+def test_gains_in_recall_and_the_classes_that_are_lost_rarest_first(evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch):
     recalls = {other: {name: dict(row) for name, row in rows.items()} for other, rows in evaluation.detail["recalls"].items()}
-    (first, second, third, *_), rows = recalls["teacher"], recalls["teacher"]
-    for name, gain, half in ((first, 0.0, 0.0), (second, -1.0, 0.0), (third, 0.0, 0.1)):
-        rows[name] |= {"gain": gain, "low": gain - half, "high": gain + half}
-    text = rendered("markdown", evaluation._replace(detail=evaluation.detail | {"recalls": recalls}))
-    cells = {name: row["recall over teacher (points)"] for name, row in table(text, "class").items()}
-    assert cells[first] == "+0.00 (no difference in any seed)"
-    assert cells[second] == "-100.00 (all images and seeds alike)"
-    assert cells[third] == "+0.00 (-10.00 to +10.00)"
-
-
-def test_lost_classes_are_named_beside_the_verdict_rarest_first(evaluation: Evaluation):
-    recalls = {other: {name: dict(row) for name, row in rows.items()} for other, rows in evaluation.detail["recalls"].items()}
-    enough = {name: comparison | {"seeds": 3} for name, comparison in evaluation.comparisons.items()}
-    changed = evaluation._replace(comparisons=enough, detail=evaluation.detail | {"recalls": recalls})
-    assert "No class has 10 test images: whether student_distilled loses one was not tested." in rendered("markdown", changed)
-    rarest, second, *_ = recalls["teacher"]
-    for rows in recalls.values():
-        rows[rarest] |= {"low": -0.2, "high": -0.1}
-        rows[second] |= {"low": -0.2, "high": 0.1}
-    recalls["student_alone"][rarest]["high"] = 0.0
-    text = rendered("markdown", changed)
-    assert f"loses** against student_alone: none was shown; against teacher: {rarest}. A class is lost if" in text
-    assert text.index("A class is lost") < text.index("## How much") < text.index("(-20.00 to +10.00)")
-    assert "Tested were the classes with at least 10 test images, 2 of 10." in text
-    for row in recalls["teacher"].values():
-        row |= {"low": -0.2, "high": -0.1}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.reporting.report, "MOST_LOST", 2)
-        assert f"teacher: {rarest}, {second} and 8 more." in rendered("markdown", changed)
+    rows = recalls["teacher"]
+    rarest, second, third, fourth, *_ = rows
+    recalls["student_alone"][rarest] |= {"low": -0.2, "high": 0.0}
+    rows[rarest] |= {"gain": -0.15, "low": -0.2, "high": -0.1}
+    rows[second] |= {"gain": 0.0, "low": -0.1, "high": 0.1}
+    rows[third] |= {"gain": 0.0, "low": 0.0, "high": 0.0}
+    rows[fourth] |= {"gain": -1.0, "low": -1.0, "high": -1.0}
+    text = rendered("markdown", changed(evaluation, recalls=recalls))
+    assert f"loses** against student_alone: none was shown; against teacher: {rarest}, {fourth}. A class is lost if" in text
+    assert text.index("A class is lost") < text.index("## How much")
+    cells = [row["recall over teacher (points)"] for row in table(text, "class").values()]
+    assert cells[:2] == ["-15.00 (-20.00 to -10.00)", "+0.00 (-10.00 to +10.00)"]
+    assert cells[2:4] == ["+0.00 (no difference in any seed)", "-100.00 (all images and seeds alike)"]
+    assert "Tested were the classes with at least 10 test images, 1 of 10." in text
+    monkeypatch.setattr(pipeline.reporting.report, "MOST_LOST", 1)
+    assert f"teacher: {rarest} and 1 more." in rendered("markdown", changed(evaluation, recalls=recalls))
 
 
 def test_two_classes_have_operating_points_that_show_a_shifted_test_split(tmp_path: Path, data: TrainingData):
-    splits = {name: Split(split.images, split.labels % 2) for name, split in (("train", data.train), ("val", data.val))}
-    even_odd = data._replace(dataset=data.dataset.model_copy(update={"classes": ["even", "odd"]}), **splits)
-    evaluation = evaluate(tmp_path / "models", even_odd)
+    evaluation = evaluate(tmp_path / "models", even_odd(data))
     for row in (0, 1):
         figures = evaluation.detail["models"]["teacher"]["validation_figures"][row]
         figures |= {"specificity_youden": 0.5 + evaluation.metrics["teacher"]["specificity_youden"]}
@@ -217,8 +198,7 @@ def test_two_classes_have_operating_points_that_show_a_shifted_test_split(tmp_pa
     assert f"images ({val[1]} of odd, {val[0]} of even); after it, or alone: on the test images ({test[1]} and {test[0]})" in text
     assert "Validation and test differ most in specificity at Youden's threshold, teacher: " in text
     assert re.search(r"\| teacher +\| \d+\.\d\d ± \d+\.\d\d → \d", text)
-    without = evaluate(tmp_path / "models", even_odd._replace(val=Split(splits["val"].images[:0], splits["val"].labels[:0])))
-    text = rendered("markdown", without)
+    text = rendered("markdown", evaluate(tmp_path / "without", with_validation(even_odd(data), 0)))
     assert "no validation images of both classes to choose a threshold on" in text
     assert re.search(r"\| teacher +\| \d+\.\d\d ± \d+\.\d\d +\| [^→]*\|\n", text)
 
@@ -231,26 +211,23 @@ def test_calibration_before_and_after_scaling_and_what_cannot_be_judged_without_
     cells = [f"{figures[key]:.4f} ± {figures[f'{key}_sd']:.4f}" for key in ("nll", "nll_calibrated")]
     assert re.search(rf"\| teacher +\| {figures['temperature']:.3f} ± \S+ +\| {cells[0]} +\| {cells[1]} ", text)
     assert "its logits divided by the temperature 1.250, fitted on the validation images; in PyTorch that" in text
-    images = data.dataset.images | {"val": 0}
-    without = data._replace(val=Split(data.val.images[:0], data.val.labels[:0]))
-    without = without._replace(dataset=data.dataset.model_copy(update={"images": images}))
-    text = rendered("html", evaluate(tmp_path / "models", without))
+    text = rendered("html", evaluate(tmp_path / "models", with_validation(data, 0)))
     assert "There are no validation images: whether a training learned anything was not judged." in text
     assert "No temperature was fitted" in text
 
 
 def test_what_the_student_loses_is_listed_or_there_is_none(evaluation: Evaluation):
-    labels, probabilities = evaluation.labels, evaluation.probabilities
-    right = np.tile(np.eye(10, dtype=np.float32)[labels], (2, 1, 1))
+    right = np.tile(np.eye(10, dtype=np.float32)[evaluation.labels], (2, 1, 1))
     wrong = right.copy()
     wrong[:, :13] = np.roll(wrong[:, :13], 1, axis=2)
-    text = rendered("markdown", evaluation._replace(probabilities=probabilities | {"teacher": right, "student_distilled": wrong}))
-    assert "get wrong: 13; here those of the highest confidence. An image" in text
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
+    texts = [
+        rendered("markdown", evaluation._replace(probabilities={"teacher": right, "student_distilled": student}))
+        for student in (wrong, right)
+    ]
+    assert "get wrong: 13; here those of the highest confidence. An image" in texts[0]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in texts[0].splitlines()]
     assert [f"{number}" for number in range(12)] == [row[0] for row in rows if row[3:] == ["1.00", "1.00"]]
-    assert "most seeds of student_distilled get wrong: none." in rendered(
-        "markdown", evaluation._replace(probabilities=probabilities | {"teacher": right, "student_distilled": right})
-    )
+    assert "most seeds of student_distilled get wrong: none." in texts[1]
 
 
 def test_names_from_the_data_are_text(tmp_path: Path, data: TrainingData):
@@ -263,22 +240,22 @@ def test_names_from_the_data_are_text(tmp_path: Path, data: TrainingData):
     assert HOSTILE in html.unescape(re.sub("<[^>]*>", "", page))
 
 
+UNDECIDED = {"verdict": "undecided"}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({}, "**a** is **better** than **b**: +1.00 points of accuracy (95 % interval +0.50 to +1.50) over 3 seeds and 2,000"),
         ({"verdict": "worse"}, "**a** is **worse** than **b**: +1.00 points"),
         ({"verdict": "equivalent"}, "**a** and **b** are **equivalent within ± 0.20 points of accuracy**: +1.00 points"),
-        ({"verdict": "undecided"}, "Whether **a** is better than **b** is **undecided**: +1.00 points"),
-        ({"verdict": "undecided"}, "; as many of both would show a difference of 0.50 in 80 % of such studies."),
+        (UNDECIDED, "Whether **a** is better than **b** is **undecided**: +1.00 points"),
+        (UNDECIDED, "; as many of both would show a difference of 0.50 in 80 % of such studies."),
         (
-            {"verdict": "undecided", "low": 0, "high": 0, "gain": 0, "detectable": 0, "images": 40},
-            "40 test images; no image makes any difference, yet so few may hide one of up to 7.50.",
+            UNDECIDED | {"low": 0, "high": 0, "images": 40},
+            "; no image makes any difference, yet so few may hide one of up to 7.50.",
         ),
-        (
-            {"verdict": "better, by less than the margin"},
-            "is **better** than **b**, but equivalent within ± 0.20 points of accuracy:",
-        ),
+        ({"verdict": "better, by less than the margin"}, "**, but equivalent within ± 0.20 points of accuracy:"),
         ({"metric": "nll"}, "+0.0100 nats of negative log-likelihood (95 % interval +0.0050 to"),
         (
             {"seeds": 2},
@@ -287,8 +264,8 @@ def test_names_from_the_data_are_text(tmp_path: Path, data: TrainingData):
     ],
 )
 def test_verdicts_in_words(changes: dict, words: str):
-    changes = {"metric": "accuracy", "margin": 0.002} | changes
-    comparison = {"verdict": "better", "gain": 0.01, "low": 0.005, "high": 0.015, "detectable": 0.005, "seeds": 3, "images": 2000}
+    comparison = {"metric": "accuracy", "margin": 0.002, "verdict": "better", "gain": 0.01, "low": 0.005, "high": 0.015}
+    comparison |= {"detectable": 0.005, "seeds": 3, "images": 2000}
     assert words in sentence("a_vs_b", comparison | changes)
 
 
