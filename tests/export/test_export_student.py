@@ -1,5 +1,4 @@
 import errno
-import json
 import shutil
 from pathlib import Path
 
@@ -18,52 +17,47 @@ from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import load_checkpoint, new_classifier, save_checkpoint
 from pipeline.networks.inference import predict
 from tests.checkout import ROOT
+from tests.evaluation.samples import with_validation
 from tests.networks.conftest import ARGUMENTS, describe
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with params.yaml, to work in; where its models are exported to."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return Path("models/exported/distillation")
 
 
 @pytest.mark.parametrize(("wanted", "validation"), [(0.5, 100), (1.01, 100), (0.5, 0)])
 def test_int8_stays_if_it_names_the_same_classes_often_enough(
-    tmp_path: Path,
-    data: TrainingData,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    wanted: float,
-    validation: int,
+    checkout: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch, capsys, wanted: float, validation: int
 ):
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    data = data._replace(val=Split(data.val.images[:validation], data.val.labels[:validation]))
     traits, rule = ({"resize": "pad"}, "pad") if validation else ({"name": "pneumoniamnist"}, "crop")
-    data = data._replace(dataset=data.dataset.model_copy(update=traits))
-    classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 0)
+    data = with_validation(data._replace(dataset=data.dataset.model_copy(update=traits)), validation)
+    classifier, likeliest = new_classifier("compact_cnn", ARGUMENTS, data.dataset, 0), 1
     if validation:  # of which the untrained student knows two thirds
         logits = predict(classifier, data.val.images)
         labels = torch.where(torch.arange(validation) % 3 == 0, data.val.labels, logits.argmax(dim=1))
         data = data._replace(val=Split(data.val.images, labels))
+        likeliest = minimize_scalar(lambda t: cross_entropy(logits / t, labels).item(), bounds=(0.01, 1)).x
     monkeypatch.setattr(export_student, "load_training_data", lambda *_: data)
     monkeypatch.setattr(export_student, "AGREEMENT", wanted)
     for model in ("student_distilled", "teacher"):
         save_checkpoint(Path(f"models/distillation/{model}/seed0.safetensors"), classifier, describe(data.dataset))
     export_student.main("distillation")
-    choice = json.loads(Path("models/exported/distillation/choice.json").read_text())
+    choice, student = read_json(checkout / "choice.json"), Student(checkout / "student.onnx")
     assert (choice["validation_accuracy"] is None) == (validation == 0)
     assert 0.5 < choice["int8_agreement"] <= 1
-    assert choice["int8_kept"] == Path("models/exported/distillation/student_int8.onnx").exists() == (wanted < 1)
-    student = Student(Path("models/exported/distillation/student.onnx"))
+    assert choice["int8_kept"] == (checkout / "student_int8.onnx").exists() == (wanted < 1)
     assert (student.resize, student.temperature) == (rule, choice["temperature"])
-    if validation:
-        likeliest = minimize_scalar(lambda t: cross_entropy(logits / t, data.val.labels).item(), bounds=(0.01, 1)).x
-    else:
-        likeliest = 1
     assert student.temperature == pytest.approx(likeliest, rel=1e-3)
     assert ("not kept" in capsys.readouterr().out) == (wanted > 1)
 
 
 @pytest.fixture
-def trained(tmp_path: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> Path:
+def trained(checkout: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a track's models are exported to: an untrained student, whose int8 version does not stay, and two teachers."""
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(export_student, "load_training_data", lambda *_: data)
     monkeypatch.setattr(export_student, "AGREEMENT", 1.01)
     monkeypatch.setattr(evaluate_export, "load_evaluation_data", lambda *_: EvaluationData(data.dataset, data.val, data.val))
@@ -74,7 +68,7 @@ def trained(tmp_path: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch)
     for number, (name, described) in enumerate(checkpoints.items()):
         classifier = new_classifier("compact_cnn", ARGUMENTS, data.dataset, number)
         save_checkpoint(Path(f"models/distillation/{name}.safetensors"), classifier, described)
-    return Path("models/exported/distillation")
+    return checkout
 
 
 def measured() -> dict:
@@ -100,20 +94,24 @@ def test_the_best_teacher_lies_beside_the_student_and_its_agreement_is_reported(
     assert results["pytorch"]["auc"] == pytest.approx(results["student"]["auc"], abs=0.01)
 
 
-@pytest.mark.parametrize("outside", [True, False])
-def test_a_teacher_without_a_file_is_a_reason_in_a_line(trained: Path, monkeypatch: pytest.MonkeyPatch, outside: bool):
-    def refuse(classifier, shape, classes, path: Path, *facts: object) -> None:
+def refuse_teacher(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def export(classifier, shape, classes, path: Path, *facts: object) -> None:
         if path.name == "teacher.onnx":
-            raise RuntimeError(f"Failed\nat {path}")
+            raise error
         export_onnx(classifier, shape, classes, path, *facts)
 
+    monkeypatch.setattr(export_student, "export_onnx", export)
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_teacher_without_a_file_is_a_reason_in_a_line(trained: Path, monkeypatch: pytest.MonkeyPatch, outside: bool):
     if outside:
         shutil.rmtree("models/distillation/teacher")
         Path("models/distillation/teacher").mkdir()
         Path("models/distillation/teacher/seed0.npz").touch()
         reason = "a teacher from outside is a file of what it says, not a network"
     else:
-        monkeypatch.setattr(export_student, "export_onnx", refuse)
+        refuse_teacher(monkeypatch, RuntimeError("Failed\nat /a/place"))
         reason = "compact_cnn cannot be exported: RuntimeError"
     export_student.main("distillation")
     assert [path.name for path in trained.glob("*.onnx")] == ["student.onnx"]
@@ -123,12 +121,7 @@ def test_a_teacher_without_a_file_is_a_reason_in_a_line(trained: Path, monkeypat
 
 
 def test_a_full_disk_is_not_taken_for_a_teacher_that_cannot_be_exported(trained: Path, monkeypatch: pytest.MonkeyPatch):
-    def fill(classifier, shape, classes, path: Path, *facts: object) -> None:
-        if path.name == "teacher.onnx":
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        export_onnx(classifier, shape, classes, path, *facts)
-
-    monkeypatch.setattr(export_student, "export_onnx", fill)
+    refuse_teacher(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError, match="No space left"):
         export_student.main("distillation")
     assert not trained.exists()

@@ -16,15 +16,20 @@ from pipeline.export import onnx_model
 from pipeline.export.inference_cost import inference_costs
 from pipeline.export.onnx_export import check_export, export_onnx, quantize
 from pipeline.export.onnx_model import Student, open_foreign
+from pipeline.networks.architectures import Classifier
 from pipeline.networks.checkpoints import new_classifier
 from pipeline.networks.inference import predict
 from pipeline.networks.names import architecture_arguments
 
 
 @pytest.fixture(scope="module")
-def exported(data: TrainingData, tmp_path_factory: pytest.TempPathFactory):
+def classifier(data: TrainingData) -> Classifier:
+    return new_classifier("compact_cnn", {"width": 24, "hidden": 64}, data.dataset, 0)
+
+
+@pytest.fixture(scope="module")
+def exported(classifier: Classifier, data: TrainingData, tmp_path_factory: pytest.TempPathFactory):
     """A student's file, and PyTorch's probabilities of the validation images."""
-    classifier = new_classifier("compact_cnn", {"width": 24, "hidden": 64}, data.dataset, 0)
     folder = tmp_path_factory.mktemp("onnx")
     for name in ("student", "again"):
         export_onnx(classifier, data.dataset.image_shape, data.dataset.classes, folder / f"{name}.onnx")
@@ -85,41 +90,36 @@ def test_equal_weights_give_equal_bytes_that_name_no_place(exported, data: Train
     assert json.loads(onnx.load(exported[0]).metadata_props[0].value) == data.dataset.classes
 
 
-def test_the_rule_of_resizing_is_in_the_file(exported, data: TrainingData, tmp_path: Path):
-    assert Student(exported[0]).resize is None
-    classifier = new_classifier("compact_cnn", {"width": 24, "hidden": 64}, data.dataset, 0)
-    export_onnx(classifier, data.dataset.image_shape, data.dataset.classes, tmp_path / "a.onnx", "crop")
-    quantize(tmp_path / "a.onnx", data.train.images.numpy(), data.dataset.classes, tmp_path / "b.onnx", "crop")
-    assert Student(tmp_path / "a.onnx").resize == Student(tmp_path / "b.onnx").resize == "crop"
-    model = onnx.load(tmp_path / "a.onnx")
-    onnx.helper.set_model_props(model, {"classes": json.dumps(data.dataset.classes), "resize": "squeeze"})
-    (tmp_path / "c.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match=r"c\.onnx.*resized by 'squeeze'; known: pad, crop, stretch"):
-        Student(tmp_path / "c.onnx")
-
-
-def test_the_temperature_is_in_the_graph_and_in_the_file(exported, data: TrainingData, tmp_path: Path):
-    assert Student(exported[0]).temperature == 1
-    classifier = new_classifier("compact_cnn", {"width": 24, "hidden": 64}, data.dataset, 0)
-    a, b, images = tmp_path / "a.onnx", tmp_path / "b.onnx", data.val.images
-    export_onnx(classifier, data.dataset.image_shape, data.dataset.classes, a, temperature=0.1)
-    quantize(a, data.train.images.numpy(), data.dataset.classes, b, temperature=0.1)
+def test_the_rule_of_resizing_is_in_the_file_and_the_temperature_in_its_graph_too(
+    exported, classifier: Classifier, data: TrainingData, tmp_path: Path
+):
+    assert (Student(exported[0]).resize, Student(exported[0]).temperature) == (None, 1)
+    a, b, images, classes = tmp_path / "a.onnx", tmp_path / "b.onnx", data.val.images, data.dataset.classes
+    export_onnx(classifier, data.dataset.image_shape, classes, a, "crop", 0.1)
+    quantize(a, data.train.images.numpy(), classes, b, "crop", 0.1)
     expected = (predict(classifier, images) / 0.1).softmax(dim=1).numpy()
     assert np.abs(expected - exported[1]).max() > 0.1
     for path, tolerance in ((a, 1e-6), (b, 0.02)):
         student = open_foreign(path)
-        assert student.temperature == 0.1
+        assert (student.resize, student.temperature) == ("crop", 0.1)
         np.testing.assert_allclose(student.probabilities(images.numpy()), expected, atol=tolerance)
-    model = onnx.load(a)
-    for value, temperature in ((None, 1), ("0", None), ("nan", None), ("hot", None)):
-        properties = {"classes": json.dumps(data.dataset.classes)} | ({"temperature": value} if value else {})
-        onnx.helper.set_model_props(model, properties)
-        a.write_bytes(model.SerializeToString())
-        if temperature:
-            assert Student(a).temperature == temperature, "of an older file"
-        else:
-            with pytest.raises(UserError, match=r"a\.onnx: damaged, or no exported student"):
-                Student(a)
+
+
+TWICE = json.dumps(["a"] * 10)
+UNFIT = [("temperature", "0"), ("temperature", "nan"), ("temperature", "hot"), ("resize", "squeeze"), ("classes", TWICE)]
+
+
+@pytest.mark.parametrize(("key", "value"), UNFIT)
+def test_what_a_file_says_of_itself_is_checked(exported, data: TrainingData, tmp_path: Path, key: str, value: str):
+    model, path = onnx.load(exported[0]), tmp_path / "other.onnx"
+    older = {"classes": json.dumps(data.dataset.classes)}
+    onnx.helper.set_model_props(model, older)
+    path.write_bytes(model.SerializeToString())
+    assert Student(path).temperature == 1
+    onnx.helper.set_model_props(model, older | {key: value})
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=r"other\.onnx: damaged, or no exported student"):
+        open_foreign(path)
 
 
 ALONE = """
@@ -177,22 +177,16 @@ def test_a_file_that_might_compute_forever_is_not_opened(exported, tmp_path: Pat
             open_foreign(tmp_path / "other.onnx")
 
 
-@pytest.mark.parametrize(("products", "message"), [(1, "takes over 3 s"), (0, "one stands twice")])
-def test_a_file_that_takes_too_much_or_names_a_class_twice_is_not_opened(
-    exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, products: int, message: str
-):
-    model, path = onnx.load(exported[0]), tmp_path / "other.onnx"
-    if products:  # of what is the same for every image: the trial computes them when it opens the file
-        side = 5000
-        for name, shape in (("row", (1, side)), ("column", (side, 1))):
-            model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
-        names = [f"power{number}" for number in range(30)]
-        model.graph.node.append(onnx.helper.make_node("Add", ["row", "column"], names[:1]))
-        model.graph.node.extend(onnx.helper.make_node("MatMul", [a, a], [b]) for a, b in itertools.pairwise(names))
-        model.graph.output.append(onnx.helper.make_tensor_value_info(names[-1], onnx.TensorProto.FLOAT, (side, side)))
-    else:
-        onnx.helper.set_model_props(model, {"classes": json.dumps(["a"] * 10)})
+def test_a_file_that_takes_too_much_is_not_opened(exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It computes products that are the same for every image, which the trial does when it opens the file."""
+    model, path, side = onnx.load(exported[0]), tmp_path / "other.onnx", 5000
+    for name, shape in (("row", (1, side)), ("column", (side, 1))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
+    names = [f"power{number}" for number in range(30)]
+    model.graph.node.append(onnx.helper.make_node("Add", ["row", "column"], names[:1]))
+    model.graph.node.extend(onnx.helper.make_node("MatMul", [a, a], [b]) for a, b in itertools.pairwise(names))
+    model.graph.output.append(onnx.helper.make_tensor_value_info(names[-1], onnx.TensorProto.FLOAT, (side, side)))
     path.write_bytes(model.SerializeToString())
     monkeypatch.setattr(onnx_model, "TRIAL_SECONDS", 3)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="takes over 3 s"):
         open_foreign(path)
