@@ -2,41 +2,46 @@
 
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from pipeline.core.cli import run
+from pipeline.data.dataset import held_out, load_dataset
 from pipeline.data.npy import read_npy
-from pipeline.data.prepared import load_evaluation_data
 from pipeline.evaluation.comparisons import evaluate_track, write_evaluation
-from pipeline.networks.inference import choose_device
+from pipeline.evaluation.predictions import predicted_meanwhile
 from pipeline.params import TRACKS, load_params
 from pipeline.tracking.mirror import Mirror
 
 
 def main(track: str) -> None:
-    params, folder, plan = load_params(), Path("data") / track, TRACKS[track]
-    torch.set_num_threads(params.threads)
-    mirror, device = Mirror(params.tracking.experiment), choose_device(params.device)
-    held = load_evaluation_data(folder, device)
-    train_labels = read_npy(folder / "train" / "labels.npy")
-    if held.folds is not None:  # of the first seed, whose numbers those of the others resemble
-        train_labels = train_labels[: len(held.folds)][~(held.rows("test", 0) | held.rows("val", 0))]
-    evaluation = evaluate_track(
-        track,
-        Path("models") / track,
-        held,
-        models=plan.models,
-        comparisons=plan.comparisons,
-        teachers=plan.teachers,
-        metric=params.evaluation.primary,
-        margin=params.evaluation.margin,
-        train_labels=train_labels,
-    )
+    params, data, plan = load_params(), Path("data") / track, TRACKS[track]
+    with predicted_meanwhile(Path("models") / track, data, plan.models, params.device, params.threads) as predictions:
+        mirror = Mirror(params.tracking.experiment)
+        import pipeline.evaluation.metrics  # noqa: F401 (scikit-learn, which like MLflow takes a second)
+
+        evaluation = evaluate_track(
+            track,
+            predictions(),
+            comparisons=plan.comparisons,
+            teachers=plan.teachers,
+            metric=params.evaluation.primary,
+            margin=params.evaluation.margin,
+            train_labels=train_labels(data),
+        )
     write_evaluation(evaluation, Path())
     for model, figures in evaluation.metrics.items():
         means = f"test accuracy {100 * figures['accuracy']:.2f} %, AUC {figures['auc']:.4f}"
         print(f"{model}: {means}, mean over {len(evaluation.probabilities[model])} seeds")
     mirror.evaluation(evaluation)
+
+
+def train_labels(data: Path) -> np.ndarray:
+    """Of the images that are trained on: in a cross-validation by the first seed, whose numbers those of the others resemble."""
+    labels, folds = read_npy(data / "train" / "labels.npy"), load_dataset(data).folds
+    if not folds:
+        return labels
+    of_images = read_npy(data / "test" / "folds.npy")
+    return labels[: len(of_images)][~(held_out(of_images, folds, 0, "test") | held_out(of_images, folds, 0, "val"))]
 
 
 if __name__ == "__main__":

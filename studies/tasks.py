@@ -28,6 +28,7 @@ from pipeline.core.errors import UserError, one_line
 from pipeline.core.files import md5, write_atomic, write_json
 from pipeline.core.provenance import code_digest
 from pipeline.evaluation.comparisons import evaluate_track, tested
+from pipeline.evaluation.predictions import predict_track
 from pipeline.fetching.sources import own_file, read_source
 from pipeline.networks.description import checkpoint_path
 from pipeline.params import TRACKS, Params
@@ -126,7 +127,7 @@ def evaluate(digest: str, device: str, threads: int, seeds: Sequence[int], data:
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(checkpoint)
         held = load_evaluation_data(data, choose_device(device))
-        evaluation = evaluate_track("distillation", Path(folder), held, MODELS, PAIRS, TEACHERS)
+        evaluation = evaluate_track("distillation", predict_track(Path(folder), held, MODELS), PAIRS, TEACHERS)
     figures = {"test": {model: entry["figures"] for model, entry in evaluation.detail["models"].items()}}
     arrays = {"test_labels": evaluation.labels} | {f"test_{model}": p for model, p in evaluation.probabilities.items()}
     if len(labels := evaluation.val_labels):

@@ -1,4 +1,4 @@
-"""A track's models on its test images: predictions, figures over the seeds, comparisons, and their files (read without torch)."""
+"""A track's models on its test images: figures over the seeds, comparisons, and their files. Needs no PyTorch."""
 
 import io
 import json
@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.core.errors import UserError
-from pipeline.core.files import md5, write_atomic, write_json
-from pipeline.data.dataset import Dataset
+from pipeline.core.files import write_atomic, write_json
 from pipeline.data.npy import read_npz
-from pipeline.networks.description import Description, checkpoints_in
-from pipeline.networks.outside import is_measured, outside_in, read_outside, read_outside_logits
+from pipeline.evaluation.predictions import Predictions
+from pipeline.networks.description import Description
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from pipeline.data.prepared import EvaluationData
 
 MOST_CELLS = 100  # classes up to which the values of confusion matrices hold empty cells, too
 FILES = ("metrics/detail/{}.json", "metrics/predictions/{}.npz")  # of a track, in a checkout
@@ -82,63 +79,67 @@ def tested(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, n
 
 def evaluate_track(
     track: str,
-    folder: Path,
-    data: "EvaluationData",
-    models: Sequence[str],
+    predictions: Predictions,
     comparisons: Sequence[tuple[str, str]],
     teachers: Mapping[str, str],
     metric: str = "accuracy",
     margin: float = 0.0,
     train_labels: np.ndarray | None = None,
 ) -> Evaluation:
-    """Evaluate every checkpoint in `folder`/<model>, and teachers from outside by their logits of the test images.
+    """The figures of a track's models, and what they say against each other.
 
-    `comparisons` are pairs of models, `teachers` the model that a student's fidelity is measured by, seed by seed. A teacher from
-    outside without such logits is left out of all. `metric` and `margin`, as in `statistics.Comparison`: what verdicts are on.
-    Validation images are predicted too. `train_labels`, int64 (N,), say which classes are rare.
+    `comparisons` are pairs of models, `teachers` the model that a student's fidelity is measured by, seed by seed: each counts
+    where its models were predicted. `metric` and `margin`, as in `statistics.Comparison`: what verdicts are on. `train_labels`,
+    int64 (N,), say which classes are rare.
 
-    Raises UserError if a checkpoint is missing, damaged or trained on other data than `data`, and if the models' seeds differ.
+    Raises UserError if the models' seeds differ.
     """
     from pipeline.evaluation.metrics import over_seeds
 
-    models = [model for model in models if is_measured(folder / model)]
+    dataset, models, labels, val_labels, patients = predictions
     comparisons = [pair for pair in comparisons if set(pair) <= set(models)]
-    details, parameters, answers = {}, {}, {"test": {}, "val": {}}
-    for model in models:
-        details[model], parameters[model], by_split = _predict(folder / model, data)
-        for split, of_seeds in by_split.items():
-            answers[split][model] = of_seeds
-    probabilities, val_probabilities = answers["test"], answers["val"]
+    details = {model: answers.detail | {"at_chance": _at_chance(answers.trainings)} for model, answers in models.items()}
+    probabilities, val_probabilities = (
+        {model: of.probabilities[split] for model, of in models.items() if split in of.probabilities} for split in ("test", "val")
+    )
     seeds = {model: detail["seeds"] for model, detail in details.items()}
     if len(set(map(tuple, seeds.values()))) > 1:
-        raise UserError(f"{folder}: the models were trained with different seeds, {seeds}: run dvc repro")
+        raise UserError(f"{track}: the models were trained with different seeds, {seeds}: run dvc repro")
     metrics = {}
     for model, detail in details.items():
-        detail |= _figures(data, probabilities[model], val_probabilities.get(model), probabilities.get(teachers.get(model)))
+        detail |= _figures(
+            predictions, probabilities[model], val_probabilities.get(model), probabilities.get(teachers.get(model))
+        )
         metrics[model] = over_seeds(detail["figures"])
         if losses := [{"final_train_loss": history[-1]["train_loss"]} for history in detail["histories"] if history]:
             metrics[model] |= over_seeds(losses)
-        if parameters[model] is not None:
-            metrics[model]["parameters"] = parameters[model]
+        if models[model].parameters is not None:
+            metrics[model]["parameters"] = models[model].parameters
     compared = {
-        f"{model}_vs_{other}": _compare(data, probabilities[model], probabilities[other], metric, margin)
+        f"{model}_vs_{other}": _compare(predictions, probabilities[model], probabilities[other], metric, margin)
         for model, other in comparisons
     }
-    dataset = data.dataset
     detail = {"track": track, "dataset": dataset.model_dump(mode="json"), "models": details}
     if train_labels is not None:
         counts = np.bincount(train_labels[train_labels >= 0], minlength=len(dataset.classes))
         detail["train_images"] = dict(zip(dataset.classes, counts.tolist(), strict=True))
     (student, *others), *_ = comparisons
     against = {other: probabilities[other] for other in (*others, teachers.get(student)) if other in probabilities}
-    detail["recalls"] = _recalls(data, probabilities[student], against, detail.get("train_images"))
-    stored = ({model: of_seeds.astype(np.float32) for model, of_seeds in of_split.items()} for of_split in answers.values())
-    labels, val_labels = (split.labels.cpu().numpy() for split in (data.test, data.val))
-    return Evaluation(metrics, compared, detail, labels, next(stored), val_labels, next(stored), data.patients)
+    detail["recalls"] = _recalls(predictions, probabilities[student], against, detail.get("train_images"))
+    stored = ({model: p.astype(np.float32) for model, p in of_split.items()} for of_split in (probabilities, val_probabilities))
+    return Evaluation(metrics, compared, detail, labels, next(stored), val_labels, next(stored), patients)
+
+
+def _at_chance(trainings: Sequence[Description]) -> list[int]:
+    """The seeds whose best accuracy on validation images, where they have some, may be that of guessing."""
+    from pipeline.evaluation.statistics import above_chance
+
+    measured = [(training, training.val_images) for training in trainings if training.val_images]
+    return [it.seed for it, images in measured if not above_chance(round(it.best()[0] * images), images, it.chance)]
 
 
 def _figures(
-    data: "EvaluationData", probabilities: np.ndarray, val: np.ndarray | None, teacher: np.ndarray | None
+    predictions: Predictions, probabilities: np.ndarray, val: np.ndarray | None, teacher: np.ndarray | None
 ) -> dict[str, Any]:
     """`by_class`, `figures` and `validation_figures` of a model in `Evaluation.detail`.
 
@@ -147,12 +148,12 @@ def _figures(
     from pipeline.evaluation.calibration import calibrated, fit_temperature
     from pipeline.evaluation.metrics import by_class, fidelity, operating_points, over_seeds, score, youden_threshold
 
-    names, labels, val_labels = data.dataset.classes, *(split.labels.cpu().numpy() for split in (data.test, data.val))
+    names = predictions.dataset.classes
     classes, of_test, of_validation = [], [], []
     for row, of_seed in enumerate(probabilities):
-        test = tested(labels, of_seed)
-        held = None if val is None else tested(val_labels, val[row])
-        figures, points = score(*test, data.dataset.ordered), {}
+        test = tested(predictions.labels, of_seed)
+        held = None if val is None else tested(predictions.val_labels, val[row])
+        figures, points = score(*test, predictions.dataset.ordered), {}
         if len(names) == 2:
             threshold = youden_threshold(*held) if held else None
             figures |= operating_points(*test, threshold)
@@ -162,7 +163,7 @@ def _figures(
         if held:
             figures |= calibrated(*test, fit_temperature(*held))
         if teacher is not None:
-            figures |= fidelity(test[1], tested(labels, teacher[row])[1])
+            figures |= fidelity(test[1], tested(predictions.labels, teacher[row])[1])
         classes.append(by_class(*test, names))
         of_test.append(figures)
         of_validation.append(points)
@@ -170,101 +171,28 @@ def _figures(
     return {"by_class": means, "figures": of_test, "validation_figures": of_validation}
 
 
-def _compare(data: "EvaluationData", ours: np.ndarray, theirs: np.ndarray, metric: str, margin: float) -> dict[str, Any]:
+def _compare(predictions: Predictions, ours: np.ndarray, theirs: np.ndarray, metric: str, margin: float) -> dict[str, Any]:
     """One of `Evaluation.comparisons`."""
     from pipeline.evaluation.jackknife import FIGURES
     from pipeline.evaluation.statistics import compare
 
-    both = data.test.labels.cpu().numpy(), ours, theirs
-    others = {name: compare(*both, name, patients=data.patients).as_json() for name in FIGURES if name != metric}
-    return compare(*both, metric, margin, data.patients).as_json() | {"others": others}
+    answers, patients = (predictions.labels, ours, theirs), predictions.patients
+    others = {name: compare(*answers, name, patients=patients).as_json() for name in FIGURES if name != metric}
+    return compare(*answers, metric, margin, patients).as_json() | {"others": others}
 
 
 def _recalls(
-    data: "EvaluationData", ours: np.ndarray, against: Mapping[str, np.ndarray], train_images: Mapping[str, int] | None
+    predictions: Predictions, ours: np.ndarray, against: Mapping[str, np.ndarray], train_images: Mapping[str, int] | None
 ) -> dict[str, dict[str, Any]]:
     """`statistics.recall_gains` over each of the other models, by the names of the classes, the rarest first."""
     from pipeline.evaluation.statistics import recall_gains
 
-    labels, classes, recalls = data.test.labels.cpu().numpy(), data.dataset.classes, {}
+    labels, classes, recalls = predictions.labels, predictions.dataset.classes, {}
     counts = list(train_images.values()) if train_images else np.bincount(labels, minlength=len(classes))
     for other, theirs in against.items():
-        gains = recall_gains(labels, ours, theirs, data.patients)
+        gains = recall_gains(labels, ours, theirs, predictions.patients)
         recalls[other] = {classes[label]: gains[label] for label in sorted(gains, key=lambda label: counts[label])}
     return recalls
-
-
-Predictions = tuple[dict[str, Any], int | None, dict[str, np.ndarray]]
-
-
-def _predict(folder: Path, data: "EvaluationData") -> Predictions:
-    """One model's `Evaluation.detail` without `_figures`, number of parameters, and by split probabilities, float64 (S, N, K).
-
-    Of a teacher that is a file of logits, the number is not known. Splits without images, or without its logits, are left out.
-    """
-    outside, splits = outside_in(folder), ["test", *(["val"] if len(data.val.labels) else [])]
-    return _of_outside(outside, data.dataset, splits) if outside else _of_checkpoints(folder, data, splits)
-
-
-def _of_outside(paths: Mapping[int, Path], dataset: Dataset, splits: Sequence[str]) -> Predictions:
-    """As `_predict`, from the files of a teacher from outside by seed."""
-    from scipy.special import softmax
-
-    first, checksums = read_outside(next(iter(paths.values()))), [md5(path) for path in paths.values()]
-    logits = {
-        split: np.stack([read_outside_logits(path, split, dataset) for path in paths.values()])
-        for split in splits
-        if split in first.splits
-    }
-    network = {
-        "architecture": f"outside: {first.kind}",
-        "arguments": {},
-        "parameters": first.parameters,
-        "setting": first.setting,
-    }
-    files = {"seeds": list(paths), "digests": checksums, "checkpoints": checksums}
-    no_training = {"best_epochs": [], "at_chance": [], "histories": [[] for _ in paths]}
-    probabilities = {split: softmax(of_split.astype(np.float64), axis=2) for split, of_split in logits.items()}
-    return network | files | no_training, first.weights, probabilities
-
-
-def _of_checkpoints(folder: Path, data: "EvaluationData", splits: Sequence[str]) -> Predictions:
-    """As `_predict`, from the checkpoints in `folder`."""
-    from pipeline.data.prepared import take
-    from pipeline.networks.checkpoints import load_checkpoint
-    from pipeline.networks.inference import predict
-
-    paths, descriptions, probabilities = checkpoints_in(folder), [], {split: [] for split in splits}
-    for path in paths:
-        classifier, description = load_checkpoint(path, data.test.labels.device)
-        if description.dataset != data.dataset:
-            raise UserError(f"{path}: trained on other data ({description.dataset.name}) than is in data/: run dvc repro")
-        descriptions.append(description)
-        for split in splits:
-            images, rows = getattr(data, split), data.rows(split, description.seed)
-            answers = np.full((len(images.labels), len(data.dataset.classes)), np.nan)
-            answers[rows] = predict(classifier, take(images, rows).images).cpu().double().softmax(dim=1).numpy()
-            probabilities[split].append(answers)
-    first = descriptions[0]
-    detail = {
-        **{key: getattr(first, key) for key in ("architecture", "arguments", "parameters", "setting")},
-        "seeds": [description.seed for description in descriptions],
-        "digests": [description.digest for description in descriptions],
-        "checkpoints": [md5(path) for path in paths],
-        "best_epochs": [description.best_epoch for description in descriptions],
-        "at_chance": [description.seed for description in descriptions if _at_chance(description)],
-        "histories": [[epoch.model_dump() for epoch in description.history] for description in descriptions],
-    }
-    weights = sum(weight.numel() for weight in classifier.parameters())
-    return detail, weights, {split: np.stack(of_seeds) for split, of_seeds in probabilities.items()}
-
-
-def _at_chance(description: Description) -> bool:
-    """Whether a training's best accuracy on validation images, where it has some, may be that of guessing."""
-    from pipeline.evaluation.statistics import above_chance
-
-    images = description.val_images
-    return images > 0 and not above_chance(round(description.best()[0] * images), images, description.chance)
 
 
 def loss_curves(evaluation: Evaluation) -> "pd.DataFrame":

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.data.dataset import Dataset
 from pipeline.data.prepared import EvaluationData, Split, TrainingData
 from pipeline.evaluation.comparisons import Evaluation, evaluate_track
+from pipeline.evaluation.predictions import predict_track
 from pipeline.networks.checkpoints import new_classifier, save_checkpoint
 from pipeline.networks.description import Description, checkpoint_path
 from pipeline.params import TRACKS
@@ -30,9 +31,8 @@ def evaluate(folder: Path, data: TrainingData) -> Evaluation:
     for model in () if folder.exists() else PLAN.models:
         for seed in SEEDS:
             save(folder, data.dataset, model, seed)
-    plan = PLAN.models, PLAN.comparisons, PLAN.teachers
-    held = EvaluationData(data.dataset, data.train, data.val)
-    return evaluate_track("distillation", folder, held, *plan, train_labels=data.val.labels.numpy())
+    predictions = predict_track(folder, EvaluationData(data.dataset, data.train, data.val), PLAN.models)
+    return evaluate_track("distillation", predictions, PLAN.comparisons, PLAN.teachers, train_labels=data.val.labels.numpy())
 
 
 def even_odd(data: TrainingData) -> TrainingData:

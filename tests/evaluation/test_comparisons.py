@@ -1,4 +1,5 @@
 import io
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline.core.files import md5
 from pipeline.data.prepared import Split, TrainingData, load_evaluation_data
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.comparisons import FILES, Evaluation, evaluate_track, loss_curves, read_evaluation, write_evaluation
+from pipeline.evaluation.predictions import predicted_meanwhile
 from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import read_source
 from pipeline.networks.checkpoints import load_checkpoint
@@ -149,6 +151,18 @@ def test_reading_needs_no_heavy_library():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_process_that_cannot_predict_is_one_error(tmp_path: Path, npz: Path):
+    prepare(read_source(str(npz)), 0.1, tmp_path / "data")
+    arguments = tmp_path / "models", tmp_path / "data", ["teacher"], "cpu", 1
+    with pytest.raises(UserError, match="teacher: no checkpoints"), predicted_meanwhile(*arguments) as predictions:
+        predictions()
+    with predicted_meanwhile(*arguments) as predictions:
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(UserError, match="killed or failed"):
+            predictions()
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_in_a_cross_validation_every_seed_is_measured_on_its_own_fold(tmp_path: Path, npz: Path):
     dataset = prepare(read_source(str(npz)), 0.1, tmp_path / "data", folds=3)
@@ -156,8 +170,8 @@ def test_in_a_cross_validation_every_seed_is_measured_on_its_own_fold(tmp_path: 
     for model in PLAN.models:
         for seed in range(6):
             save(tmp_path / "models", dataset, model, seed)
-    plan = PLAN.models, PLAN.comparisons, PLAN.teachers
-    evaluation = evaluate_track("distillation", tmp_path / "models", held, *plan)
+    with predicted_meanwhile(tmp_path / "models", tmp_path / "data", PLAN.models, "cpu", 1) as predictions:
+        evaluation = evaluate_track("distillation", predictions(), PLAN.comparisons, PLAN.teachers)
     labels, probabilities = evaluation.labels, evaluation.probabilities["teacher"]
     assert (len(labels), probabilities.shape) == (700, (6, 700, 10))
     for seed, of_seed in enumerate(probabilities):

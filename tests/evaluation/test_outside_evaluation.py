@@ -10,6 +10,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import md5
 from pipeline.data.prepared import EvaluationData, TrainingData
 from pipeline.evaluation.comparisons import Evaluation, evaluate_track, loss_curves, read_evaluation, write_evaluation
+from pipeline.evaluation.predictions import predict_track
 from pipeline.networks.outside import OutsideTeacher, write_outside
 from pipeline.reporting.figures import draw_figures
 from pipeline.reporting.report import render
@@ -32,8 +33,8 @@ def evaluate(folder: Path, data: TrainingData, splits: list[str], kind: str = "l
             save(folder, dataset, model, seed, parameters if model == PLAN.distilled else {})
         logits = {split: LOGITS[: dataset.images[split]] for split in splits}
         write_outside(folder / f"teacher/seed{seed}.npz", OutsideTeacher(**described), logits)
-    plan = PLAN.models, PLAN.comparisons, PLAN.teachers
-    return evaluate_track("distillation", folder, EvaluationData(dataset, data.train, data.val), *plan)
+    predictions = predict_track(folder, EvaluationData(dataset, data.train, data.val), PLAN.models)
+    return evaluate_track("distillation", predictions, PLAN.comparisons, PLAN.teachers)
 
 
 def said(evaluation: Evaluation, format: str = "markdown") -> str:
@@ -89,4 +90,4 @@ def test_logits_of_other_data_are_refused(tmp_path: Path, data: TrainingData):
     evaluate(tmp_path / "models", data, ["train", "test"])
     other = data.dataset.model_copy(update={"images": data.dataset.images | {"test": 400}, "fingerprint": "1" * 64})
     with pytest.raises(UserError, match=r"seed0\.npz: damaged, or made for other data than digits in data/: run dvc repro"):
-        evaluate_track("distillation", tmp_path / "models", EvaluationData(other, data.train, data.val), ["teacher"], [], {})
+        predict_track(tmp_path / "models", EvaluationData(other, data.train, data.val), ["teacher"])
