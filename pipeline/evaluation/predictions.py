@@ -67,12 +67,12 @@ def predicted_meanwhile(
 
     def wait() -> Predictions:
         try:
-            predictions = ours.recv()
+            result = ours.recv()
         except EOFError:
             raise UserError(f"{folder}: the process that predicts was killed or failed, see above") from None
-        if isinstance(predictions, UserError):
-            raise predictions
-        return predictions
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     try:
         yield wait
@@ -91,7 +91,7 @@ def _work(pipe: Connection, folder: Path, data: Path, models: Sequence[str], dev
     torch.set_num_threads(threads)
     try:
         result = predict_track(folder, load_evaluation_data(data, choose_device(device)), models)
-    except UserError as error:
+    except (UserError, OSError) as error:  # which core.cli knows how to tell
         result = error
     with contextlib.suppress(BrokenPipeError):  # nobody is left to tell
         pipe.send(result)
