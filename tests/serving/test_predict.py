@@ -1,4 +1,7 @@
-"""Prediction on image files: tests/test_graph.py runs the command on a folder."""
+"""Prediction on image files: tests/test_graph.py runs the command on a folder.
+
+Which pixels are read and how they are resized: tests/fetching/test_import_images.py, tests/core/test_images.py.
+"""
 
 import io
 import os
@@ -21,23 +24,7 @@ from tests.conftest import ROOT
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8)
 NEEDED = {"onnxruntime", "numpy", "pillow", "flatbuffers", "packaging", "protobuf"}  # with what onnxruntime needs itself
-COLOUR = np.stack([GREY, GREY[::-1], GREY.T], axis=2)
 ORIENTATION = 0x112  # EXIF
-
-
-@pytest.mark.parametrize(
-    ("image", "shape", "expected"),
-    [
-        (Image.fromarray(GREY), (8, 8, 1), GREY[..., None]),
-        (Image.fromarray(GREY), (8, 8, 3), np.repeat(GREY[..., None], 3, axis=2)),
-        (Image.fromarray(COLOUR), (8, 8, 3), COLOUR),
-        (Image.fromarray(COLOUR), (8, 8, 1), np.asarray(Image.fromarray(COLOUR).convert("L"))[..., None]),
-        (Image.fromarray(GREY).convert("P"), (8, 8, 1), GREY[..., None]),
-    ],
-)
-def test_pixels_are_taken_as_the_rule_says(tmp_path: Path, image: Image.Image, shape: tuple, expected: np.ndarray):
-    image.save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png", shape), expected)
 
 
 def test_a_cameras_orientation_is_followed(tmp_path: Path):
@@ -45,21 +32,6 @@ def test_a_cameras_orientation_is_followed(tmp_path: Path):
     exif[ORIENTATION] = 6  # to be turned by 90 degrees, clockwise
     Image.fromarray(GREY[:, :5]).save(tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(read_image(tmp_path / "a.png", (5, 8, 1))[..., 0], np.rot90(GREY[:, :5], -1))
-
-
-@pytest.mark.parametrize(
-    "image",
-    [
-        Image.fromarray(GREY.astype(np.uint16) * 256),
-        Image.fromarray(np.dstack([COLOUR, GREY])),
-        Image.fromarray(np.dstack([GREY, GREY]), "LA"),
-        Image.fromarray(GREY > 9),
-    ],
-)
-def test_other_pixels_are_refused(tmp_path: Path, image: Image.Image):
-    image.save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"a\.png: cannot be read as an image: its pixels (are .*; 8-bit grey|.* --window)"):
-        read_image(tmp_path / "a.png", (8, 8, 1))
 
 
 @pytest.mark.parametrize("rule", ["pad", "crop", "stretch"])
@@ -73,24 +45,31 @@ def test_another_size_is_refused_or_resized_by_the_students_rule(tmp_path: Path,
 
 class FakeStudent:
     shape, classes, path, resize = (8, 8, 1), ["=cmd|' /C calc'!A0", "two"], Path("student.onnx"), None
+    row = np.array([0.75, 0.25], np.float32)
 
     def __init__(self, _: Path) -> None:
         pass
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        return np.tile(np.array([[0.75, 0.25]], np.float32), (len(images), 1))
+        return np.tile(self.row, (len(images), 1))
 
 
-def test_every_image_has_a_row_and_every_other_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with student.onnx, which answers as a FakeStudent."""
     monkeypatch.setattr(predict, "open_foreign", FakeStudent)
-    for name in (b"b.PNG", b"a.jpg", b"=1+1.png", b"\xff.png"):
-        with Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).open("wb") as file:
-            Image.fromarray(GREY).save(file, "JPEG" if name.endswith(b"jpg") else "PNG")
-    (tmp_path / "notes.txt").touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"student\.onnx: no such file: dvc repro export_student or"):
-        predict.main([Path()], Path("student.onnx"))
-    (tmp_path / "student.onnx").touch()
+    Path("student.onnx").touch()
+    return tmp_path
+
+
+def test_every_image_has_a_row_and_every_other_file_is_named(folder: Path, capsys):
+    for name in (b"b.PNG", b"a.jpg", b"=1+1.png", b"\xff.png"):
+        with Path(os.fsdecode(name)).open("wb") as file:
+            Image.fromarray(GREY).save(file, "JPEG" if name.endswith(b"jpg") else "PNG")
+    Path("notes.txt").touch()
+    with pytest.raises(UserError, match=r"other\.onnx: no such file: dvc repro export_student or"):
+        predict.main([Path()], Path("other.onnx"))
     predict.main([Path()], Path("student.onnx"))
     printed = capsys.readouterr()
     table = pd.read_csv(io.StringIO(printed.out))
@@ -100,10 +79,7 @@ def test_every_image_has_a_row_and_every_other_file_is_named(tmp_path: Path, mon
     assert left_out == ["notes.txt", "student.onnx"]
 
 
-def test_broken_images_are_named_together_and_left_out_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(predict, "open_foreign", FakeStudent)
-    monkeypatch.chdir(tmp_path)
-    Path("student.onnx").touch()
+def test_broken_images_are_named_together_and_left_out_if_asked(folder: Path, capsys):
     for name in ("a.png", "b.png", "c.png"):
         Image.fromarray(GREY).save(name) if name == "b.png" else Path(name).touch()
     with pytest.raises(
@@ -136,13 +112,11 @@ def test_a_window_that_is_none_is_refused_before_anything_is_read(window: tuple[
         predict.main([Path("missing.png")], Path("missing.onnx"), window=window)
 
 
-def test_probabilities_that_are_no_numbers_are_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(FakeStudent, "probabilities", lambda self, images: np.full((len(images), 2), np.nan))
-    monkeypatch.setattr(predict, "open_foreign", FakeStudent)
-    Image.fromarray(GREY).save(tmp_path / "a.png")
-    (tmp_path / "student.onnx").touch()
+def test_probabilities_that_are_no_numbers_are_no_answer(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(FakeStudent, "row", np.full(2, np.nan))
+    Image.fromarray(GREY).save("a.png")
     with pytest.raises(UserError, match="no numbers"):
-        predict.main([tmp_path], tmp_path / "student.onnx")
+        predict.main([Path("a.png")], Path("student.onnx"))
 
 
 def without_other_packages(*arguments: str | Path) -> subprocess.CompletedProcess:
