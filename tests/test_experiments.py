@@ -5,7 +5,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from mlflow import MlflowClient
 
 from tests.checkout import Checkout
 from tests.conftest import small_checkout, stages_run, write_npz
@@ -74,8 +73,7 @@ def test_two_experiments_at_once_fill_a_store_that_did_not_exist(checkout: Check
     del checkout.environment["MLFLOW_TRACKING_URI"]
     states = checkout.queued()
     assert states == {"t2": "Success", "t3": "Success"}, checkout.dvc("queue", "logs", "t2", expect=None)
-    client = MlflowClient(f"sqlite:///{checkout.folder}/fresh.db")
-    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    runs = checkout.mlflow_runs(f"sqlite:///{checkout.folder}/fresh.db")
     names = ["teacher", "student_alone", *(f"student_distilled T={temperature}" for temperature in temperatures)]
     expected = {name + child: 1 for name in names for child in ("", "/seed0", "/seed1")}
     assert Counter(run.info.run_name for run in runs) == expected

@@ -156,35 +156,32 @@ def test_what_dvc_does_not_have_is_skipped_with_a_line(
 
 
 def test_lineage_names_the_runs_of_a_file_an_export_a_revision_and_an_experiment(checkout: Path, capsys: pytest.CaptureFixture):
-    path = "models/distillation/student_alone/seed1.safetensors"
-    lineage.main(path)
-    assert "no run in this store: make sync" in capsys.readouterr().out
+    def printed(target: object) -> str:
+        capsys.readouterr()
+        lineage.main(str(target))
+        return capsys.readouterr().out
+
+    exported = Path("models/exported/distillation")
+    lone = Path("models/distillation/student_alone/seed1.safetensors")
+    distilled = Path("models/distillation/student_distilled/seed0.safetensors")
+    choice = {"checkpoint": lone.name, "checkpoint_md5": md5(lone)}
+    choice |= {"teacher": {"checkpoint": distilled.name, "checkpoint_md5": md5(distilled)}}
+    write_atomic(exported / "choice.json", json.dumps(choice))
+    for name in ("student.onnx", "teacher_int8.onnx"):
+        write_atomic(exported / name, b"")
+    assert "no run in this store: make sync" in printed(lone)
     sync.main()
-    capsys.readouterr()
-    lineage.main(path)
-    described = capsys.readouterr().out
-    assert described.startswith(f"{path}  {md5(Path(path))}\n    student_alone/seed1, run ")
+    described = printed(lone)
+    assert described.startswith(f"{lone}  {md5(lone)}\n    student_alone/seed1, run ")
     assert "finished" in described
     assert ", stage train_student_alone, test accuracy 0." in described
-    write_atomic(checkout / "models/exported/distillation/student.onnx", b"")
-    choice = {"checkpoint": "seed1.safetensors", "checkpoint_md5": md5(Path(path))}
-    write_atomic(checkout / "models/exported/distillation/choice.json", json.dumps(choice))
-    lineage.main("models/exported/distillation/student.onnx")
-    assert described.partition("\n")[2] in capsys.readouterr().out
-    write_atomic(checkout / "models/exported/distillation/teacher_int8.onnx", b"")
-    other = "models/distillation/student_distilled/seed0.safetensors"
-    choice |= {"teacher": {"checkpoint": "seed0.safetensors", "checkpoint_md5": md5(Path(other))}}
-    write_atomic(checkout / "models/exported/distillation/choice.json", json.dumps(choice))
-    lineage.main("models/exported/distillation/teacher_int8.onnx")
-    of_teacher = capsys.readouterr().out
-    assert f"of seed0.safetensors  {md5(Path(other))}\n    student_distilled/seed0, run " in of_teacher
-    lineage.main("HEAD")
-    assert described in capsys.readouterr().out
-    lineage.main("warm-owl")
-    shown = capsys.readouterr().out
-    assert described in shown
-    assert "student_distilled T=6/seed0, run " in shown
-    assert ", experiment warm-owl, " in shown
+    assert described.partition("\n")[2] in printed(exported / "student.onnx")
+    assert f"of {distilled.name}  {md5(distilled)}\n    student_distilled/seed0, run " in printed(exported / "teacher_int8.onnx")
+    assert described in printed("HEAD")
+    of_experiment = printed("warm-owl")
+    assert described in of_experiment
+    assert "student_distilled T=6/seed0, run " in of_experiment
+    assert ", experiment warm-owl, " in of_experiment
 
 
 @pytest.mark.parametrize(
