@@ -68,9 +68,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def open_page(browser: webdriver.Chrome, port: int) -> None:
-    browser.get(f"http://127.0.0.1:{port}/")
-    WebDriverWait(browser, 120).until(lambda _: browser.find_element(By.ID, "file").is_enabled())
+@contextlib.contextmanager
+def shown(browser: webdriver.Chrome, *command: str, **options: object) -> Iterator[str]:
+    """Show the page of a server that this command starts, until the block ends; its address."""
+    port = free_port()
+    with running(port, *command, cwd=ROOT, env=os.environ | {"PORT": str(port)}, **options):
+        browser.get(address := f"http://127.0.0.1:{port}/")
+        WebDriverWait(browser, 120).until(lambda _: browser.find_element(By.ID, "file").is_enabled())
+        yield address
 
 
 def text(browser: webdriver.Chrome, name: str) -> str:
@@ -122,13 +127,10 @@ def check_answers(browser: webdriver.Chrome, student: Student, images: list[Path
 def test_a_dropped_image_gets_the_answer_of_predict_and_no_request_goes_to_another_host(
     browser: webdriver.Chrome, images: list[Path], tmp_path: Path
 ):
-    port, student = free_port(), Student(PUBLISHED / "baselines.onnx")
-    options = {"cwd": ROOT, "env": os.environ | {"PORT": str(port)}}
-    with (tmp_path / "printed").open("w") as printed, running(port, *COMMAND, **options, stdout=printed):
-        address = f"http://127.0.0.1:{port}/"
+    student = Student(PUBLISHED / "baselines.onnx")
+    requested(browser)
+    with (tmp_path / "printed").open("w") as printed, shown(browser, *COMMAND, stdout=printed) as address:
         assert (tmp_path / "printed").read_text() == f"baselines.onnx on {address}\n"
-        requested(browser)
-        open_page(browser, port)
         assert "normal, pneumonia" in text(browser, "about")
         check_answers(browser, student, images)
         browser.find_element(By.ID, "file").send_keys(str(images[0]))
@@ -139,7 +141,8 @@ def test_a_dropped_image_gets_the_answer_of_predict_and_no_request_goes_to_anoth
         assert browser.execute_async_script(f"{refused} fetch('http://127.0.0.1:9/').catch(() => 0)") == "connect-src"
         assert requests.get(address, headers={"Host": "evil.example"}, timeout=60).status_code == 404
         assert requests.get(f"{address}../Makefile", timeout=60).status_code == 404
-        second = subprocess.run(COMMAND, **options, capture_output=True, text=True, check=False)
+        port = address.strip("/").rpartition(":")[2]
+        second = subprocess.run(COMMAND, cwd=ROOT, env=os.environ | {"PORT": port}, capture_output=True, text=True, check=False)
         (line,) = second.stderr.splitlines()
         assert line.startswith(f"error: cannot listen on 127.0.0.1:{port}: ")
 
@@ -155,11 +158,10 @@ def test_every_rule_of_resizing_and_names_that_are_markup(
     dataset = data.dataset.model_copy(update={"image_shape": shape, "classes": [HOSTILE, *data.dataset.classes[1:]]})
     classifier = new_classifier("compact_cnn", ARGUMENTS, dataset, 0).eval()
     export_onnx(classifier, shape, dataset.classes, tmp_path / "foreign.onnx", rule)
-    port, student = free_port(), Student(tmp_path / "foreign.onnx")
+    student = Student(tmp_path / "foreign.onnx")
     code = "from pathlib import Path; from pipeline.serving import try_student as page; "
     code += f"page.PUBLISHED = Path({str(tmp_path)!r}); page.main('foreign')"
-    with running(port, sys.executable, "-c", code, cwd=ROOT, env=os.environ | {"PORT": str(port)}):
-        open_page(browser, port)
+    with shown(browser, sys.executable, "-c", code):
         assert HOSTILE in text(browser, "about")
         if not rule:
             other = [path for path in images if "28x28" not in path.name]
@@ -191,9 +193,7 @@ def write_refused(folder: Path) -> None:
 def test_what_predict_refuses_the_page_refuses_and_some_more(browser: webdriver.Chrome, tmp_path: Path):
     write_refused(tmp_path)
     Image.new("L", (28, 28)).save(tmp_path.parent / "good.png")
-    port = free_port()
-    with running(port, *COMMAND, "distillation", cwd=ROOT, env=os.environ | {"PORT": str(port)}):
-        open_page(browser, port)
+    with shown(browser, *COMMAND, "distillation"):
         for path in sorted(tmp_path.iterdir()):
             with contextlib.nullcontext() if "predict reads" in path.stem else pytest.raises(UserError):
                 read_image(path, (28, 28, 1), "crop")
