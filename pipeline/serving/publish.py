@@ -46,7 +46,8 @@ def main() -> None:
 def describe(track: str) -> dict[str, Any]:
     """What the card says of a track's exported student. Raises UserError unless the figures in metrics/ are of that very file."""
     path, plan, choice = EXPORTED / track / "student.onnx", TRACKS[track], read_json(EXPORTED / track / "choice.json")
-    detail, exported, costs = (read_json(METRICS / name) for name in (f"detail/{track}.json", *_of(track)))
+    files = f"detail/{track}.json", f"{track}_export.json", f"{track}_costs.json"
+    detail, exported, costs = (read_json(METRICS / name) for name in files)
     student, content, entry = Student(path), path.read_bytes(), detail["models"][plan.distilled]
     refuse_folds(detail["dataset"].get("folds"), path, track)
     figures = exported["student"]
@@ -77,10 +78,6 @@ def describe(track: str) -> dict[str, Any]:
         "table": Markup((METRICS / f"{track}.md").read_text("utf-8").strip()),  # noqa: S704 (results_table's)
         "data": about(name),
     }
-
-
-def _of(track: str) -> tuple[str, str]:
-    return f"{track}_export.json", f"{track}_costs.json"
 
 
 def about(dataset: str) -> dict[str, str | None]:

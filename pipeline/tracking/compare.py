@@ -56,19 +56,18 @@ def _headline(name: str, revision: str) -> dict[str, str]:
     """The figures of metrics/<track>.json, as text; those of a damaged or older file are left out with a line."""
     figures = {}
     for track in TRACKS:
-        content = git("show", f"{revision}:./metrics/{track}.json")
         try:
-            headline = json.loads(content or "{}")
-            gains = {key: headline.pop(key) for key in GAINS if key in headline}
-            (metric, *_) = next(iter(headline.values()), {"accuracy": 0})
-            gains = {key: difference(metric, value) for key, value in gains.items()}
-            models = {model: f"{scale(metric) * of_model[metric]:.2f}" for model, of_model in headline.items()}
+            headline = json.loads(git("show", f"{revision}:./metrics/{track}.json") or "{}")
+            models = {model: of_model for model, of_model in headline.items() if model not in GAINS}
+            (metric, *_) = next(iter(models.values()), {"accuracy": 0})
+            row = {f"{track} figure": metric}
+            row |= {model: f"{scale(metric) * of_model[metric]:.2f}" for model, of_model in models.items()}
+            gains = {key: headline[key] for key in GAINS if key in headline}
+            row |= {f"{track} {key.replace('_', ' ')}": difference(metric, value) for key, value in gains.items()}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             print(f"left out: {name}: metrics/{track}.json: {one_line(error)}", file=sys.stderr)
             continue
-        figures |= (
-            {f"{track} figure": metric} | models | {f"{track} {key.replace('_', ' ')}": text for key, text in gains.items()}
-        )
+        figures |= row
     return figures
 
 

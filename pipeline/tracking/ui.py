@@ -17,14 +17,8 @@ from pipeline.tracking.mirror import PARENT
 from pipeline.tracking.store import open_store
 
 VIEW = "results"
-COLUMNS = {
-    "varied": 240,
-    "gain": 310,
-    "verdict": 140,
-    "accuracy": 160,
-    "auc": 190,
-    "dataset": 120,
-}  # tags of runs: widths in pixels
+# Tags of runs: widths in pixels.
+COLUMNS = {"varied": 240, "gain": 310, "verdict": 140, "accuracy": 160, "auc": 190, "dataset": 120}
 
 
 def prepare_view(experiment: str) -> str:
