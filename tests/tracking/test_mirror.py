@@ -314,12 +314,17 @@ def test_processes_that_mirror_the_same_trainings_into_a_store_that_does_not_exi
 
 
 @pytest.mark.usefixtures("silent")
-def test_test_results_go_to_each_checkpoints_run_and_their_means_to_the_parent(store: Path):
+def test_test_results_go_to_each_checkpoints_run_and_their_means_to_the_parent(store: Path, monkeypatch: pytest.MonkeyPatch):
     evaluation = make_evaluation(*(make_record(seed) for seed in range(3)))
     for seed in range(3):
         Mirror("e").training(make_record(seed, model="student_alone"))
+    monkeypatch.setenv("DVC_STAGE", "evaluate@distillation")
     for _ in range(2):
         Mirror("e").evaluation(evaluation)
+    unknown = runs()["student_distilled/seed1"]  # until it was evaluated
+    assert (unknown.info.status, unknown.data.tags["checkpoint_md5"]) == ("FINISHED", "md5-student_distilled-1")
+    assert steps("student_distilled/seed1") == [1, 2, 3]
+    assert "dvc.stage" not in unknown.data.tags  # not the one that evaluates
     run, parent, first = (runs()[name] for name in ("student_alone/seed1", "student_alone", "student_distilled"))
     figures = evaluation.detail["models"]["student_alone"]["figures"][1]
     assert {f"test_{name}": value for name, value in figures.items()}.items() <= run.data.metrics.items()
@@ -357,18 +362,6 @@ def test_changed_results_replace_the_old_ones(monkeypatch: pytest.MonkeyPatch, l
     monkeypatch.setattr("pipeline.reporting.figures.plot_confusion", None)  # nothing is drawn again
     (again := Mirror("e")).evaluation(evaluation)
     assert not again.refusals
-
-
-@pytest.mark.usefixtures("silent")
-def test_a_checkpoint_that_the_store_does_not_know_gets_its_run_from_the_evaluation_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DVC_STAGE", "evaluate@distillation")
-    for _ in range(2):
-        Mirror("e").evaluation(make_evaluation(make_record(0), make_record(1)))
-    run = runs()["student_alone/seed1"]
-    assert len(runs()) == 6
-    assert (run.info.status, run.data.tags["checkpoint_md5"]) == ("FINISHED", "md5-student_alone-1")
-    assert steps("student_alone/seed1") == [1, 2, 3]
-    assert "dvc.stage" not in run.data.tags  # not the one that evaluates
 
 
 def test_a_process_that_trains_does_not_load_mlflow_or_torch_for_the_mirror():
