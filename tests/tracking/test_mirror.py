@@ -302,7 +302,7 @@ def test_processes_that_mirror_the_same_trainings_into_a_store_that_does_not_exi
 
 
 @pytest.mark.usefixtures("silent")
-def test_test_results_go_to_each_checkpoints_run_and_their_means_to_the_parent(store: Path, monkeypatch: pytest.MonkeyPatch):
+def test_test_results_go_to_each_checkpoints_run_their_means_to_the_parent(store: Path, monkeypatch: pytest.MonkeyPatch):
     evaluation = make_evaluation(*(make_record(seed) for seed in range(3)))
     for seed in range(3):
         Mirror("e").training(make_record(seed, model="student_alone"))

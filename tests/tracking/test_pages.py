@@ -1,7 +1,7 @@
 """The page of `make ui` in a real browser: the table of results.
 
-With SCREENSHOTS=<folder>, it is that of this checkout's own store instead of a small run's, and the picture that README.md shows
-is written to the folder.
+With SCREENSHOTS=<folder>, it is that of this checkout's own store instead of a small run's, and the picture that README.md
+shows is written to the folder.
 """
 
 import io

@@ -28,21 +28,14 @@ def write_results(folder: Path, temperature: int) -> Evaluation:
     """What stages leave: parameters, checkpoints, an evaluation."""
     params = re.sub(r"(?m)^( +temperature: )\S+", rf"\g<1>{temperature}", PARAMS)
     (folder / "params.yaml").write_text(re.sub(r"(?m)^( +experiment: )\S+", r"\1e", params))
-    records = [make_record(seed, parameters={"kd.temperature": temperature}) for seed in (0, 1)]
-    evaluation = make_evaluation(*records, shares=STUDENTS | {"student_distilled": 0.7 + 0.01 * temperature})
+    records, shares = [make_record(seed) for seed in (0, 1)], STUDENTS | {"student_distilled": 0.7 + 0.01 * temperature}
+    evaluation = make_evaluation(*records, shares=shares, temperature=temperature)
     for model, entry in evaluation.detail["models"].items():
-        if model == "student_distilled":
-            entry["digests"] = [f"{digest}-{temperature}" for digest in entry["digests"]]
-            entry["setting"] = f"{model}-{temperature}"
-        else:
-            entry["parameters"] = {}
         for row, record in enumerate(records):
-            changes = {"digest": entry["digests"][row], "setting": entry["setting"], "model": model}
-            changes["parameters"] = entry["parameters"]
-            shared = record.model_copy(update=changes).model_dump(include=set(Description.model_fields))
+            of_model = {"model": model, "digest": entry["digests"][row]} | {key: entry[key] for key in ("setting", "parameters")}
+            description = record.model_copy(update=of_model).model_dump_json(include=set(Description.model_fields))
             path = folder / f"models/distillation/{model}/seed{record.seed}.safetensors"
-            metadata = {"description": Description(**shared).model_dump_json()}
-            write_atomic(path, save({"weight": np.full(3, len(changes["digest"]), dtype=np.float32)}, metadata))
+            write_atomic(path, save({"weight": np.zeros(3, np.float32)}, {"description": description}))
             entry["checkpoints"][row] = md5(path)
     write_evaluation(evaluation, folder)
     return evaluation
