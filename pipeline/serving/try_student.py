@@ -3,11 +3,11 @@
 The page computes with ONNX Runtime Web: no image leaves the browser. Needs what serving.predict does and, the first time, npm.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
-import sys
 import tarfile
 from base64 import b64encode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,18 +39,9 @@ def main(track: str = "baselines") -> None:
         "/ort.wasm": ("application/wasm", binary),
     }
     with user_error(f"cannot listen on 127.0.0.1:{port}", OSError, then="PORT=... (make try TRY_PORT=...) names another port"):
-        server = Server(("127.0.0.1", port), handler(files, {f"127.0.0.1:{port}", f"localhost:{port}"}))
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler(files, {f"127.0.0.1:{port}", f"localhost:{port}"}))
     print(f"{student.path.name} on http://127.0.0.1:{port}/", flush=True)
     server.serve_forever()
-
-
-class Server(ThreadingHTTPServer):
-    """One that says nothing where a browser has gone away in the middle of an answer."""
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Print a traceback of any other error."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
 
 
 def read_runtime(folder: Path) -> tuple[bytes, bytes]:
@@ -76,6 +67,10 @@ def handler(files: dict[str, tuple[str, bytes]], hosts: set[str]) -> type[BaseHT
     class Handler(BaseHTTPRequestHandler):
         timeout = 30  # seconds for a request to come
         log_message = staticmethod(lambda *_: None)  # the address stays in view
+
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # of a browser that goes away in the middle of an answer
+                super().handle()
 
         def do_GET(self) -> None:
             if self.path not in files or self.headers["Host"] not in hosts:

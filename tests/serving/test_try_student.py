@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,8 @@ from pipeline.data.prepared import TrainingData
 from pipeline.export.onnx_export import export_onnx
 from pipeline.export.onnx_model import Student
 from pipeline.networks.checkpoints import new_classifier
-from pipeline.serving import try_student
 from pipeline.serving.predict import PUBLISHED, read_image
-from pipeline.serving.try_student import DOWNLOADS, PACKAGE, read_runtime
+from pipeline.serving.try_student import DOWNLOADS, PACKAGE, handler, read_runtime
 from tests.browser import needs_browser, open_browser
 from tests.checkout import free_port
 from tests.conftest import ROOT
@@ -203,7 +203,7 @@ def test_what_predict_refuses_the_page_refuses_and_some_more(browser: webdriver.
 
 
 def test_a_browser_that_goes_away_in_the_middle_is_not_worth_a_traceback(capfd: pytest.CaptureFixture):
-    with try_student.Server(("127.0.0.1", 0), try_student.handler({"/": ("text/plain", bytes(10**8))}, {"localhost"})) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler({"/": ("text/plain", bytes(10**8))}, {"localhost"})) as server:
         threading.Thread(target=server.serve_forever).start()
         with socket.create_connection(server.server_address) as client:
             client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
