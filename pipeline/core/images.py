@@ -5,7 +5,7 @@ Needs NumPy and Pillow alone.
 
 import contextlib
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,16 @@ from pipeline.core.errors import user_error
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}  # Pillow's names, by suffix
 MODES = ("L", "RGB", "P")  # Pillow's names of 8-bit grey, RGB and palette images
+DEEP = ("I;16", "I;16B", "I;16L", "I", "F")  # of grey with more than 8 bits
 RULES = {"pad": ImageOps.pad, "crop": ImageOps.fit, "stretch": Image.Image.resize}  # of Dataset.resize
 
 
 @contextlib.contextmanager
-def open_image(path: Path, modes: Collection[str] = MODES) -> Iterator[Image.Image]:
+def open_image(path: Path) -> Iterator[Image.Image]:
     """Yield the image in a PNG, JPEG or TIFF file, its pixels not yet unpacked.
 
     Raises UserError, for what fails in the block too: for a file that is damaged, none of these formats, or implausibly large,
-    for pixels that are transparent or of another mode than `modes`, and for a TIFF of several pages or an animated PNG.
+    for pixels that are transparent or of another mode than MODES and DEEP, and for a TIFF of several pages or an animated PNG.
     """
     with user_error(f"{path}: cannot be read as an image", Exception):  # Pillow raises a dozen types on malformed bytes
         if not path.is_file():  # a folder, or a pipe that nothing comes out of
@@ -32,7 +33,7 @@ def open_image(path: Path, modes: Collection[str] = MODES) -> Iterator[Image.Ima
         refused = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
         with refused, Image.open(path, formats=sorted({*FORMATS.values()})) as image:
             of_16_bits = image.mode == "RGB" and any(";16" in str(tile) for tile in image.tile)  # Pillow keeps 8 of them
-            if image.mode not in modes or "transparency" in image.info or of_16_bits:
+            if image.mode not in (*MODES, *DEEP) or "transparency" in image.info or of_16_bits:
                 kind = f"{image.mode}{' of 16 bits' if of_16_bits else ''}"
                 kind += " with transparency" if "transparency" in image.info else ""
                 raise ValueError(f"its pixels are {kind}; 8-bit grey, RGB or palette ones without transparency are wanted")

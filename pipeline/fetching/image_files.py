@@ -14,12 +14,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pipeline.core.errors import UserError, user_error
-from pipeline.core.images import FORMATS, MODES, open_image
+from pipeline.core.images import DEEP, FORMATS, open_image
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-DEEP = ("I;16", "I;16B", "I;16L", "I", "F")  # Pillow's modes of grey with more than 8 bits
 WHITE_IS_ZERO = (262, 0)  # a TIFF tag and its value
 DICM = b"DICM"  # after 128 bytes: files without a suffix are common
 NO_WINDOW = "its pixels have more than 8 bits: --window LOW HIGH says which of their values become 0 and 255"
@@ -59,7 +58,7 @@ def read_header(path: Path, window: Window | None) -> Header:
         dataset = _dicom(path, pixels=False)
         patient = str(dataset.get("PatientID") or "").strip()
         return Header(dataset.SamplesPerPixel == 3, patient, (dataset.Columns, dataset.Rows))
-    with open_image(path, (*MODES, *DEEP)) as image:
+    with open_image(path) as image:
         if image.mode in DEEP and window is None:
             raise ValueError(NO_WINDOW)
         return Header(image.mode not in ("L", *DEEP), "", image.size)
@@ -75,7 +74,7 @@ def read_image_file(path: Path, window: Window | None) -> Image.Image:
         dataset = _dicom(path, pixels=True)
         with user_error(f"{path}: cannot be read as DICOM", Exception):
             return _dicom_image(dataset, window)
-    with open_image(path, (*MODES, *DEEP)) as image:
+    with open_image(path) as image:
         if image.mode not in DEEP:
             return ImageOps.exif_transpose(image)
         if window is None:
