@@ -59,9 +59,6 @@ def test_another_temperature_trains_the_distilled_student_alone_and_its_run_says
         assert runs[name].data.params["kd.temperature"] == "6.0"
     assert "over student_alone" in runs[warmer].data.tags["gain"]
     assert "student_distilled" in checkout.dvc("metrics", "diff", "--all")
-    lineage = checkout.run(*checkout.stage("tracking.lineage warmer")).stdout
-    checksum, run_id = re.search(r"student_distilled/seed0.safetensors  (\w+)\n .*/seed0, run (\w+), finished", lineage).groups()
-    assert (run_id, checksum) == (runs[f"{warmer}/seed0"].info.run_id, runs[f"{warmer}/seed0"].data.tags["checkpoint_md5"])
 
 
 def test_two_experiments_at_once_fill_a_store_that_did_not_exist(checkout: Checkout):
