@@ -104,6 +104,16 @@ def new_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
+@pytest.fixture
+def store(tmp_path: Path, new_store: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The main checkout of a store of one's own, without runs."""
+    (tmp_path / "mlflow.db").write_bytes(new_store)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    for name in ("MLFLOW_TRACKING_URI", "TRACK_LATER", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def mirror() -> Path:
     """The folder DATA_MIRROR, with the real MNIST and PneumoniaMNIST: what CI has and a fresh machine may not."""

@@ -63,13 +63,8 @@ def exported(data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 @pytest.fixture
-def registry(
-    tmp_path: Path, data: TrainingData, exported: tuple[Classifier, Path], new_store: bytes, monkeypatch: pytest.MonkeyPatch
-) -> Registry:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "mlflow.db").write_bytes(new_store)
-    return Registry(tmp_path, data, *exported)
+def registry(store: Path, data: TrainingData, exported: tuple[Classifier, Path]) -> Registry:
+    return Registry(store, data, *exported)
 
 
 @contextlib.contextmanager
