@@ -1,6 +1,5 @@
 import gzip
 import hashlib
-import shutil
 from pathlib import Path
 
 import medmnist
@@ -201,12 +200,3 @@ def test_mnist_is_downloaded_as_archives_and_unpacked_whole(
     (no_mirror / "data/downloads/MNIST/raw/train-labels-idx1-ubyte").write_bytes(b"torn while it was unpacked")
     assert len(read_source("mnist").splits["train"][1]) == 60_000
     assert not host.asked, "the archive is still there"
-
-
-def test_mnist_may_lie_in_the_mirror_in_part(mirror: Path, no_mirror: Path, monkeypatch: pytest.MonkeyPatch):
-    for folder, part in ((no_mirror / "data" / "downloads", "images"), (no_mirror / "mirror", "labels")):
-        (folder / "MNIST" / "raw").mkdir(parents=True)
-        for path in (mirror / "MNIST" / "raw").glob(f"*-{part}-*-ubyte"):
-            shutil.copy(path, folder / "MNIST" / "raw")
-    monkeypatch.setenv("DATA_MIRROR", "mirror")
-    assert read_source("mnist").splits["test"][0].shape == (10_000, 28, 28, 1)
