@@ -58,7 +58,7 @@ def prepare(source: Source, validation: float, folder: Path, folds: int | None =
         images, stored = _by_fold(fold_numbers, folds, stored)
     if len(unlabelled):
         images["unlabelled"] = len(unlabelled)
-    pairs = duplicates(stored)
+    shared = Counter("fold/another fold" if folds else f"{other}/{split}" for (other, _), (split, _) in duplicates(stored))
     dataset = Dataset(
         name=source.name,
         classes=source.classes,
@@ -70,7 +70,7 @@ def prepare(source: Source, validation: float, folder: Path, folds: int | None =
         fingerprint=digest.hexdigest(),
         resize=source.resize,
         ordered=source.ordered,
-        shared_images=dict(Counter("fold/another fold" if folds else f"{pair.other_split}/{pair.split}" for pair in pairs)),
+        shared_images=dict(shared),
         folds=folds or 0,
     )
     write_atomic(folder / "dataset.json", dataset.model_dump_json(indent=2) + "\n")
