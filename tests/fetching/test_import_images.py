@@ -440,12 +440,6 @@ def test_images_are_resized_by_the_rule_that_the_file_names(tmp_path: Path):
         assert any(np.array_equal(arrays["test_images"][0], image) for image in expected)
 
 
-def test_equal_files_make_equal_sets(tmp_path: Path):
-    source = write_classes(tmp_path / "images")
-    first, second = make(source), make(source)
-    assert all(np.array_equal(array, second[key]) for key, array in first.items())
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
