@@ -76,9 +76,10 @@ def test_a_failing_seed_is_named_and_the_others_are_kept(
     monkeypatch.setattr(seeds, "gpu_count", lambda _: gpus)
     folder, root = tmp_path / "models", tmp_path / "root"
     wild = dataclasses.replace(recipes[1], settings=SETTINGS | {"lr": 1e30})
-    broken = dataclasses.replace(recipes[2], arguments={"no": 1})
+    broken, records = dataclasses.replace(recipes[2], arguments={"no": 1}), []
     with pytest.raises(UserError, match=r"(?=.*teacher/seed1: the loss.* not finite)(?=.*teacher/seed2: architecture)"):
-        list(train_seeds([recipes[0], wild, broken], root, 2, folder))
+        records.extend(train_seeds([recipes[0], wild, broken], root, 2, folder))
+    assert {record.seed for record in records if "not finite" in (record.failed or "")} == {1}
     assert not folder.exists()
     (record,) = train_seeds(recipes[:1], root, 2, folder)
     assert record.finished, "taken from the cache"
