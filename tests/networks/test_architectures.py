@@ -118,13 +118,11 @@ def test_a_seed_gives_resnet18_the_weights_it_always_gave(stem: str, channels: i
     [
         ("resnet81", "resnet18"),
         ("mobilenetv3_small", "mobilenet_v3_small"),
-        ("compactcnn", "compact_cnn"),
         ("ResNet18", "resnet18"),
         ("", ""),
         ("x" * 10**6, ""),
         ("__class__", ""),
         ("get_model", ""),
-        ("fasterrcnn_resnet50_fpn", ""),
         ("quantized_resnet18", "resnet18"),
         ("raft_small", ""),
     ],
@@ -155,8 +153,6 @@ def test_a_network_that_takes_the_images_passes(name: str, shape: tuple[int, int
     ("name", "arguments", "shape", "message"),
     [
         ("vgg11", {}, (28, 28, 1), "vgg11 cannot take images of 28x28; .*32x32"),
-        ("alexnet", {}, (28, 28, 3), "64x64"),
-        ("inception_v3", {}, (28, 28, 3), "96x96"),
         ("maxvit_t", {}, (64, 64, 1), "224x224"),
         ("vit_b_16", {}, (28, 28, 3), "32x32.*indivisible by patch size"),
         ("vit_b_16", {}, (32, 64, 3), "32x64; .*32x32.*Wrong image width"),
