@@ -113,20 +113,11 @@ def test_a_seed_gives_resnet18_the_weights_it_always_gave(stem: str, channels: i
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [
-        ("resnet81", "resnet18"),
-        ("mobilenetv3_small", "mobilenet_v3_small"),
-        ("ResNet18", "resnet18"),
-        ("", ""),
-        ("x" * 10**6, ""),
-        ("__class__", ""),
-        ("get_model", ""),
-        ("quantized_resnet18", "resnet18"),
-        ("raft_small", ""),
-    ],
-)
+NEAREST = dict.fromkeys(("resnet81", "ResNet18", "quantized_resnet18"), "resnet18") | {"mobilenetv3_small": "mobilenet_v3_small"}
+NEAREST |= dict.fromkeys(("", "x" * 10**6, "__class__", "get_model", "raft_small"), "")
+
+
+@pytest.mark.parametrize(("name", "nearest"), NEAREST.items())
 def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str):
     with pytest.raises(UserError, match=rf"the nearest of the \d\d known is \w*{nearest}") as caught:
         build(name, **COLOUR)
