@@ -7,7 +7,6 @@ writes benchmarks/results/<device>.json and <device>.md. Data are prepared from 
 """
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -16,10 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -260,27 +261,26 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
+    return 2 * size**3 / fastest(lambda: a @ b, device) / 1e9
 
 
 def copy_rate(device: torch.device) -> float:
     """GB/s, read and written, of copying half a gigabyte in this device's memory: the best of several."""
     source = torch.ones(2**27, device=device)
-    copy, best = torch.empty_like(source), float("inf")
+    copy = torch.empty_like(source)
+    return 2 * source.nbytes / fastest(lambda: copy.copy_(source), device) / 1e9
+
+
+def fastest(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of ten."""
+    times = []
     for _ in range(10):
         start = time.perf_counter()
-        copy.copy_(source)
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best / 1e9
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def flops_per_image(model: str, datasets: dict[str, Any]) -> float:
@@ -295,8 +295,8 @@ def flops_per_image(model: str, datasets: dict[str, Any]) -> float:
 
 def summarise(model: str, runs: list[dict[str, Any]], work: float, rate: float) -> dict[str, Any]:
     """What is shown of a way's repeats; `work`: GFLOP of an epoch, `rate`: the matrix product's, GFLOP/s."""
-    epochs = [[statistics.fmean(of_epoch) for of_epoch in columns(run["seconds"])] for run in runs]
-    middle, target = statistics.median(flat(epochs)), TARGETS[ARCHITECTURES[model][0]][1]
+    epochs = [pd.DataFrame(run["seconds"]).mean().tolist() for run in runs]  # of the seeds that had as many
+    middle, target = np.median(np.concatenate(epochs)), TARGETS[ARCHITECTURES[model][0]][1]
     seeds = [pair for run in runs for pair in zip(run["seconds"], run["figures"], strict=True)]
     reached = [next((sum(spent[: n + 1]) for n, value in enumerate(of) if value >= target), None) for spent, of in seeds]
     return {
@@ -306,16 +306,6 @@ def summarise(model: str, runs: list[dict[str, Any]], work: float, rate: float) 
         "peak_memory_mib": max(run["peak_memory_mib"] for run in runs),
         "share_of_matmul_rate": work / middle / rate,
     }
-
-
-def flat(lists: list[list[float]]) -> list[float]:
-    """One list of all their values."""
-    return [*itertools.chain.from_iterable(lists)]
-
-
-def columns(rows: list[list[float]]) -> list[list[float]]:
-    """By position, the values of those rows that are long enough."""
-    return [[row[n] for row in rows if n < len(row)] for n in range(max(map(len, rows)))]
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -352,7 +342,7 @@ def _row(model: str, way: str, ways: dict[str, Any]) -> str:
     figures = ways[way]
     ratios = [[a / it for a, it in _pairs(ways[other], figures)] for other in "ab"]
     reached = [seconds for seconds in figures["seconds_to_target"] if seconds is not None]
-    cells = [_spread(flat(figures["seconds_per_epoch"])), *map(_spread, ratios), _spread(reached) if reached else ""]
+    cells = [_spread(np.concatenate(figures["seconds_per_epoch"])), *map(_spread, ratios), _spread(reached) if reached else ""]
     cells += [f"{len(reached)} of {len(figures['seconds_to_target'])}", f"{figures['figure']:.4f}"]
     cells += [f"{figures['peak_memory_mib']:,.0f}", f"{figures['share_of_matmul_rate']:.0%}"]
     return f"| {model} | ({way}) {WAYS[way]} | {' | '.join(cells)} |"
@@ -364,13 +354,13 @@ def _pairs(way: dict[str, Any], other: dict[str, Any]) -> list[tuple[float, floa
     return [pair for epochs in repeats for pair in zip(*epochs, strict=False)]
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 def _track(way: str, trainings: list[dict[str, Any]]) -> str:
     """Sums over a track's trainings."""
-    epoch = sum(statistics.median(flat(ways[way]["seconds_per_epoch"])) for ways in trainings)
+    epoch = sum(np.median(np.concatenate(ways[way]["seconds_per_epoch"])) for ways in trainings)
     reached = [[s for s in ways[way]["seconds_to_target"] if s is not None] for ways in trainings]
     target = f"{sum(map(statistics.median, reached)):.1f} s to the target" if all(reached) else "not all reach the target"
     return f"({way}) {epoch:.1f} s per epoch, {target}"

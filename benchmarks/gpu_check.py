@@ -156,9 +156,10 @@ def steps(place: Place) -> Found:
         )
     words = (
         "Two epochs. How far weights of the training not captured, and of the resumed one, are from the captured one's: checked"
+        " to be nowhere. Accuracy on validation images: bf16, whose weights are checked to be others, checked to be within"
+        f" {AS_GOOD:g} of fp32's."
     )
-    words += " to be nowhere. Accuracy on validation images: bf16, whose weights are checked to be others, checked to be within"
-    return f"{words} {AS_GOOD:g} of fp32's.", rows, failures
+    return words, rows, failures
 
 
 def three_ways(training: Recipe, folder: Path) -> tuple[list[dict[str, Tensor]], float]:
@@ -208,8 +209,9 @@ def seeds(place: Place) -> Found:
             rows.append([*row, "the same" if same else "OTHERS"])
     words = (
         f"{numbers[-1]} seeds of {EPOCHS} epochs, with their start. On a GPU they share a process, each in a thread and stream."
+        " Weights are checked to be those of one at a time."
     )
-    return f"{words} Weights are checked to be those of one at a time.", rows, failures
+    return words, rows, failures
 
 
 def speed(place: Place) -> Found:
@@ -236,14 +238,10 @@ def speed(place: Place) -> Found:
         rows.append([model, *row, f"{middle['start']:.2f}"])
     words = (
         f"Images per second, medians of {place.repeats} in turn: (a), the loop of benchmarks/peer.py; one training under way, not"
-    )
-    words += (
         f" captured and captured, validation and saving included; a stage of {SEEDS} seeds of {EPOCHS} epochs, with its start,"
-    )
-    words += (
         f" and its ratio's range. Of rate: captured, of the {precision} matrix product's, {rate:,.0f} GFLOP/s. To start: in a"
+        " process that has trained before."
     )
-    words += " process that has trained before."
     if track["stage"]:
         words += f" The distillation track as stages: {track['a'] / track['stage']:.1f} times as fast as (a)."
     return words, rows, 0

@@ -128,9 +128,8 @@ def compare(question: Question, paths: Mapping[str, Path]) -> Comparison | None:
     parts = [jackknifed(paths[point], question.split, model, question.metric) for _, point, model in question.terms]
     labels, *_ = parts[0]
     masks = [np.isnan(part[2]) for part in parts]  # which images a seed does not test, in a cross-validation
-    if any(
-        not np.array_equal(part[0], labels) or not np.array_equal(mask, masks[0]) for part, mask in zip(parts, masks, strict=True)
-    ):
+    alike = all(np.array_equal(part[0], labels) for part in parts) and all(np.array_equal(mask, masks[0]) for mask in masks)
+    if not alike:
         raise UserError(f"{question.title}: the points have other {question.split} images or seeds: nothing to pair")
     signs = [sign * (-1 if question.figure in LOWER_IS_BETTER else 1) for sign, *_ in question.terms]
     gains, without = (sum(sign * part[place] for sign, part in zip(signs, parts, strict=True)) for place in (1, 2))
@@ -141,9 +140,8 @@ def compare(question: Question, paths: Mapping[str, Path]) -> Comparison | None:
 
 def outcome(answer: Comparison, claim: str) -> str:
     """What of a claim is shown by itself, or "": by the 95 % interval or, of equivalence, by two one-sided tests at 5 %."""
-    if (
-        claim == "better_or_equivalent"
-    ):  # at 5 % together: where both are false, either needs a 90 % interval above -margin, or below margin
+    if claim == "better_or_equivalent":
+        # At 5 % together: where both are false, either needs a 90 % interval above -margin, or below margin.
         return outcome(answer, "better") or outcome(answer, "equivalent")
     shown = {"better": answer.low > 0, "equivalent": answer.equivalent}
     shown["not_inferior"] = answer.low > -answer.margin and not nothing_differed(answer.as_json())

@@ -194,9 +194,8 @@ def _forest(part: SubFigure, section: Section, found: Findings) -> None:
         for y, (_, question) in enumerate(rows):
             text = "not run"
             if answer := found.answers[question.test]:
-                gain, low, high, margin = (
-                    scale(metric) * value for value in (answer.gain, answer.low, answer.high, answer.margin)
-                )
+                values = (answer.gain, answer.low, answer.high, answer.margin)
+                gain, low, high, margin = (scale(metric) * value for value in values)
                 axes.barh(y, 2 * margin, 1, -margin, color="0.9", zorder=0)
                 axes.errorbar(gain, y, xerr=[[gain - low], [high - gain]], fmt="o", color="black", markersize=5, capsize=3)
                 text = "{} ({} to {})".format(*_differences(question, answer.gain, answer.low, answer.high))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from pipeline.core.files import md5, read_json
-from pipeline.data.dataset import load_dataset
 from tests.checkout import Checkout
 from tests.conftest import small_checkout, stages_run
 
@@ -51,9 +50,7 @@ def test_an_ensembles_logits_distil_and_the_report_has_the_teacher(checkout: Che
     logits = np.load(checkout.folder / "ensemble.npz")["test_logits"]
     labels = np.load(checkout.folder / "data/distillation/test/labels.npy")
     assert detail["metrics"]["teacher"]["accuracy"] == (logits.argmax(1) == labels).mean() > 0.5
-    report = (checkout.folder / "metrics/report.md").read_text()
-    assert "from outside" in report
-    assert "`ensemble.npz`" in report
+    assert "`ensemble.npz`" in (checkout.folder / "metrics/report.md").read_text()
     assert "teacher" not in read_json(checkout.folder / "metrics/distillation_costs.json")["models"]
     runs = {run.info.run_name for run in checkout.mlflow_runs()}
     assert "student_distilled logits=ensemble.npz/seed0" in runs
@@ -81,31 +78,8 @@ def test_an_experiments_copy_finds_the_file(checkout: Checkout):
     assert re.findall(r"warm against HEAD, (\w+):", compared) == ["student_distilled", "student_alone"]
 
 
-def test_a_bad_file_is_refused_in_one_line(checkout: Checkout):
-    good = (checkout.folder / "ensemble.npz").read_bytes()
-    rewrite(checkout, train_logits=np.load(checkout.folder / "ensemble.npz")["train_logits"][:-1])
-    (line,) = checkout.run(*checkout.stage("train_teacher"), expect=1).stderr.splitlines()
-    assert line.startswith("error: teacher.logits: ensemble.npz: train_logits has shape (399, 10), not (400, 10)")
-    (checkout.folder / "ensemble.npz").write_bytes(good)
-
-
-def test_features_become_a_linear_probe_in_the_tables(checkout: Checkout):
-    data = checkout.folder / "data/distillation"
-    arrays = {split: np.load(data / split / "images.npy").reshape(-1, 64) / 255 for split in ("train", "val", "test")}
-    features = {f"{split}_features": array.astype(np.float32) for split, array in arrays.items()}
-    np.savez(checkout.folder / "features.npz", fingerprint=load_dataset(data).fingerprint, **features)
-    checkout.set(teacher__logits=None, teacher__features="features.npz")
-    (line,) = checkout.run(*checkout.stage("train_teacher"), expect=1).stderr.splitlines()
-    assert "has changed: run dvc repro" in line
-    assert "linear probe on features.npz, C = " in reported(checkout)
-    metrics = read_json(checkout.folder / "metrics/detail/distillation.json")["metrics"]["teacher"]
-    assert metrics["accuracy"] > 0.8, "as scikit-learn on these pixels"
-    assert metrics["parameters"] == 650
-    assert "The teacher is the linear-probe baseline" in (checkout.folder / "metrics/report.md").read_text()
-
-
 def test_a_missing_file_is_named_and_null_brings_the_network_back(checkout: Checkout):
-    checkout.set(teacher__features="nowhere.npz")
+    checkout.set(teacher__logits=None, teacher__features="nowhere.npz")
     assert "nowhere.npz: there is no such file" in checkout.dvc("repro", "train_teacher", expect=255)
     checkout.set(teacher__features=None)
     checkout.dvc("repro", "train_teacher")

@@ -31,23 +31,18 @@ def test_defaults_are_those_of_the_original_course_project_and_five_seeds():
         ("temperature: 5 ", "temprature: 6 ", ["kd.temprature = 6", "kd.temperature is missing"]),
         ("distill:", "extra: 1\ndistill:", ["extra = 1 is not a parameter"]),
         ("epochs: 5", "epochs: five", ["baselines.epochs = 'five'", "integer"]),
-        ("epochs: 5", "epochs: 2.5", ["baselines.epochs = 2.5", "integer"]),
         ("epochs: 5", "epochs: 0", ["baselines.epochs = 0", "greater than or equal to 1"]),
         ("pretrained: true", "pretrained: 1", ["baselines.pretrained = 1", "boolean"]),
         ("alpha: 0.7", "alpha: 1.5", ["kd.alpha = 1.5", "less than or equal to 1"]),
-        ("temperature: 5", "temperature: 0", ["kd.temperature = 0", "greater than 0"]),
         ("temperature: 5", "temperature: .nan", ["kd.temperature = nan", "finite"]),
         ("divergence: forward", "divergence: sideways", ["kd.divergence = 'sideways'", "'forward' or 'reverse'"]),
         ("seeds: [0, 1, 2, 3, 4]", "seeds: [0, 1, 1]", ["seeds = [0, 1, 1]", "twice"]),
         ("size: 28", "size: 32", ["baselines.size = 32", "28, 64, 128 or 224"]),
-        ("threads: 1", "threads: 0", ["threads = 0", "greater than or equal to 1"]),
         ("logits: null          #", "logits: ''  #", ["teacher.logits = ''"]),
         ("jobs: auto", "jobs: 0", ["jobs", "greater than or equal to 1"]),
         ("seeds: [0, 1, 2, 3, 4]", "seeds: []", ["seeds = []"]),
-        ("seeds: [0, 1, 2, 3, 4]", "seeds: [0", ["cannot read"]),
         ("seeds: [0, 1, 2, 3, 4]", "seeds: [010, 011]", ["010 is one number by YAML 1.1"]),
         ("epochs: 5", "epochs: 1:30", ["1:30 is one number by YAML 1.1"]),
-        ("lr: 0.001", "lr: 0:0.5", ["0:0.5 is one number by YAML 1.1"]),
     ],
 )
 def test_bad_parameters_are_named(tmp_path: Path, old: str, new: str, named: list[str]):
@@ -78,15 +73,9 @@ def test_a_missing_file_is_a_user_error(tmp_path: Path):
 
 
 def test_flat_names_every_value_of_a_block():
-    params = load_params(Path(__file__).parents[1] / "params.yaml")
-    assert params.flat("kd", "baselines.resnet18", "device") == {
-        "kd.temperature": 5,
-        "kd.alpha": 0.7,
-        "kd.divergence": "forward",
-        "kd.logit_standardization": False,
-        "baselines.resnet18.stem": "imagenet",
-        "device": "auto",
-    }
+    flat = load_params(Path(__file__).parents[1] / "params.yaml").flat("kd", "baselines.resnet18", "device")
+    kd = {"kd.temperature": 5, "kd.alpha": 0.7, "kd.divergence": "forward", "kd.logit_standardization": False}
+    assert flat == kd | {"baselines.resnet18.stem": "imagenet", "device": "auto"}
 
 
 def test_a_record_does_not_say_where_a_file_of_the_users_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

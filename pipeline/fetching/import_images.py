@@ -160,9 +160,9 @@ def _equal_images(files: list[ImageFile], arrays: dict[str, np.ndarray]) -> list
     names = {part: [file.name for file in files if file.split == part] for part in PARTS}
     pairs = duplicates({part: arrays[f"{part}_images"] for part in PARTS if names[part]})
     return [
-        f"{pair.split}: {names[pair.split][pair.row]} = {pair.other_split}: {names[pair.other_split][pair.other_row]}"
-        for pair in pairs
-        if (pair.other_split, pair.split) != ("train", UNLABELLED)
+        f"{part}: {names[part][row]} = {other}: {names[other][other_row]}"
+        for (other, other_row), (part, row) in pairs
+        if (other, part) != ("train", UNLABELLED)
     ]
 
 

@@ -39,10 +39,7 @@ def prepare(source: Source, validation: float, folder: Path, folds: int | None =
         parts = {"train": all_images, "val": [("train", np.arange(0))], "test": all_images}
     else:
         parts, origin = _parts(source, validation)
-        held_patients = [
-            source.patients[name][rows] for split in ("val", "test") for name, rows in parts[split] if source.patients
-        ]
-        unlabelled = _unlabelled(source, np.concatenate(held_patients) if held_patients else np.empty(0, np.int64))
+        unlabelled = _unlabelled(source, [*parts["val"], *parts["test"]])
     digest = hashlib.sha256()
     for split, of_split in parts.items():
         arrays = [(*source.splits[name], rows) for name, rows in of_split]
@@ -61,7 +58,7 @@ def prepare(source: Source, validation: float, folder: Path, folds: int | None =
         images, stored = _by_fold(fold_numbers, folds, stored)
     if len(unlabelled):
         images["unlabelled"] = len(unlabelled)
-    pairs = duplicates(stored)
+    shared = Counter("fold/another fold" if folds else f"{other}/{split}" for (other, _), (split, _) in duplicates(stored))
     dataset = Dataset(
         name=source.name,
         classes=source.classes,
@@ -73,7 +70,7 @@ def prepare(source: Source, validation: float, folder: Path, folds: int | None =
         fingerprint=digest.hexdigest(),
         resize=source.resize,
         ordered=source.ordered,
-        shared_images=dict(Counter("fold/another fold" if folds else f"{pair.other_split}/{pair.split}" for pair in pairs)),
+        shared_images=dict(shared),
         folds=folds or 0,
     )
     write_atomic(folder / "dataset.json", dataset.model_dump_json(indent=2) + "\n")
@@ -111,7 +108,7 @@ def _parts(source: Source, validation: float) -> tuple[Parts, str]:
 
 def _cut(source: Source, validation: float) -> tuple[np.ndarray, np.ndarray]:
     """The rows of the training images that stay, and those of a validation split."""
-    from sklearn.model_selection import StratifiedGroupKFold, train_test_split
+    from sklearn.model_selection import train_test_split
 
     labels, patients = source.splits["train"][1], source.patients.get("train")
     advice = "give it validation images, or take a larger `validation`, or 0 with `selection: last`"
@@ -119,20 +116,33 @@ def _cut(source: Source, validation: float) -> tuple[np.ndarray, np.ndarray]:
         if patients is None:
             options = {"stratify": labels, "random_state": SEED}
             return train_test_split(np.arange(len(labels)), test_size=validation, **options)
-        parts = max(2, min(round(1 / validation), len(np.unique(patients))))
-        cuts = StratifiedGroupKFold(parts, shuffle=True, random_state=SEED).split(labels, labels, patients)
-        wanted, classes = validation * np.bincount(labels), len(np.unique(labels))
-        of_all_classes = [cut for cut in cuts if len(np.unique(labels[cut[0]])) == classes]
-        if not of_all_classes:
+        parts = parted(labels, patients, max(2, min(round(1 / validation), len(np.unique(patients)))))
+        leaves_all_classes = [part for part in parts if len(np.unique(np.delete(labels, part))) == len(source.classes)]
+        if not leaves_all_classes:
             raise ValueError("a class is of one patient alone")
-        return min(of_all_classes, key=lambda cut: np.abs(np.bincount(labels[cut[1]], minlength=len(wanted)) - wanted).sum())
+        val = nearest(leaves_all_classes, labels, validation * np.bincount(labels))
+        return np.delete(np.arange(len(labels)), val), val
 
 
-def _unlabelled(source: Source, held_out: np.ndarray) -> np.ndarray:
+def parted(labels: np.ndarray, patients: Sequence[int | str] | None, parts: int) -> list[np.ndarray]:
+    """The rows of each part, stratified by label (N,); a patient's (N,) are in one part alone. Raises ValueError for too few."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    splitter = (StratifiedKFold if patients is None else StratifiedGroupKFold)(parts, shuffle=True, random_state=SEED)
+    with warnings.catch_warnings(action="ignore"):  # of a class with few images: callers check the result
+        return [rows for _, rows in splitter.split(labels, labels, patients)]
+
+
+def nearest(parts: Sequence[np.ndarray], labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The part whose numbers of images by label differ least from those `wanted` (K,)."""
+    return min(parts, key=lambda rows: np.abs(np.bincount(labels[rows], minlength=len(wanted)) - wanted).sum())
+
+
+def _unlabelled(source: Source, held_out: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     """The unlabelled images to train on: all, or where it is known whose they are, those of no patient in `held_out`."""
-    number = 0 if source.unlabelled is None else len(source.unlabelled)
-    whose = source.patients.get("unlabelled")
-    return np.arange(number) if whose is None else np.flatnonzero(~np.isin(whose, held_out))
+    if (whose := source.patients.get("unlabelled")) is None:
+        return np.arange(0 if source.unlabelled is None else len(source.unlabelled))
+    return np.flatnonzero(~np.isin(whose, np.concatenate([source.patients[split][rows] for split, rows in held_out])))
 
 
 def _folds(source: Source, folds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,20 +151,16 @@ def _folds(source: Source, folds: int) -> tuple[np.ndarray, np.ndarray]:
     Every class is in every fold. An unlabelled image is in its patient's, in none if that has no other images. Where patients are
     known, those that are not said to be anybody's are left out.
     """
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
     labels = np.concatenate([labels for _, labels in source.splits.values()])
     patients = np.concatenate([source.patients[split] for split in source.splits]) if source.patients else None
-    splitter = (StratifiedKFold if patients is None else StratifiedGroupKFold)(folds, shuffle=True, random_state=SEED)
     of_images = np.empty(len(labels), np.int64)
-    with user_error(f"dataset {source.name}: {folds} folds: too few images or patients", ValueError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a class with few images: checked here
-        for fold, (_, rows) in enumerate(splitter.split(labels, labels, patients)):
+    with user_error(f"dataset {source.name}: {folds} folds: too few images or patients", ValueError):
+        for fold, rows in enumerate(parted(labels, patients, folds)):
             of_images[rows] = fold
         for label, name in enumerate(source.classes):
             if len(np.unique(of_images[labels == label])) < folds:
                 raise ValueError(f"a fold would be without class {name}")
-    taken = _unlabelled(source, np.empty(0, np.int64))
+    taken = np.arange(0 if source.unlabelled is None else len(source.unlabelled))
     if patients is None:
         return np.concatenate([of_images, np.full(len(taken), UNKNOWN)]), taken
     whose = source.patients.get("unlabelled", np.full(len(taken), UNKNOWN))

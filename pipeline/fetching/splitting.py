@@ -1,16 +1,14 @@
 """Which image is in which split: stratified by class, every patient in one split alone."""
 
-import warnings
 from collections import defaultdict
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from pipeline.core.errors import UserError, user_error
 from pipeline.data.dataset import SPLITS
 from pipeline.fetching.labelled_files import UNLABELLED, ImageFile, LeftOut
+from pipeline.fetching.preparation import nearest, parted
 
-SEED = 0
 TEST, VAL, VAL_OF_TRAIN = 5, 8, 10  # a fifth; an eighth of what is left: 70/10/20; a tenth of a given training split
 
 
@@ -62,13 +60,10 @@ def _cut(files: list[ImageFile], split: str, folds: int) -> list[ImageFile]:
     rows = np.array([row for row, file in enumerate(files) if file.split == "train"])
     labels = np.unique([files[row].label for row in rows], return_inverse=True)[1]
     patients = [files[row].patient for row in rows]
-    splitter = (StratifiedGroupKFold if any(patients) else StratifiedKFold)(folds, shuffle=True, random_state=SEED)
-    wanted = np.bincount(labels) / folds
     advice, problem = "give splits, as folders or in a table", f"no {split} split can be cut: too few images or patients"
-    with user_error(problem, ValueError, then=advice), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a class with few images: checked in the result
-        parts = [part for _, part in splitter.split(rows, labels, patients)]
-        part = min(parts, key=lambda part: np.abs(np.bincount(labels[part], minlength=len(wanted)) - wanted).sum())
+    with user_error(problem, ValueError, then=advice):
+        parts = parted(labels, patients if any(patients) else None, folds)
+        part = nearest(parts, labels, np.bincount(labels) / folds)
         if not 0 < len(part) < len(rows):
             raise ValueError(f"{len({*patients})} patients")
     moved = {*rows[part].tolist()}

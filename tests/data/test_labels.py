@@ -4,7 +4,7 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 
 from pipeline.data.labels import UNKNOWN, balanced, hide_unknown, known_labels, only_known, part
-from pipeline.data.prepared import Split, TrainingData
+from pipeline.data.prepared import TrainingData
 
 
 @pytest.mark.parametrize("share", [1e-6, 0.25, 1.0])
@@ -24,30 +24,23 @@ def test_fewer_labels_are_part_of_more_and_another_seed_knows_others(data: Train
 
 
 def test_only_known_images_are_seen_as_often_as_there_were_images(data: TrainingData):
-    rows = only_known(data.train.labels, 0.1, seed=0)
-    assert len(rows) == 400
-    assert set(rows.tolist()) == set(known_labels(data.train.labels, 0.1, seed=0).tolist())
+    labels = torch.cat([data.train.labels, torch.full((50,), UNKNOWN)])  # which never had a label
+    known = known_labels(data.train.labels, 0.1, seed=0)
+    assert torch.equal(known_labels(labels, 0.1, seed=0), known)
+    for share, of_share in ((0.1, set(known.tolist())), (1.0, set(range(400)))):
+        rows = only_known(labels, share, seed=0)
+        assert len(rows) == 450
+        assert set(rows.tolist()) == of_share
+    assert only_known(data.train.labels, 1.0, 0) is None
 
 
 def test_hidden_labels_leave_the_images_alone(data: TrainingData):
+    rows = known_labels(data.train.labels, 0.1, seed=0)
     train = hide_unknown(data.train, 0.1, seed=0)
     assert torch.equal(train.images, data.train.images)
-    rows = known_labels(data.train.labels, 0.1, seed=0)
     assert torch.equal(train.labels[rows], data.train.labels[rows])
     assert (train.labels == UNKNOWN).sum() == 400 - len(rows)
-
-
-def test_with_all_labels_nothing_changes(data: TrainingData):
-    assert only_known(data.train.labels, 1.0, 0) is None
     assert all(map(torch.equal, data.train, hide_unknown(data.train, 1.0, 0)))
-
-
-def test_images_that_never_had_a_label_are_no_known_ones(data: TrainingData):
-    labels = torch.cat([data.train.labels, torch.full((50,), UNKNOWN)])
-    assert torch.equal(known_labels(labels, 0.5, 0), known_labels(data.train.labels, 0.5, 0))
-    rows = only_known(labels, 1.0, 0)
-    assert len(rows) == 450
-    assert rows.max() < 400
 
 
 def test_balanced_weights_are_scikit_learns(data: TrainingData):
@@ -62,4 +55,3 @@ def test_a_part_of_a_split_has_the_images_of_its_labels(data: TrainingData):
     assert torch.equal(few.images, data.val.images[rows])
     assert torch.equal(few.labels, data.val.labels[rows])
     assert part(data.val, 1.0, 0) is data.val
-    assert isinstance(few, Split)

@@ -1,11 +1,13 @@
 """Every format, layout and refusal, with files that the tests write."""
 
-import csv
+import io
+import re
 import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from scipy.special import expit
@@ -18,7 +20,7 @@ from pipeline.fetching.preparation import prepare
 from pipeline.fetching.sources import read_source
 from pipeline.serving.predict import images_in, read_image
 from tests.checkout import Checkout
-from tests.conftest import ROOT, small_checkout
+from tests.conftest import ROOT
 from tests.hostile import IEND, png
 
 RANDOM = np.random.default_rng(0)
@@ -47,11 +49,14 @@ def write_classes(folder: Path, count: int = 10, classes: str = "ab", suffix: st
     return folder
 
 
-def write_table(path: Path, rows: list[dict[str, str]]) -> Path:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+def write_splits(folder: Path, splits: tuple[str, ...] = SPLITS, count: int = 20) -> Path:
+    for split in splits:
+        write_classes(folder / split, count)
+    return folder
+
+
+def write_table(path: Path, rows: list[dict[str, object]]) -> Path:
+    pd.DataFrame(rows).to_csv(path, index=False)
     return path
 
 
@@ -100,10 +105,15 @@ def test_300_pngs_and_a_table_of_patients_become_a_prepared_set_in_which_no_pati
     assert checkout.run(*command, expect=1).stderr == "error: out.npz is there already: --force replaces it\n"
 
 
-def write_splits(folder: Path, splits: tuple[str, ...] = ("train", "val", "test"), count: int = 20) -> Path:
-    for split in splits:
-        write_classes(folder / split, count)
-    return folder
+@pytest.fixture
+def third(tmp_path: Path) -> Path:
+    """The folder of a third class of training images, beside two classes of noise in each split."""
+    return write_splits(tmp_path / "images", count=2) / "train" / "c"
+
+
+def imported(third: Path, **options: object) -> np.ndarray:
+    """What becomes of the image in the third class."""
+    return make(third.parents[1], **options)["train_images"][4]
 
 
 COLOUR = np.dstack([RAMP, RAMP.T, RAMP[::-1]])
@@ -121,10 +131,9 @@ COLOUR = np.dstack([RAMP, RAMP.T, RAMP[::-1]])
         ("x", {"format": "PNG"}, RAMP),
     ],
 )
-def test_every_format_gives_its_pixels(tmp_path: Path, name: str, options: dict, image: np.ndarray):
-    source = write_splits(tmp_path / "images", count=2)
-    write_image(source / "train" / "c" / name, image, **options)
-    arrays = make(source)
+def test_every_format_gives_its_pixels(third: Path, name: str, options: dict, image: np.ndarray):
+    write_image(third / name, image, **options)
+    arrays = make(third.parents[1])
     assert arrays["train_images"].shape == (5, 16, 16, image[0, 0].size)
     differences = arrays["train_images"][4].astype(int) - image.reshape(16, 16, -1)
     assert np.abs(differences).max() <= (2 if "j" in name else 0), "of JPEG, rounding"
@@ -133,40 +142,31 @@ def test_every_format_gives_its_pixels(tmp_path: Path, name: str, options: dict,
     assert not {key for key in arrays if key.endswith("groups")}
 
 
-def test_a_palette_is_colour_unless_grey_is_wanted(tmp_path: Path):
-    source = write_splits(tmp_path / "images", count=2)
-    write_image(source / "train" / "c" / "x.png")
-    Image.fromarray(RAMP).convert("P").save(source / "train" / "c" / "x.png")
-    assert np.array_equal(make(source)["train_images"][4], np.dstack([RAMP] * 3))
-    assert np.array_equal(make(source, channels=1)["train_images"][4], RAMP[..., None])
+def test_a_palette_is_colour_unless_grey_is_wanted(third: Path):
+    write_image(third / "x.png", noise())
+    Image.fromarray(RAMP).convert("P").save(third / "x.png")
+    assert np.array_equal(imported(third), np.dstack([RAMP] * 3))
+    assert np.array_equal(imported(third, channels=1), RAMP[..., None])
 
 
 @pytest.mark.parametrize(
     ("name", "pixels"), [("x.png", np.uint16(16)), ("x.tif", np.uint16(16)), ("x.tif", np.float32(16.5)), ("x.tif", np.int32(16))]
 )
-def test_more_than_8_bits_want_a_window(tmp_path: Path, name: str, pixels: np.generic):
-    source = write_splits(tmp_path / "images", count=2)
+def test_more_than_8_bits_want_a_window(third: Path, name: str, pixels: np.generic):
     deep = RAMP.astype(pixels.dtype) * pixels
-    write_image(source / "train" / "c" / name, deep)
-    refuses(rf"1 files \(.*{name}.*--window LOW HIGH", source)
-    arrays = make(source, window=(1000, 2000))
-    assert np.array_equal(arrays["train_images"][4, ..., 0], scaled((deep - 1000.0) / 1000))
-    assert np.array_equal(read_image(source / "train" / "c" / name, (16, 16, 1), window=(1000, 2000)), arrays["train_images"][4])
-    assert "window 1000 to 2000" in (tmp_path / "out.md").read_text()
+    write_image(third / name, deep)
+    refuses(rf"1 files \(.*{name}.*--window LOW HIGH", third.parents[1])
+    image = imported(third, window=(1000, 2000))
+    assert np.array_equal(image[..., 0], scaled((deep - 1000.0) / 1000))
+    assert np.array_equal(read_image(third / name, (16, 16, 1), window=(1000, 2000)), image)
+    assert "window 1000 to 2000" in (third.parents[2] / "out.md").read_text()
 
 
-def test_a_16_bit_tiff_in_which_white_is_zero_is_inverted(tmp_path: Path):
-    source = write_splits(tmp_path / "images", count=2)
-    write_image(source / "train" / "c" / "x.tif", RAMP.astype(np.uint16), tiffinfo={262: 0})
-    with Image.open(source / "train" / "c" / "x.tif") as image:
+def test_a_16_bit_tiff_in_which_white_is_zero_is_inverted(third: Path):
+    write_image(third / "x.tif", RAMP.astype(np.uint16), tiffinfo={262: 0})
+    with Image.open(third / "x.tif") as image:
         assert (image.mode, image.tag_v2[262], np.asarray(image).tolist()) == ("I;16", 0, RAMP.tolist()), "not inverted by Pillow"
-    assert np.array_equal(make(source, window=(0, 255))["train_images"][4, ..., 0], 255 - RAMP)
-
-
-def test_pixels_that_are_no_numbers_are_refused(tmp_path: Path):
-    source = write_splits(tmp_path / "images", count=2)
-    write_image(source / "train" / "c" / "x.tif", np.full((16, 16), np.nan, np.float32))
-    refuses(r"x\.tif: cannot be read as an image: pixels that are no numbers", source, window=(0, 1))
+    assert np.array_equal(imported(third, window=(0, 255))[..., 0], 255 - RAMP)
 
 
 @pytest.fixture
@@ -205,14 +205,11 @@ TWO_WINDOWS = {"WindowCenter": [40, 5], "WindowWidth": [400, 9]}  # the first co
         (CT, "MONOCHROME2", {"RescaleSlope": 1, "RescaleIntercept": -24} | CENTRE, (-100, 300), scaled((CT - 24.0 + 100) / 400)),
     ],
 )
-def test_dicom_is_windowed(tmp_path: Path, dicom, pixels, kind, options, window, expected):
-    source = write_splits(tmp_path / "images", count=2)
-    dicom(source / "train" / "c" / "IM0001", pixels, kind, **options)
-    image = make(source, window=window)["train_images"][4]
+def test_dicom_is_windowed(third: Path, dicom, pixels, kind, options, window, expected):
+    dicom(third / "IM0001", pixels, kind, **options)
+    image = imported(third, window=window)
     assert np.abs(image.astype(int) - expected.reshape(16, 16, -1)).max() <= 1
-    assert np.array_equal(read_image(*images_in(source / "train" / "c")[-1:], image.shape, window=window), image), (
-        "to predict, too"
-    )
+    assert np.array_equal(read_image(*images_in(third), image.shape, window=window), image), "to predict, too"
 
 
 def test_dicoms_patients_are_in_one_split_alone(tmp_path: Path, dicom):
@@ -252,42 +249,37 @@ def test_dicom_without_pydicom_says_how_to_get_it(tmp_path: Path, monkeypatch: p
     refuses(r"DICOM files need pydicom.*pip install -r requirements-dicom\.lock", source)
 
 
+def encoded(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(stream := io.BytesIO(), kind, **options)
+    return stream.getvalue()
+
+
+SEVERAL = {"save_all": True, "append_images": [Image.fromarray(RAMP.T)]}
+
+
 @pytest.mark.parametrize(
-    ("image", "message"),
+    ("content", "message", "window"),
     [
-        (Image.fromarray(np.dstack([RAMP] * 4)), "RGBA"),
-        (Image.fromarray(np.dstack([RAMP] * 4), "CMYK"), "CMYK"),
-        (Image.fromarray(RAMP > 9), "its pixels are 1"),
-        (None, "2 pages"),
-        ("colours of 16 bits", "RGB of 16 bits"),
-        ("animated", "2 pages or frames"),
-        (b"not an image", "cannot identify"),
-        (b"truncated", "truncated"),
+        (encoded(np.dstack([RAMP] * 4)), "RGBA", None),
+        (encoded(Image.fromarray(np.dstack([RAMP] * 4), "CMYK"), "TIFF"), "CMYK", None),
+        (encoded(RAMP > 9), "its pixels are 1", None),
+        (encoded(RAMP, "TIFF", **SEVERAL), "2 pages", None),
+        (encoded(RAMP, **SEVERAL), "2 pages or frames", None),
+        (encoded(np.full((16, 16), np.nan, np.float32), "TIFF"), "pixels that are no numbers", (0, 1)),
+        (png(8, 8, (b"IDAT", zlib.compress(bytes(8 * 49))), IEND, kind=(16, 2)), "RGB of 16 bits", None),
+        (b"not an image", "cannot identify", None),
+        (encoded(noise())[:-60], "truncated", None),
     ],
 )
-def test_a_broken_file_is_named_and_left_out_only_if_asked(tmp_path: Path, image, message: str):
+def test_a_broken_file_is_named_and_left_out_only_if_asked(tmp_path: Path, content: bytes, message: str, window: tuple | None):
     source = write_classes(tmp_path / "images")
-    path = source / "a" / "broken.tif"
-    if image == b"truncated":
-        path = source / "a" / "broken.png"
-        write_image(path)
-        path.write_bytes(path.read_bytes()[:-60])
-    elif image == "colours of 16 bits":
-        path = source / "a" / "broken.png"
-        path.write_bytes(png(8, 8, (b"IDAT", zlib.compress(bytes(8 * 49))), IEND, kind=(16, 2)))
-    elif image in (None, "animated"):
-        path = path.with_suffix(".png" if image else ".tif")
-        Image.fromarray(RAMP).save(path, save_all=True, append_images=[Image.fromarray(RAMP.T)])
-    elif isinstance(image, bytes):
-        path.write_bytes(image)
-    else:
-        image.save(path)
-    refuses(rf"1 files \(.*broken\.(tif|png): cannot be read as an image: .*{message}.*--leave-out-broken", source)
-    arrays = make(source, leave_out_broken=True)
+    (source / "a" / "broken.png").write_bytes(content)
+    broken = rf"1 files \(.*broken\.png: cannot be read as an image: .*{message}.*--leave-out-broken"
+    refuses(broken, source, window=window)
+    arrays = make(source, leave_out_broken=True, window=window)
     assert sum(len(arrays[f"{split}_images"]) for split in SPLITS) == 20
-    summary = (tmp_path / "out.md").read_text()
-    assert "1 left out: cannot be taken" in summary
-    assert "broken." in summary
+    assert re.search(r"1 left out: cannot be taken\n\n- .*broken\.png", (tmp_path / "out.md").read_text())
 
 
 def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -297,28 +289,26 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypa
     refuses(r"bomb\.png.*decompression bomb", source)
 
 
-def test_hidden_and_other_files_are_counted_and_unlabelled_images_have_no_label(tmp_path: Path):
+def test_what_is_left_out_is_listed_and_unlabelled_images_have_no_label(tmp_path: Path):
     source = write_classes(tmp_path / "images")
     for name in (".DS_Store", "a/.DS_Store", "b/Thumbs.db", ".git/x", "README.txt"):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).touch()
+    (source / "c").mkdir()
+    for name in ("l1", "l2"):  # which lead to images that are read already
+        (source / "a" / name).symlink_to(".")
     for number in range(3):
         write_image(source / "unlabelled" / f"{number}.png")
     arrays = make(source)
+    assert arrays["class_names"].tolist() == read_source(str(tmp_path / "out.npz")).classes == ["a", "b"]
+    assert sum(len(arrays[f"{split}_labels"]) for split in SPLITS) == 20
     assert arrays["unlabelled_images"].shape == (3, 16, 16, 1)
     assert "unlabelled_labels" not in arrays
-    assert read_source(str(tmp_path / "out.npz")).classes == ["a", "b"]
     summary = (tmp_path / "out.md").read_text()
     assert "4 left out: hidden" in summary
     assert "1 left out: in no folder of a class" in summary
+    assert "1 left out: a class without images\n\n- c/" in summary
     assert "| (none)  |" in summary
-
-
-def test_a_class_without_images_is_listed(tmp_path: Path):
-    source = write_classes(tmp_path / "images")
-    (source / "c").mkdir()
-    assert make(source)["class_names"].tolist() == ["a", "b"]
-    assert "1 left out: a class without images\n\n- c/" in (tmp_path / "out.md").read_text()
 
 
 def test_classes_that_are_numbers_come_in_their_order(tmp_path: Path):
@@ -338,9 +328,12 @@ def test_a_pattern_finds_the_patients_in_names_or_paths(tmp_path: Path):
 
 
 def test_given_splits_stay_and_a_missing_validation_split_is_left_to_fetch_data(tmp_path: Path):
-    arrays = make(write_splits(tmp_path / "images", ("train", "test")))
+    source = write_splits(tmp_path / "images", ("train", "test"))
+    (source / "readme.txt").write_text("who took these")
+    arrays = make(source)
     assert {key for key in arrays if key.endswith("_images")} == {"train_images", "test_images"}
     assert len(arrays["train_images"]) == len(arrays["test_images"]) == 40
+    assert "left out: in no folder of a class\n\n- readme.txt" in (tmp_path / "out.md").read_text()
 
 
 def test_given_splits_with_patients_get_a_validation_split_that_parts_none(tmp_path: Path):
@@ -378,35 +371,22 @@ def test_what_can_be_no_set_is_refused_before_pixels_are_read(tmp_path: Path, na
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"label": ""}, "label is empty in row 3"),
-        ({"patient": " "}, "patient is empty in row 3"),
-        ({"split": "valid"}, "split 'valid' in row 3: train, val, test"),
-        ({"path": "./0.png"}, "0.png stands twice, the second time in row 3"),
-        ({"path": "none.png"}, r"none\.png: cannot be read as an image: no such file"),
-    ],
-)
-def test_a_table_with_a_mistake_is_refused_by_its_row(tmp_path: Path, changed: dict[str, str], message: str):
-    rows = [{"path": f"{n}.png", "label": "ab"[n % 2], "patient": str(n), "split": "train"} for n in range(4)]
-    for row in rows:
-        write_image(tmp_path / "images" / row["path"])
-    rows[1] |= changed
-    refuses(message, tmp_path / "images", table=write_table(tmp_path / "labels.csv", rows))
-
-
-@pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,class\n", "no column 'label'; its columns, parted by commas, are 'file', 'class'"),
-        ("path,label, label\na/0.png,a,b\n", "column 'label' stands twice"),
-        ("path;label\n", "no column 'label'; its columns, parted by commas, are 'path;label'"),
-        ("path,label\na/0.png,a, mild\n", "cannot be read as a table"),
+        ("file,class\n", r"bad\.csv: no column 'label'; its columns, parted by commas, are 'file', 'class'"),
+        ("path,label, label\na/a00.png,a,b\n", r"bad\.csv: column 'label' stands twice"),
+        ("path;label\n", r"bad\.csv: no column 'label'; its columns, parted by commas, are 'path;label'"),
+        ("path,label\na/a00.png,a, mild\n", r"bad\.csv: cannot be read as a table"),
+        ("path,label\na/a00.png,a\na/a01.png,\n", "label is empty in row 3"),
+        ("path,label,patient\na/a00.png,a,x\na/a01.png,a, \n", "patient is empty in row 3"),
+        ("path,label,split\na/a00.png,a,valid\n", "split 'valid' in row 2: train, val, test"),
+        ("path,label\na/a00.png,a\n./a/a00.png,a\n", "a/a00.png stands twice, the second time in row 3"),
+        ("path,label\nnone.png,a\n", r"none\.png: cannot be read as an image: no such file"),
     ],
 )
-def test_what_is_no_such_table_is_refused(tmp_path: Path, text: str, message: str):
+def test_a_table_with_a_mistake_is_refused_by_its_row(tmp_path: Path, text: str, message: str):
     (tmp_path / "bad.csv").write_text(text)
-    refuses(rf"bad\.csv: {message}", write_classes(tmp_path / "images"), table=tmp_path / "bad.csv")
+    refuses(message, write_classes(tmp_path / "images"), table=tmp_path / "bad.csv")
 
 
 def test_a_table_may_say_the_splits_and_leaves_out_what_it_does_not_name(tmp_path: Path):
@@ -460,12 +440,6 @@ def test_images_are_resized_by_the_rule_that_the_file_names(tmp_path: Path):
         assert any(np.array_equal(arrays["test_images"][0], image) for image in expected)
 
 
-def test_equal_files_make_equal_sets(tmp_path: Path):
-    source = write_classes(tmp_path / "images")
-    first, second = make(source), make(source)
-    assert all(np.array_equal(array, second[key]) for key, array in first.items())
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -480,30 +454,3 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path: Path, options: dict,
     arguments |= {key: tmp_path / arguments[key] for key in ("source", "out")}
     with pytest.raises(UserError, match=message):
         main(**arguments)
-
-
-def test_a_file_beside_the_splits_is_left_out(tmp_path: Path):
-    source = write_splits(tmp_path / "images")
-    (source / "readme.txt").write_text("who took these")
-    make(source)
-    assert "left out: in no folder of a class\n\n- readme.txt" in (tmp_path / "out.md").read_text()
-
-
-def test_a_folder_that_links_lead_to_again_is_read_once(tmp_path: Path):
-    source = write_classes(tmp_path / "images")
-    for name in ("l1", "l2"):
-        (source / "a" / name).symlink_to(".")
-    assert sum(len(make(source)[f"{split}_labels"]) for split in SPLITS) == 20
-
-
-@pytest.mark.slow
-def test_two_commands_make_a_student_and_prediction_resizes_as_the_import_did(tmp_path: Path):
-    checkout = small_checkout(tmp_path / "checkout", distillation__dataset="mine.npz")
-    for label, brightness in (("dark", 0), ("grey", 80), ("light", 160)):
-        for number in range(100):
-            path = tmp_path / "pictures" / label / f"p{number // 4:02}_{number}.png"
-            write_image(path, noise(40, 30) // 3 + np.uint8(brightness))
-    checkout.run(*checkout.stage(f"fetching.import_images {tmp_path / 'pictures'} mine.npz"), "--group", r"(p\d+)_")
-    checkout.dvc("repro", "export_student@distillation")
-    table = checkout.run(*checkout.stage(f"serving.predict {tmp_path / 'pictures' / 'light'}")).stdout
-    assert len(table.splitlines()) == 101

@@ -50,9 +50,8 @@ def test_the_fingerprint_follows_every_pixel_and_label_and_nothing_else(npz: Pat
 
 def test_a_class_with_one_image_leaves_no_stratified_split(tmp_path: Path):
     labels = {"train_labels": np.arange(400) // 399, "test_labels": np.arange(200) % 2}
-    source = read_source(str(write_npz(tmp_path / "rare.npz", val_images=None, val_labels=None, **labels)))
     with pytest.raises(UserError, match=r"rare\.npz: no validation split.*: give it validation images, or .* `selection: last`"):
-        prepare(source, 0.1, tmp_path / "out")
+        prepare_npz(tmp_path / "rare", val_images=None, val_labels=None, **labels)
 
 
 def test_what_most_sets_do_not_have_is_not_in_their_description(tmp_path: Path):
@@ -104,11 +103,8 @@ SIZES = {"train": 400, "val": 100, "test": 200}
 
 def write_patients(path: Path, **changed: np.ndarray) -> Path:
     """A set whose patients have four images each: 100 in train, 25 in val, 50 in test."""
-    groups = {
-        "train_groups": np.arange(400) // 4,
-        "val_groups": 100 + np.arange(100) // 4,
-        "test_groups": 125 + np.arange(200) // 4,
-    }
+    starts = {"train": 0, "val": 100, "test": 125}
+    groups = {f"{split}_groups": starts[split] + np.arange(number) // 4 for split, number in SIZES.items()}
     return write_npz(path, **groups, **changed)
 
 

@@ -1,6 +1,5 @@
 import gzip
 import hashlib
-import shutil
 from pathlib import Path
 
 import medmnist
@@ -76,7 +75,6 @@ WHOSE = {
     ("replaced", "named"),
     [
         ({"train_images": None}, "train_images is missing"),
-        ({"test_labels": None}, "test_labels is missing"),
         ({"train_groups": np.arange(400)}, "val_groups: a whole number or a string for each of 100 images is wanted"),
         (WHOSE | {"test_groups": np.arange(200) / 1}, "test_groups: a whole number or a string"),
         (WHOSE | {"val_groups": np.array([""] * 100)}, "val_groups: of some images, nobody's"),
@@ -101,12 +99,10 @@ WHOSE = {
         ({"class_names": np.array(["a"] * 10)}, "distinct strings"),
         ({"class_names": np.arange(10)}, "distinct strings"),
         ({"class_names": np.array([*"012345678", "x" * 101])}, "1 to 100 printable characters each are wanted, not 'xxx"),
-        ({"class_names": np.array([*"012345678", " "])}, "printable"),
         ({"class_names": np.array([*"012345678", "a\ud800"])}, "printable"),
         ({"class_names": np.array([*"012345678", "a\u202eb"])}, "printable"),
         ({"train_images": IMAGES[:0], "train_labels": LABELS[:0]}, "train_images are empty"),
         ({"resize": np.array("squeeze")}, "resize: one of pad, crop, stretch is wanted"),
-        ({"resize": np.arange(3)}, "resize: one of"),
         ({"resize": NO_CHARACTER.reshape(())}, "resize: no Unicode"),
         ({"class_names": NO_CHARACTER.repeat(10)}, "class_names: no Unicode"),
         ({"ordered": np.arange(3)}, "ordered: True or False is wanted"),
@@ -201,12 +197,3 @@ def test_mnist_is_downloaded_as_archives_and_unpacked_whole(
     (no_mirror / "data/downloads/MNIST/raw/train-labels-idx1-ubyte").write_bytes(b"torn while it was unpacked")
     assert len(read_source("mnist").splits["train"][1]) == 60_000
     assert not host.asked, "the archive is still there"
-
-
-def test_mnist_may_lie_in_the_mirror_in_part(mirror: Path, no_mirror: Path, monkeypatch: pytest.MonkeyPatch):
-    for folder, part in ((no_mirror / "data" / "downloads", "images"), (no_mirror / "mirror", "labels")):
-        (folder / "MNIST" / "raw").mkdir(parents=True)
-        for path in (mirror / "MNIST" / "raw").glob(f"*-{part}-*-ubyte"):
-            shutil.copy(path, folder / "MNIST" / "raw")
-    monkeypatch.setenv("DATA_MIRROR", "mirror")
-    assert read_source("mnist").splits["test"][0].shape == (10_000, 28, 28, 1)

@@ -9,17 +9,39 @@ import pytest
 from scipy.stats import t
 
 from pipeline.core.errors import UserError
+from pipeline.core.files import write_json
 from pipeline.evaluation import statistics
+from pipeline.evaluation.calibration import fit_temperature, scaled
+from pipeline.evaluation.metrics import score
 from pipeline.evaluation.statistics import Comparison, analyse, compare
 from studies import contrasts, tasks
 from studies.contrasts import Findings, find, holm, outcome, p_value, sequence
 from studies.pages import draw, write_pages
 from studies.study import Contrast, Point, ask, sections
-from tests.studies.synthetic import write_result
+from studies.tasks import MODELS, plan, result_path
 from tests.studies.test_study import NAMED, load
 
 CONTRAST = {"at": {"grid": "big", "recipe": "strong", "kd": "hard"}, "model": "student_distilled", "other": "student_alone"}
 PICKED = CONTRAST["at"]
+SKILL = {"teacher": 2.0, "student_distilled": 1.6, "student_alone": 1.0}  # of the logit that is right
+
+
+def write_result(point: Point, images: int = 120, **skill: float) -> dict[str, np.ndarray]:
+    """Predictions of two classes by every seed and model, as the task evaluate leaves them; the arrays."""
+    path, skills = result_path(plan(point.params)[-1].digest), SKILL | skill
+    noise, arrays, figures = np.random.default_rng(0), {}, {}
+    for split in ("test", "val"):
+        arrays[f"{split}_labels"] = labels = np.arange(images) % 2
+        hard = noise.normal(size=images)  # how hard an image is, for all alike
+        for model in MODELS:
+            scores = skills[model] * (2 * labels - 1) + hard + noise.normal(0, 0.3, (len(point.params.seeds), images))
+            positive = 1 / (1 + np.exp(-scores))
+            arrays[f"{split}_{model}"] = np.stack([1 - positive, positive], axis=2).astype(np.float32)
+        figures[split] = {model: [score(labels, seed) for seed in arrays[f"{split}_{model}"]] for model in MODELS}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path.with_suffix(".npz"), **arrays)
+    write_json(path, {"seeds": point.params.seeds, "figures": figures})
+    return arrays
 
 
 @pytest.fixture
@@ -30,20 +52,15 @@ def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Point]:
 
 def found(points: list[Point], sequence: list[dict] = (), secondary: list[dict] = ()) -> Findings:
     asked = ([ask(Contrast(**CONTRAST | {"title": "c"} | each), points, "") for each in part] for part in (sequence, secondary))
-    paths = {point.name: tasks.result_path(tasks.plan(point.params)[-1].digest) for point in points}
+    paths = {point.name: result_path(plan(point.params)[-1].digest) for point in points}
     finished = {name: path for name, path in paths.items() if path.is_file()}
     return find("small", sections(points), *asked, {point.name: point.settings for point in points}, finished)
 
 
 def test_answers_are_those_of_the_statistics_on_the_predictions_kept(points: list[Point]):
     arrays = [write_result(point, student_distilled=1.0 + 0.2 * number) for number, point in enumerate(points)]
-    contrast = {
-        "other_at": PICKED | {"kd": "soft"},
-        "model": "student_alone",
-        "other": "teacher",
-        "metric": "nll",
-        "split": "val",
-    }
+    contrast = {"other_at": PICKED | {"kd": "soft"}, "model": "student_alone", "other": "teacher", "metric": "nll"}
+    contrast["split"] = "val"
     more = {"minus_at": PICKED | {"recipe": "plain"}, "metric": "accuracy"}
     answers = found(points, [contrast, more]).answers
     direct, difference, *gains = answers.values()
@@ -59,19 +76,13 @@ def test_answers_are_those_of_the_statistics_on_the_predictions_kept(points: lis
 
 
 def test_a_calibrated_figure_is_after_temperature_scaling(points: list[Point]):
-    calibration = pytest.importorskip("pipeline.evaluation.calibration")
     arrays = write_result(points[3])
-    scaled = [
-        np.stack(
-            [
-                calibration.scaled(test, calibration.fit_temperature(arrays["val_labels"], val))
-                for val, test in zip(arrays[f"val_{model}"], arrays[f"test_{model}"], strict=True)
-            ]
-        )
-        for model in ("student_distilled", "student_alone")
-    ]
+    probabilities = []
+    for model in ("student_distilled", "student_alone"):
+        seeds = zip(arrays[f"val_{model}"], arrays[f"test_{model}"], strict=True)
+        probabilities.append(np.stack([scaled(test, fit_temperature(arrays["val_labels"], val)) for val, test in seeds]))
     answer = next(iter(found(points, [{"metric": "nll_calibrated"}]).answers.values()))
-    assert answer == pytest.approx(compare(arrays["test_labels"], *scaled, "nll", 0.03), nan_ok=True)
+    assert answer == pytest.approx(compare(arrays["test_labels"], *probabilities, "nll", 0.03), nan_ok=True)
 
 
 def answer(gain: float, error: float, df: float = 9, margin: float = 1.0, seeds: int = 10) -> Comparison:
@@ -148,7 +159,7 @@ def test_other_images_are_not_paired(points: list[Point]):
 
 def test_validation_images_may_be_missing(points: list[Point]):
     arrays = write_result(points[3])
-    path = tasks.result_path(tasks.plan(points[3].params)[-1].digest).with_suffix(".npz")
+    path = result_path(plan(points[3].params)[-1].digest).with_suffix(".npz")
     np.savez(path, **{name: array for name, array in arrays.items() if name.startswith("test")})
     contrasts.jackknifed.cache_clear()
     with pytest.raises(UserError, match="no val images: a contrast needs them"):
@@ -179,13 +190,8 @@ def test_the_pages_of_an_unfinished_study(points: list[Point], tmp_path: Path):
     assert [row[:2] for row in big[1:]] == [["plain", "hard"], ["strong", "soft"], ["strong", "hard"]]
     assert [row[-3] for row in big[1:]] == ["not run", "", "+0.00"]
     assert big[3][7] == "in the fixed sequence"
-    assert small[0][:5] == [
-        "recipe",
-        "teacher (nats)",
-        "alone (nats)",
-        "distilled (nats)",
-        "gain (nats of negative log-likelihood)",
-    ]
+    models = ["teacher (nats)", "alone (nats)", "distilled (nats)"]
+    assert small[0][:5] == ["recipe", *models, "gain (nats of negative log-likelihood)"]
 
 
 def test_the_tables_hold_every_point_and_every_seed(points: list[Point], tmp_path: Path):
@@ -218,23 +224,23 @@ def test_the_figure_has_a_row_per_comparison_and_a_panel_per_line(points: list[P
     assert matplotlib.image.imread(tmp_path / "small.png").shape[1] == 1100
 
 
+def over_temperature(folder: Path, monkeypatch: pytest.MonkeyPatch, temperatures: list[int], alphas: list[float]) -> list[Point]:
+    """Points whose figure has the temperature as its x."""
+    monkeypatch.setattr(tasks, "ROOT", folder)
+    vary = f"{{kd.temperature: {temperatures}, kd.alpha: {alphas}}}"
+    return load(folder, monkeypatch, f"fixed: {{seeds: [0, 1, 2]}}\ngrids: [{{title: t, x: kd.temperature, vary: {vary}}}]")[1]
+
+
 def test_an_x_of_one_value_is_no_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tasks, "ROOT", tmp_path)
-    grid = "{title: t, x: kd.temperature, vary: {kd.temperature: [4], kd.alpha: [0.1, 0.2]}}"
-    points = load(tmp_path, monkeypatch, f"fixed: {{seeds: [0, 1, 2]}}\ngrids: [{grid}]")[1]
-    for point in points:
+    for point in (points := over_temperature(tmp_path, monkeypatch, [4], [0.1, 0.2])):
         write_result(point)
-    (panel,) = (panel for part in draw(found(points)).subfigs for panel in part.axes)
+    (panel,) = draw(found(points)).subfigs[0].axes
     assert [label.get_text() for label in panel.get_yticklabels()] == ["temperature 4.0, alpha 0.1", "temperature 4.0, alpha 0.2"]
 
 
 def test_ten_lines_are_ten_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tasks, "ROOT", tmp_path)
     alphas = [number / 10 for number in range(1, 11)]
-    vary = f"{{kd.temperature: [2, 4], kd.alpha: {alphas}}}"
-    points = load(tmp_path, monkeypatch, f"fixed: {{seeds: [0, 1, 2]}}\ngrids: [{{title: t, x: kd.temperature, vary: {vary}}}]")[
-        1
-    ]
+    points = over_temperature(tmp_path, monkeypatch, [2, 4], alphas)
     for point in points[:-1]:
         write_result(point)
     panels = [panel for panel in draw(found(points)).subfigs[0].axes if panel.get_visible()]

@@ -67,6 +67,11 @@ def test_a_digest_changes_with_parameters_and_code(monkeypatch: pytest.MonkeyPat
     assert changed(before, tasks_with(**settings)) == titles
 
 
+def test_a_study_has_no_teacher_from_outside():
+    with pytest.raises(UserError, match="a study trains its teachers"):
+        tasks_with(teacher__logits="a.npz")
+
+
 def test_a_digest_changes_with_the_images(no_mirror: Path):
     (no_mirror / "own").mkdir()
     (no_mirror / "own/images.npz").write_bytes(b"images")

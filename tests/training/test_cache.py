@@ -1,8 +1,9 @@
 import hashlib
 import json
-import multiprocessing
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,21 +37,15 @@ def test_what_is_saved_is_found_again(tmp_path: Path, record: Record):
         assert entry.load() is None
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-4], lambda content: content[:-4] + b"\0\1\2\3"])
-def test_a_damaged_state_is_no_state(tmp_path: Path, record: Record, damage):
+def test_what_is_damaged_or_no_state_is_none_and_no_code_in_it_is_run(tmp_path: Path, record: Record):
     with open_entry(tmp_path, "abc") as entry:
         entry.save(record, {"model": torch.ones(2)})
-        entry.state.write_bytes(damage(entry.state.read_bytes()))
-        assert entry.load() is None
-
-
-def test_no_code_in_a_state_is_run_and_what_is_no_state_is_none(tmp_path: Path, record: Record):
-    with open_entry(tmp_path, "abc") as entry:
+        whole = entry.state.read_bytes()
+        for damaged in (whole[:-4], whole[:-4] + b"\0\1\2\3", b"", hashlib.sha256(b"garbage").digest() + b"garbage"):
+            entry.state.write_bytes(damaged)
+            assert entry.load() is None
         entry.save(record, {"model": Path("x")})
         assert entry.load() is None
-        for garbage in (b"", b"garbage"):
-            entry.state.write_bytes(hashlib.sha256(garbage).digest() + garbage)
-            assert entry.load() is None
         entry.save(record.model_copy(update={"digest": "of-another"}), {})
         assert entry.load() is None
 
@@ -97,41 +92,35 @@ def test_retrain_forgets_what_is_there(tmp_path: Path, record: Record, monkeypat
         assert entry.record is None
 
 
-def hold(root: Path, begun, seconds: float) -> None:
-    with open_entry(root, "abc"):
-        begun.set()
-        time.sleep(seconds)
-
-
 def test_a_second_process_waits_and_says_so(tmp_path: Path):
-    context = multiprocessing.get_context("spawn")
-    begun, waits = context.Event(), []
-    process = context.Process(target=hold, args=(tmp_path, begun, 0.5))
-    process.start()
-    begun.wait()
-    with open_entry(tmp_path, "abc", lambda: waits.append(True)):
-        assert waits == [True]
-        process.join(10)
-        assert process.exitcode == 0
-    with open_entry(tmp_path, "abc", lambda: waits.append(True)):
-        assert waits == [True]
+    """Here a second thread, which a lock of the file keeps out as well."""
 
+    def enter() -> float:
+        with open_entry(tmp_path, "abc", said.set):
+            return time.monotonic()
 
-def work(root: Path, ends: Path) -> None:
-    with working_place(root, 1):
-        time.sleep(0.5)
-        ends.write_text(str(time.monotonic()))
+    said = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        with open_entry(tmp_path, "abc", lambda: pytest.fail("nobody is there")):
+            second = pool.submit(enter)
+            assert said.wait(60)
+            left = time.monotonic()
+        assert second.result(60) >= left
 
 
 def test_as_many_trainings_are_at_work_as_there_are_places(tmp_path: Path):
-    context, ends = multiprocessing.get_context("spawn"), [tmp_path / "first", tmp_path / "second"]
-    processes = [context.Process(target=work, args=(tmp_path / "root", path)) for path in ends]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    first, second = sorted(float(path.read_text()) for path in ends)
-    assert second >= first + 0.5
+    at_work, numbers = set(), []
+
+    def work(number: int) -> None:
+        with working_place(tmp_path, 2):
+            at_work.add(number)
+            numbers.append(len(at_work))
+            time.sleep(0.5)
+            at_work.remove(number)
+
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(work, range(5)))
+    assert max(numbers) == 2
 
 
 def test_the_oldest_go_first_where_there_is_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

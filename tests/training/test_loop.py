@@ -17,7 +17,7 @@ from pipeline.data.prepared import Split, TrainingData
 from pipeline.networks.checkpoints import new_classifier
 from pipeline.networks.inference import choose_precision, predict
 from pipeline.training import loop
-from pipeline.training.loop import NotFiniteError, Progress, Settings, auc, fit, validate
+from pipeline.training.loop import NotFiniteError, Progress, Settings, auc, fit
 from pipeline.training.losses import hard_labels, kd
 
 SETTINGS = Settings(epochs=2, batch_size=64, lr=0.003)
@@ -79,13 +79,6 @@ def test_batches_depend_on_the_seed_and_not_on_the_model(data: TrainingData):
     assert seen[0][0] != seen[0][7], "in another order each epoch"
 
 
-def test_alpha_one_gives_the_weights_of_training_alone(data: TrainingData):
-    lone, distilled = student(data), student(data)
-    run(lone, data, hard_labels(), seed=3)
-    run(distilled, data, kd(hard_labels(), 5.0, 1.0, "forward"), torch.randn(400, 10), seed=3)
-    assert equal(lone, distilled)
-
-
 def test_accuracy_is_that_of_the_labelled_images(data: TrainingData):
     hidden = data._replace(train=hide_unknown(data.train, 0.5, seed=0))
     model = student(data)
@@ -95,12 +88,6 @@ def test_accuracy_is_that_of_the_labelled_images(data: TrainingData):
     labelled = hidden.train.labels >= 0
     expected = (predicted[labelled] == hidden.train.labels[labelled]).float().mean().item()
     assert history[0].train_accuracy == pytest.approx(expected)
-
-
-def test_the_terms_of_the_loss_add_up_to_it(data: TrainingData):
-    (epoch, _) = run(student(data), data, kd(hard_labels(), 5.0, 0.7, "forward"), torch.randn(400, 10)).history
-    assert set(epoch.terms) == {"hard", "soft"}
-    assert epoch.train_loss == sum(epoch.terms.values())
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
@@ -194,17 +181,13 @@ def test_resuming_after_any_epoch_gives_the_same_bits(data: TrainingData, archit
 
 @pytest.mark.skipif(choose_precision("auto", torch.device("cpu")) != "bf16", reason="this processor has no native bf16")
 def test_bf16_learns_as_well_as_fp32(data: TrainingData):
-    accuracy = {
-        precision: [
-            run(student(data, seed), data, hard_labels(), seed=seed, settings=Settings(8, 32, 0.003, precision))
-            .history[-1]
-            .val_accuracy
-            for seed in range(4)
-        ]
-        for precision in ("fp32", "bf16")
-    }
-    spread = max(max(values) - min(values) for values in accuracy.values())
-    assert sum(accuracy["bf16"]) / 4 == pytest.approx(sum(accuracy["fp32"]) / 4, abs=spread + 0.01)
+    accuracy = {}
+    for precision in ("fp32", "bf16"):
+        settings = Settings(8, 32, 0.003, precision)
+        runs = [run(student(data, seed), data, hard_labels(), seed=seed, settings=settings) for seed in range(4)]
+        accuracy[precision] = [progress.history[-1].val_accuracy for progress in runs]
+    spread = np.ptp([*accuracy.values()], axis=1).max()
+    assert np.mean(accuracy["bf16"]) == pytest.approx(np.mean(accuracy["fp32"]), abs=spread + 0.01)
 
 
 @pytest.mark.parametrize(
@@ -217,10 +200,8 @@ def test_bf16_learns_as_well_as_fp32(data: TrainingData):
 )
 def test_a_schedule_changes_the_learning_rate_step_by_step(data: TrainingData, monkeypatch, schedule: str, rates: list[float]):
     settings, optimizers = Settings(2, 100, 0.01, schedule=schedule), []
-    monkeypatch.setattr(
-        torch.optim, "Adam", lambda *a, original=torch.optim.Adam, **o: optimizers.append(original(*a, **o)) or optimizers[0]
-    )
-    seen = []
+    adam, seen = torch.optim.Adam, []
+    monkeypatch.setattr(torch.optim, "Adam", lambda *a, **o: optimizers.append(adam(*a, **o)) or optimizers[0])
     run(student(data), data, spying(lambda *_: seen.append(optimizers[0].param_groups[0]["lr"])), settings=settings)
     assert [*seen[1:], optimizers[0].param_groups[0]["lr"]] == pytest.approx(rates)
 
@@ -248,14 +229,6 @@ def test_auc_is_scikit_learns_with_ties_too(classes: int):
     each = [roc_auc_score(labels == label, probabilities[:, label]) for label in ([1] if classes == 2 else range(classes))]
     assert auc(logits, torch.from_numpy(labels)) == pytest.approx(np.mean(each), abs=1e-12)
     assert auc(logits, torch.zeros(200, dtype=torch.int64)) == 0.5
-
-
-def test_without_validation_images_the_last_epoch_stays(data: TrainingData):
-    nothing = Split(data.val.images[:0], data.val.labels[:0])
-    progress = run(student(data), data._replace(val=nothing), hard_labels(), settings=Settings(2, 64, 0.003, selection="last"))
-    assert progress.best_epoch == 2
-    assert validate(student(data), *nothing) == (None, None, None)
-    assert progress.history[0].val_loss is None
 
 
 def test_views_are_drawn_anew_and_targets_follow_them(data: TrainingData):
@@ -294,14 +267,3 @@ def test_no_step_waits_for_the_host(data: TrainingData):
             run(student(data), data, hard_labels(), settings=Settings(1, batch_size, 0.003))
         counts.append(readings.count)
     assert counts[0] == counts[1] > 0
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_training_on_cuda_is_the_same_again_and_as_good_as_on_the_cpu(data: TrainingData):
-    """Whose steps are captured as a graph, the last and smaller one of an epoch left out."""
-    cuda = data._replace(**{name: Split(*(tensor.cuda() for tensor in getattr(data, name))) for name in ("train", "val")})
-    models = [student(data).cuda(), student(data).cuda(), student(data)]
-    histories = [run(model, data if model is models[2] else cuda, hard_labels()).history for model in models]
-    assert equal(models[0], models[1])
-    for on_cuda, on_cpu in zip(histories[0], histories[2], strict=True):
-        assert on_cuda.train_loss == pytest.approx(on_cpu.train_loss, rel=0.02)

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from scipy.special import softmax
 from scipy.stats import entropy
 
 from pipeline.data.labels import UNKNOWN
-from pipeline.training.losses import METHODS, cosines, decoupled, forward_kl, hard_labels, kd, reverse_kl
+from pipeline.training.losses import METHODS, cosines, decoupled, forward_kl, hard_labels, kd
 
 DONE = torch.tensor(1.0)  # the last epoch
 
@@ -21,30 +23,6 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def total(terms):
     return sum(terms.values())
-
-
-@pytest.mark.parametrize("temperature", [1.0, 5.0])
-def test_the_divergences_are_scipys(batch, temperature: float):
-    logits, _, teacher = batch
-    p = softmax(teacher.numpy() / temperature, axis=1)
-    q = softmax(logits.detach().numpy() / temperature, axis=1)
-    assert forward_kl(logits, teacher, temperature).item() == pytest.approx(np.mean(entropy(p, q, axis=1)))
-    assert reverse_kl(logits, teacher, temperature).item() == pytest.approx(np.mean(entropy(q, p, axis=1)))
-
-
-def test_forward_has_the_gradient_of_hintons_soft_target_cross_entropy(batch):
-    logits, _, teacher = batch
-    soft = F.cross_entropy(logits / 5, F.softmax(teacher / 5, dim=1))
-    (expected,) = torch.autograd.grad(soft, logits)
-    (gradient,) = torch.autograd.grad(forward_kl(logits, teacher, 5.0), logits)
-    torch.testing.assert_close(gradient, expected)
-
-
-@pytest.mark.parametrize(("divergence", "kl"), [("forward", forward_kl), ("reverse", reverse_kl)])
-def test_the_loss_weighs_labels_by_alpha_and_the_teacher_by_the_rest(batch, divergence: str, kl):
-    logits, labels, teacher = batch
-    expected = 0.7 * F.cross_entropy(logits, labels) + 0.3 * 25 * kl(logits, teacher, 5.0)
-    torch.testing.assert_close(total(kd(hard_labels(), 5.0, 0.7, divergence)(logits, labels, DONE, teacher)), expected)
 
 
 def test_an_image_without_a_label_has_the_teachers_term_alone(batch):
@@ -83,8 +61,13 @@ def test_smoothing_and_weights_are_those_of_the_formula(batch):
     )
 
 
-def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    return entropy(p, q, axis=-1)
+kl_divergence = functools.partial(entropy, axis=-1)
+
+
+def kd_by_hand(z, labels, t, divergence: str) -> dict[str, float]:
+    teacher, student = softmax(t / 5, axis=1), softmax(z / 5, axis=1)
+    of, to = (teacher, student) if divergence == "forward" else (student, teacher)
+    return {"soft": 0.5 * 25 * np.mean(kl_divergence(of, to))}
 
 
 def dkd_by_hand(z, labels, t, temperature: float) -> dict[str, float]:
@@ -131,15 +114,22 @@ def rkd_by_hand(z, labels, t) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("name", "arguments", "by_hand", "options"),
     [
-        ("dkd", {"alpha": 1, "beta": 8, "temperature": 4, "warm_up": 0, "logit_standardization": False}, dkd_by_hand, (4,)),
-        ("dist", {"beta": 2, "gamma": 3, "temperature": 4}, dist_by_hand, (4,)),
-        ("wttm", {"beta": 4, "gamma": 0.2}, wttm_by_hand, (0.2,)),
-        ("rkd", {"distance": 25, "angle": 50}, rkd_by_hand, ()),
+        ("kd", {"temperature": 5, "alpha": 0.5, "divergence": "forward"}, kd_by_hand, ("forward",)),
+        ("kd", {"temperature": 5, "alpha": 0.5, "divergence": "reverse"}, kd_by_hand, ("reverse",)),
+        (
+            "dkd",
+            {"weight": 0.5, "alpha": 1, "beta": 8, "temperature": 4, "warm_up": 0, "logit_standardization": False},
+            dkd_by_hand,
+            (4,),
+        ),
+        ("dist", {"weight": 0.5, "beta": 2, "gamma": 3, "temperature": 4}, dist_by_hand, (4,)),
+        ("wttm", {"weight": 0.5, "beta": 4, "gamma": 0.2}, wttm_by_hand, (0.2,)),
+        ("rkd", {"weight": 0.5, "distance": 25, "angle": 50}, rkd_by_hand, ()),
     ],
 )
 def test_a_methods_terms_are_those_of_its_papers_equation_and_so_is_their_gradient(batch, name, arguments, by_hand, options):
     logits, labels, teacher = batch
-    loss = METHODS[name](hard_labels(), weight=0.5, **arguments)
+    loss = METHODS[name](hard_labels(), **arguments)
     embeddings = (torch.randn(8, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True),)
     own = embeddings if name == "rkd" else ()
     terms = loss(logits, labels, DONE, teacher, *own)
@@ -165,43 +155,15 @@ def test_dkd_warms_up(batch):
         torch.testing.assert_close(terms, full | {key: share * full[key] for key in ("target", "non_target")})
 
 
-def test_wttm_at_a_power_of_one_is_kl_at_a_temperature_of_one(batch):
-    logits, labels, teacher = batch
-    soft = METHODS["wttm"](hard_labels(), weight=1, beta=1, gamma=1)(logits, labels, DONE, teacher)["soft"]
-    torch.testing.assert_close(soft, forward_kl(logits, teacher, 1.0))
-
-
-def test_at_a_high_temperature_kd_matches_logits(batch):
-    logits, labels, teacher = batch
-    soft = kd(hard_labels(), 1000.0, 0.0, "forward")(logits, labels, DONE, teacher)["soft"]
-    centred = [values - values.mean(1, keepdim=True) for values in (logits, teacher)]
-    torch.testing.assert_close(soft, ((centred[0] - centred[1]) ** 2).mean(1).mean() / 2, rtol=1e-2, atol=0)
-
-
-def test_a_student_that_answers_as_its_teacher_has_nothing_left_to_match(batch):
-    _, labels, teacher = batch
-    options = {"dist": {"beta": 2, "gamma": 2, "temperature": 4}, "rkd": {"distance": 25, "angle": 50}}
-    for name, arguments in options.items():
-        own = (5 * teacher + 1,) if name == "rkd" else ()  # of relations, the scale is none of it
-        terms = METHODS[name](hard_labels(), weight=0, **arguments)(teacher, labels, DONE, teacher, *own)
-        assert total(terms).item() == pytest.approx(0, abs=1e-4)
-
-
 def test_of_two_classes_dist_compares_the_images_alone(batch):
     logits, labels, teacher = batch
     loss = METHODS["dist"](hard_labels(), weight=1, beta=2, gamma=2, temperature=4)
     assert list(loss(logits[:, :2], labels % 2, DONE, teacher[:, :2])) == ["hard", "intra"]
 
 
-def test_standardized_logits_forget_offset_and_scale(batch):
+def test_standardized_logits_have_neither_offset_nor_scale(batch):
     logits, labels, teacher = batch
     loss = kd(hard_labels(), 2.0, 0.1, "forward", logit_standardization=True)
-    torch.testing.assert_close(
-        loss(3 * logits - 1, labels, DONE, 7 * teacher + 5),
-        loss(logits, labels, DONE, teacher) | {"hard": 0.1 * F.cross_entropy(3 * logits - 1, labels)},
-        atol=1e-5,
-        rtol=1e-5,
-    )
     z = (teacher - teacher.mean(1, keepdim=True)) / teacher.std(1, keepdim=True)
     soft = 0.9 * 4 * forward_kl((logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True), z, 2.0)
     torch.testing.assert_close(loss(logits, labels, DONE, teacher)["soft"], soft, atol=1e-5, rtol=1e-5)

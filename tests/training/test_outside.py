@@ -54,7 +54,7 @@ def make(file: Path, data: TrainingData, kind: str = "logits", seeds: tuple[int,
     return folder
 
 
-ROWS = RANDOM.normal(size=(400, 10))
+ROWS, FEATURES = RANDOM.normal(size=(400, 10)), {"kind": "features"}
 
 
 @pytest.mark.parametrize(
@@ -75,30 +75,22 @@ ROWS = RANDOM.normal(size=(400, 10))
         ({"fingerprint": "0" * 64}, {}, "fingerprint is 000000000000..., data/distillation/dataset.json has"),
         ({}, {"augmentation": "shifts"}, r"train_logits has shape \(400, 10\), not \(400, 9, 10\): images, views of the augment"),
         ({"train_logits": np.zeros((400, 9, 10))}, {}, r"train_logits has shape \(400, 9, 10\), not \(400, 10\)"),
+        ({"val_features": None}, FEATURES, "val_features is missing"),
+        ({"val_features": np.zeros((100, 6))}, FEATURES, r"val_features has shape \(100, 6\), not \(100, 10\)"),
+        ({"train_features": np.zeros((400, 0))}, FEATURES, r"train_features has shape \(400, 0\)"),
+        ({"test_features": np.full((200, 10), np.inf)}, FEATURES, "test_features has a value"),
+        ({"val_features": np.full((100, 10), np.inf, np.float16)}, FEATURES, "val_features has a value"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(
     prepared: TrainingData, tmp_path: Path, replaced: dict, options: dict, message: str
 ):
-    file = save(tmp_path / "bad.npz", prepared, **replaced)
+    file = save(tmp_path / "bad.npz", prepared, options.get("kind", "logits"), **replaced)
     with pytest.raises(UserError, match=message) as caught:
         make(file, prepared, **options)
     assert "bad.npz" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "bad").exists()
-
-
-def test_a_file_of_features_needs_validation_rows_of_one_width(prepared: TrainingData, tmp_path: Path):
-    cases = {
-        "val_features is missing": {"val_features": None},
-        r"val_features has shape \(100, 6\), not \(100, 5\)": {"val_features": np.zeros((100, 6))},
-        r"train_features has shape \(400, 0\)": {"train_features": np.zeros((400, 0))},
-        "test_features has a value": {"test_features": np.full((200, 5), np.inf)},
-        "val_features has a value": {"val_features": np.full((100, 5), np.inf, np.float16)},
-    }
-    for message, replaced in cases.items():
-        with pytest.raises(UserError, match=message):
-            make(save(tmp_path / "f.npz", prepared, "features", 5, **replaced), prepared, "features")
 
 
 def test_every_seed_has_the_same_file_and_equal_input_gives_equal_bytes(prepared: TrainingData, tmp_path: Path):

@@ -39,14 +39,6 @@ def test_a_training_leaves_checkpoint_and_record(teacher: Recipe, tmp_path: Path
     assert Record.of_checkpoint(path) == records[-1].model_copy(update={"started": None, "seconds": None, "loads": []})
 
 
-def test_a_finished_training_is_taken_from_the_cache(teacher: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    before = trained(teacher, tmp_path / "root").read_bytes()
-    monkeypatch.setattr(module, "_carry_out", None)
-    records = []
-    assert train(teacher, tmp_path / "root", records.append).read_bytes() == before
-    assert [record.finished for record in records] == [True]
-
-
 class KilledError(Exception):
     pass
 
@@ -62,22 +54,20 @@ def interrupt(recipe: Recipe, root: Path) -> None:
         train(recipe, root, kill)
 
 
-def test_an_interrupted_training_resumes_to_the_same_bytes(teacher: Recipe, tmp_path: Path):
+def resumed(recipe: Recipe, folder: Path) -> Path:
+    """The checkpoint of a training that was interrupted, whose bytes must be those of one that was not."""
+    interrupt(recipe, folder / "root")
+    path = trained(recipe, folder / "root")
+    assert path.read_bytes() == trained(recipe, folder / "other").read_bytes()
+    return path
+
+
+def test_an_interrupted_training_resumes_after_its_last_epoch(teacher: Recipe, tmp_path: Path):
     interrupt(teacher, tmp_path / "root")
     seen = []
     path = train(teacher, tmp_path / "root", lambda record: seen.append(len(record.history)))
     assert seen == [1, 2, 2]
-    assert path.read_bytes() == trained(teacher, tmp_path / "other").read_bytes()
-    record = read_record(tmp_path / "root", path.parent.name)
-    assert len(record.loads) == 2
-
-
-def test_a_loss_that_is_not_finite_is_recorded_and_told(teacher: Recipe, tmp_path: Path):
-    records = []
-    wild = dataclasses.replace(teacher, settings=SETTINGS | {"lr": 1e30})
-    with pytest.raises(UserError, match="not finite at a learning rate of 1e"):
-        train(wild, tmp_path / "root", records.append)
-    assert "not finite" in records[-1].failed
+    assert len(read_record(tmp_path / "root", path.parent.name).loads) == 2
 
 
 def test_the_digest_changes_with_whatever_decides_the_training(teacher: Recipe, tmp_path: Path, monkeypatch):
@@ -86,22 +76,21 @@ def test_the_digest_changes_with_whatever_decides_the_training(teacher: Recipe, 
     other = trained(dataclasses.replace(teacher, seed=1), root)
     distilled = dataclasses.replace(teacher, method=KD, model="student_distilled", teachers=(path,))
     prepare_npz(tmp_path / "more", val_images=None, val_labels=None)
-    varied = [
-        teacher,
-        dataclasses.replace(teacher, seed=1),
-        dataclasses.replace(teacher, data=tmp_path / "more"),
-        dataclasses.replace(teacher, threads=2),
-        dataclasses.replace(teacher, label_fraction=0.5),
-        dataclasses.replace(teacher, settings=SETTINGS | {"lr": 0.02}),
-        dataclasses.replace(teacher, arguments={"width": 5, "hidden": 8}),
-        distilled,
-        dataclasses.replace(distilled, method=KD | {"temperature": 6.0}),
-        dataclasses.replace(distilled, teachers=(other,)),
-        dataclasses.replace(distilled, teachers=(path, other)),
-        dataclasses.replace(teacher, label_smoothing=0.1),
-        dataclasses.replace(teacher, class_weights="balanced"),
-        dataclasses.replace(teacher, augmentation="shifts"),
+    changes = [
+        {},
+        {"seed": 1},
+        {"data": tmp_path / "more"},
+        {"threads": 2},
+        {"label_fraction": 0.5},
+        {"settings": SETTINGS | {"lr": 0.02}},
+        {"arguments": {"width": 5, "hidden": 8}},
+        {"label_smoothing": 0.1},
+        {"class_weights": "balanced"},
+        {"augmentation": "shifts"},
     ]
+    of_distilled = [{}, {"method": KD | {"temperature": 6.0}}, {"teachers": (other,)}, {"teachers": (path, other)}]
+    varied = [dataclasses.replace(teacher, **change) for change in changes]
+    varied += [dataclasses.replace(distilled, **change) for change in of_distilled]
     keys = [key(recipe, root) for recipe in varied]
     assert len(set(keys)) == len(keys)
     monkeypatch.setattr(module, "code_digest", lambda packages: "edited")
@@ -150,10 +139,7 @@ def test_every_part_of_a_recipe_trains_resumes_and_gives_the_same_bytes(tmp_path
     strong = {"augmentation": "flips_and_shifts", "label_smoothing": 0.1, "class_weights": "balanced", "label_fraction": 0.3}
     big = Recipe("teacher", "simple_cnn", {}, SETTINGS | options, 0, tmp_path / "more", "cpu", **strong)
     small = dataclasses.replace(big, model="student_distilled", method=KD, teachers=(trained(big, tmp_path / "root"),))
-    interrupt(small, tmp_path / "root")
-    path = trained(small, tmp_path / "root")
-    assert path.read_bytes() == trained(small, tmp_path / "other").read_bytes()
-    description = read_description(path)
+    description = read_description(resumed(small, tmp_path))
     assert description.val_images == sum(max(1, round(0.3 * count)) for count in np.bincount(digits(500)[1][400:]))
     assert all(0 < epoch.val_auc <= 1 for epoch in description.history)
 
@@ -197,29 +183,8 @@ def test_every_method_and_control_trains_resumes_and_gives_the_same_bytes(method
     big = trained(dataclasses.replace(teacher, architecture="resnet18", arguments={"stem": "cifar"}), tmp_path)
     options |= {"augmentation": "shifts", "model": "student_distilled"}
     student = dataclasses.replace(teacher, method=method, teachers=(big,), **options)
-    interrupt(student, tmp_path / "root")
-    path = trained(student, tmp_path / "root")
-    assert path.read_bytes() == trained(student, tmp_path / "other").read_bytes()
     plain = trained(dataclasses.replace(student, method=KD, answers="teacher"), tmp_path / "root")
-    assert path.read_bytes() != plain.read_bytes()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dataset", ["retinamnist", "mnist5k"])
-def test_on_real_images_every_method_resumes_to_the_same_bytes(dataset: str, mirror: Path, tmp_path: Path):
-    prepare(read_source(dataset), 0.1, tmp_path / "data")
-    settings = {"epochs": 2, "batch_size": 128, "lr": 0.001, "precision": "auto"}
-    big = Recipe("teacher", "resnet18", {"stem": "imagenet"}, settings | {"epochs": 1}, 0, tmp_path / "data", "cpu")
-    student = dataclasses.replace(big, model="student_distilled", architecture="simple_cnn", arguments={}, settings=settings)
-    paths = (train(big, tmp_path, lambda record: None),)
-    written = set()
-    for method in (KD, KD | {"divergence": "reverse"}, DKD, DIST, WTTM, RKD):
-        learner = dataclasses.replace(student, method=method, teachers=paths)
-        interrupt(learner, tmp_path / "root")
-        bytes_of = [train(learner, tmp_path / root, lambda record: None).read_bytes() for root in ("root", "other")]
-        assert bytes_of[0] == bytes_of[1], method["name"]
-        written.add(bytes_of[0])
-    assert len(written) == 6
+    assert resumed(student, tmp_path).read_bytes() != plain.read_bytes()
 
 
 def test_a_method_is_a_function(teacher: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
