@@ -267,3 +267,14 @@ def test_no_step_waits_for_the_host(data: TrainingData):
             run(student(data), data, hard_labels(), settings=Settings(1, batch_size, 0.003))
         counts.append(readings.count)
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_training_on_cuda_is_the_same_again_and_as_good_as_on_the_cpu(data: TrainingData):
+    """Whose steps are captured as a graph, the last and smaller one of an epoch left out."""
+    cuda = data._replace(**{name: Split(*(tensor.cuda() for tensor in getattr(data, name))) for name in ("train", "val")})
+    models = [student(data).cuda(), student(data).cuda(), student(data)]
+    histories = [run(model, data if model is models[2] else cuda, hard_labels()).history for model in models]
+    assert equal(models[0], models[1])
+    for on_cuda, on_cpu in zip(histories[0], histories[2], strict=True):
+        assert on_cuda.train_loss == pytest.approx(on_cpu.train_loss, rel=0.02)
