@@ -23,8 +23,9 @@ def plot_curves(evaluation: Evaluation) -> Figure:
     the threshold that is best on the validation images, where there are some (`metrics.youden_threshold`).
     """
     labels, classes = evaluation.labels, evaluation.detail["dataset"]["classes"]
-    curves = {model: [mean_curves(*of_seed) for of_seed in evaluation.by_seed(model)] for model in evaluation.probabilities}
-    rates, precisions = ({model: np.array([pair[part] for pair in of]) for model, of in curves.items()} for part in range(2))
+    rates, precisions = {}, {}
+    for model in evaluation.probabilities:
+        rates[model], precisions[model] = np.stack([mean_curves(*of_seed) for of_seed in evaluation.by_seed(model)], axis=1)
     figure, present = Figure(figsize=(11, 5.8), layout="constrained"), len(np.unique(labels))
     left, right = figure.subplots(1, 2)
     if len(classes) == 2:

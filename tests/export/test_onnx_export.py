@@ -75,7 +75,7 @@ def test_int8_is_smaller_and_close_whatever_the_number_of_threads(
     with monkeypatch.context() as patch:
         patch.setattr(onnxruntime, "SessionOptions", Options)  # what quantize_static opens its session with
         for Options.threads in (1, 2, 5):
-            quantize(path, data.train.images.numpy(), data.dataset.classes, tmp_path / f"{Options.threads}.onnx")
+            quantize(path, data.train.images.numpy(), tmp_path / f"{Options.threads}.onnx")
     assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
     assert (tmp_path / "1.onnx").stat().st_size < 0.5 * path.stat().st_size
     student = Student(tmp_path / "1.onnx", threads=3)
@@ -96,7 +96,7 @@ def test_the_rule_of_resizing_is_in_the_file_and_the_temperature_in_its_graph_to
     assert (Student(exported[0]).resize, Student(exported[0]).temperature) == (None, 1)
     a, b, images, classes = tmp_path / "a.onnx", tmp_path / "b.onnx", data.val.images, data.dataset.classes
     export_onnx(classifier, data.dataset.image_shape, classes, a, "crop", 0.1)
-    quantize(a, data.train.images.numpy(), classes, b, "crop", 0.1)
+    quantize(a, data.train.images.numpy(), b)
     expected = (predict(classifier, images) / 0.1).softmax(dim=1).numpy()
     assert np.abs(expected - exported[1]).max() > 0.1
     for path, tolerance in ((a, 1e-6), (b, 0.02)):
