@@ -11,10 +11,18 @@ from matplotlib.axes import Axes
 from pipeline.evaluation.comparisons import Evaluation, loss_curves, write_evaluation
 from pipeline.evaluation.statistics import half_width
 from pipeline.params import TRACKS
-from pipeline.reporting.curves import GRID, mean_curves, plot_curves
-from pipeline.reporting.figures import draw_figures, plot_confusion, plot_loss_curves, plot_reliability
+from pipeline.reporting.figures import (
+    GRID,
+    draw_figures,
+    mean_curves,
+    plot_confusion,
+    plot_curves,
+    plot_loss_curves,
+    plot_reliability,
+    plot_summary,
+    reversed_verdict,
+)
 from pipeline.reporting.gallery import confidently_wrong, gallery_table, plot_gallery
-from pipeline.reporting.summary import plot_summary, reversed_verdict
 from tests.conftest import ROOT
 from tests.reporting.conftest import COSTS, EXPORTED
 from tests.tracking.samples import make_evaluation, make_record
