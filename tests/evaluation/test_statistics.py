@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import f, norm, t
 from sklearn.metrics import roc_auc_score
 
-from pipeline.evaluation.statistics import Comparison, above_chance, compare, half_width, recall_gains, share_interval
+from pipeline.evaluation.statistics import Comparison, above_chance, compare, half_width, recall_gains
 
 AUC = {  # of 624 images, 390 of them positive: deviations of the scores, in units of the noise that is new in each training
     "images vary": {"seeds": 5, "of_image": 1.0, "of_image_and_model": 0.7, "of_seed": 0.0},
@@ -279,8 +279,3 @@ def test_less_is_better_of_a_loss():
 @pytest.mark.parametrize(("correct", "images", "chance"), [(119, 1000, 0.1), (408, 524, 0.742)])
 def test_better_than_guessing_is_more_than_luck_would_give(correct: int, images: int, chance: float):
     assert (above_chance(correct, images, chance), above_chance(correct + 1, images, chance)) == (False, True)
-
-
-def test_the_interval_of_a_share_is_wilsons():
-    for end, z in zip(share_interval(45, 50), (-1.959964, 1.959964), strict=True):
-        assert end - 0.9 == pytest.approx(z * (end * (1 - end) / 50) ** 0.5, abs=1e-6)

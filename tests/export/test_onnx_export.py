@@ -1,7 +1,5 @@
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -120,26 +118,6 @@ def test_what_a_file_says_of_itself_is_checked(exported, data: TrainingData, tmp
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UserError, match=r"other\.onnx: damaged, or no exported student"):
         open_foreign(path)
-
-
-ALONE = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "onnx", "pipeline", "scipy", "sklearn", "pandas"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
-import numpy as np, onnxruntime
-session = onnxruntime.InferenceSession(sys.argv[1])
-print(session.run(None, {"images": np.load(sys.argv[2])})[0].argmax(1).tolist())
-"""
-
-
-def test_onnxruntime_and_numpy_are_enough(exported, data: TrainingData, tmp_path: Path):
-    np.save(tmp_path / "images.npy", data.val.images.numpy())
-    command = [sys.executable, "-c", ALONE, exported[0], tmp_path / "images.npy"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == exported[1].argmax(1).tolist()
 
 
 def test_an_exported_student_is_measured_without_pytorch(exported):
