@@ -41,12 +41,12 @@ def main(track: str) -> None:
     temperature = 1.0
     if len(labels):
         temperature = fit_temperature(labels, predict(classifier, val.images).double().softmax(dim=1).numpy())
-    facts = dataset.resize or MEDMNIST_RESIZE.get(dataset.name), temperature
     with atomic_folder(Path("models/exported") / track) as folder:
         float32, int8 = folder / "student.onnx", folder / "student_int8.onnx"
         write_atomic(folder / "student.safetensors", best.read_bytes())
-        export_onnx(classifier, dataset.image_shape, dataset.classes, float32, *facts)
-        quantize(float32, train.images[:1000].numpy(), dataset.classes, int8, *facts)
+        resize = dataset.resize or MEDMNIST_RESIZE.get(dataset.name)
+        export_onnx(classifier, dataset.image_shape, dataset.classes, float32, resize, temperature)
+        quantize(float32, train.images[:1000].numpy(), int8)
         both = [Student(path, threads) for path in (float32, int8)]
         parts = [part.images.numpy() for part in (val, train) if len(part.labels)]
         named = [[student.probabilities(images).argmax(1) for images in parts] for student in both]
@@ -96,7 +96,7 @@ def export_teacher(source: Path, data: Path, folder: Path) -> dict[str, str | in
     float32 = folder / "teacher.onnx"
     try:
         export_onnx(classifier, dataset.image_shape, dataset.classes, float32)
-        quantize(float32, train.images[:1000].numpy(), dataset.classes, folder / "teacher_int8.onnx")
+        quantize(float32, train.images[:1000].numpy(), folder / "teacher_int8.onnx")
     except MemoryError:
         raise
     except Exception as error:  # of a dozen types

@@ -8,10 +8,9 @@ from pipeline.core.files import atomic_folder, main_checkout, read_json, write_a
 from pipeline.data.npy import read_npy
 from pipeline.evaluation.comparisons import read_evaluation
 from pipeline.params import TRACKS
-from pipeline.reporting.figures import draw_figures
+from pipeline.reporting.figures import draw_figures, png
 from pipeline.reporting.gallery import confidently_wrong, plot_gallery
 from pipeline.reporting.report import data_uri, render, sentence
-from pipeline.reporting.style import png
 from pipeline.reporting.tables import results_table
 
 METRICS = Path("metrics")

@@ -59,7 +59,8 @@ def export_onnx(
             opset_version=18,
             verbose=False,
         )
-    _save(program.model_proto, classes, path, resize, temperature)
+    properties = {"classes": json.dumps(classes), "temperature": str(temperature)} | ({"resize": resize} if resize else {})
+    _save(program.model_proto, properties, path)
 
 
 def check_export(architecture: str, arguments: dict[str, Any], image_shape: tuple[int, int, int], classes: int) -> None:
@@ -72,13 +73,11 @@ def check_export(architecture: str, arguments: dict[str, Any], image_shape: tupl
         export_onnx(Classifier(network, 0.5, 0.5), image_shape, names, Path(folder) / "student.onnx")
 
 
-def quantize(
-    source: Path, calibration: np.ndarray, classes: list[str], path: Path, resize: str | None = None, temperature: float = 1.0
-) -> None:
+def quantize(source: Path, calibration: np.ndarray, path: Path) -> None:
     """Write an int8 version of the model in `source`, its ranges taken from the `calibration` images (N, H, W, C).
 
-    `resize` and `temperature` are those of `source`. Raises OSError where the disk is full, which ONNX Runtime does not notice
-    while it writes: it fails in many ways at what it reads back.
+    Raises OSError where the disk is full, which ONNX Runtime does not notice while it writes: it fails in many ways at what it
+    reads back.
     """
     logging.getLogger().setLevel(logging.ERROR)  # it advises a preparation that changes nothing here
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +98,7 @@ def quantize(
             if shutil.disk_usage(folder).free < source.stat().st_size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder) from error
             raise
-    _save(model, classes, path, resize, temperature)
+    _save(model, {item.key: item.value for item in onnx.load(source).metadata_props}, path)
 
 
 class _Calibration(CalibrationDataReader):
@@ -110,13 +109,12 @@ class _Calibration(CalibrationDataReader):
         return next(self.inputs, None)
 
 
-def _save(model: onnx.ModelProto, classes: list[str], path: Path, resize: str | None, temperature: float) -> None:
-    """Write `model` without what the exporter notes about itself: source lines and paths of this machine."""
+def _save(model: onnx.ModelProto, properties: dict[str, str], path: Path) -> None:
+    """Write `model` with these as its metadata, without the exporter's notes: source lines and paths of this machine."""
     graph = model.graph
     for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
         part.doc_string = ""
         del part.metadata_props[:]
-    properties = {"classes": json.dumps(classes), "temperature": str(temperature)} | ({"resize": resize} if resize else {})
     onnx.helper.set_model_props(model, properties)
     onnx.checker.check_model(model)
     check_operators(model)

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.comparisons import Evaluation
-from pipeline.reporting.style import literal
+from pipeline.reporting.figures import literal
 
 MOST_SHOWN = 12
 ACROSS = 4

@@ -87,9 +87,7 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
     content["hidden_labels"] = (share := parameters.get("label_fraction", 1)) < 1
     counts = [count for count in evaluation.detail.get("train_images", {}).values() if count]
     content["labels"] = sum(max(1, round(share * count)) for count in counts), sum(counts)  # known, as data/labels.py draws them
-    content["selection"] = parameters.get("selection", "accuracy")
-    content["ensemble"] = parameters.get("ensemble", False)
-    content["method"], content["answers"] = parameters.get("method", "kd"), parameters.get("answers", "teacher")
+    content["parameters"], content["answers"] = parameters, parameters.get("answers", "teacher")
     content["alone_epochs"] = next((v for k, v in models[other]["parameters"].items() if k.endswith(".alone_epochs")), None)
     content["logits"], content["features"] = chosen.get("teacher.logits"), chosen.get("teacher.features")
     content["measured"] = any(entry["architecture"].startswith("outside") for entry in models.values())
@@ -105,7 +103,6 @@ def render(format: Format, title: str, evaluation: Evaluation, costs: Json, expo
         "costs": _costs(evaluation, costs["models"], exported, other),
         "parameters": _parameters(models),
     }
-    content["pretrained"] = models[other]["parameters"].get("student.pretrained")
     content["other"], content["tables"]["operating_points"], content["shift"] = other, None, None
     if len(classes) == 2:
         content["tables"]["operating_points"], content["shift"] = _operating_points(evaluation)

@@ -7,13 +7,6 @@ from sklearn.metrics import log_loss
 from pipeline.evaluation.calibration import calibrated, fit_temperature, scaled
 
 
-def test_the_temperature_is_the_one_that_the_labels_were_drawn_by():
-    random = np.random.default_rng(0)
-    logits = random.normal(0, 3, (20_000, 4))
-    labels = (softmax(logits / 2.5, axis=1).cumsum(axis=1) < random.random((20_000, 1))).sum(axis=1)
-    assert fit_temperature(labels, softmax(logits, axis=1)) == pytest.approx(2.5, rel=0.03)
-
-
 def test_of_two_classes_it_is_logistic_regressions_without_intercept_or_penalty():
     random = np.random.default_rng(1)
     logit, labels = random.normal(0, 4, 300), random.integers(2, size=300)

@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, recall_score
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
-from pipeline.data.prepared import Split, TrainingData, load_evaluation_data
+from pipeline.data.prepared import TrainingData, load_evaluation_data
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.comparisons import FILES, Evaluation, evaluate_track, loss_curves, read_evaluation, write_evaluation
 from pipeline.evaluation.predictions import predicted_meanwhile
@@ -21,7 +21,7 @@ from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.description import checkpoint_path
 from pipeline.reporting.figures import draw_figures
 from pipeline.reporting.report import render
-from tests.evaluation.samples import PLAN, SEEDS, evaluate, save
+from tests.evaluation.samples import PLAN, SEEDS, evaluate, even_odd, save, with_validation
 from tests.reporting.conftest import COSTS, EXPORTED
 
 PATHS = [path.format("distillation") for path in FILES]
@@ -92,8 +92,7 @@ def test_validation_images_are_predicted_too_where_there_are_some(written: Path,
         figures = evaluation.detail["models"][model]["figures"][1]
         assert figures["temperature"] == pytest.approx(fit_temperature(evaluation.val_labels, probabilities[1]), rel=1e-4)
         assert figures["nll_calibrated"] < figures["nll"], "of random weights"
-    without = data._replace(val=Split(data.val.images[:0], data.val.labels[:0]))
-    write_evaluation(evaluate(tmp_path / "models", without), tmp_path)
+    write_evaluation(evaluate(tmp_path / "without", with_validation(data, 0)), tmp_path)
     arrays = {name: array for name, array in np.load(written / PATHS[1]).items() if not name.startswith("val_")}
     np.savez(written / PATHS[1], **arrays)  # as before validation images were predicted
     for path in (tmp_path, written):
@@ -102,9 +101,7 @@ def test_validation_images_are_predicted_too_where_there_are_some(written: Path,
 
 
 def test_of_two_classes_the_operating_points_of_test_and_validation_images(tmp_path: Path, data: TrainingData):
-    splits = {name: Split(split.images, split.labels % 2) for name, split in (("train", data.train), ("val", data.val))}
-    even_odd = data._replace(dataset=data.dataset.model_copy(update={"classes": ["even", "odd"]}), **splits)
-    evaluation = evaluate(tmp_path / "models", even_odd)
+    evaluation = evaluate(tmp_path / "models", even_odd(data))
     for model, entry in evaluation.detail["models"].items():
         test, validation = entry["figures"][1], entry["validation_figures"][1]
         named = evaluation.val_probabilities[model][1].argmax(axis=1)

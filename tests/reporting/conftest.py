@@ -1,3 +1,6 @@
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 
 from pipeline.data.prepared import TrainingData
@@ -21,3 +24,22 @@ EXPORTED = {"pytorch": RESULT, "student": OF_STUDENT, "student_int8": OF_STUDENT
 @pytest.fixture(scope="session")
 def evaluation(tmp_path_factory: pytest.TempPathFactory, data: TrainingData) -> Evaluation:
     return evaluate(tmp_path_factory.mktemp("evaluation") / "models", data)
+
+
+def changed(
+    evaluation: Evaluation,
+    comparison: Mapping[str, Any] = {},
+    data: Mapping[str, Any] = {},
+    parameters: Mapping[str, Any] = {},
+    **detail: Any,
+) -> Evaluation:
+    """The evaluation, of five seeds, changed: each comparison, the data set, each model's parameters, and the detail."""
+    models = {
+        name: entry | {"parameters": entry["parameters"] | parameters} for name, entry in evaluation.detail["models"].items()
+    }
+    comparisons = {}
+    for name, figures in evaluation.comparisons.items():
+        others = {metric: other | {"seeds": 5} for metric, other in figures["others"].items()}
+        comparisons[name] = figures | {"seeds": 5, "others": others} | comparison
+    whole = evaluation.detail | {"models": models, "dataset": evaluation.detail["dataset"] | data} | detail
+    return evaluation._replace(comparisons=comparisons, detail=whole)

@@ -2,9 +2,7 @@ import html
 import json
 import re
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from pipeline.reporting.report import data_uri, render, sentence
 from tests.browser import CHROMIUM, FLAGS, needs_browser, open_browser
 from tests.conftest import ROOT, digits
 from tests.evaluation.samples import PLAN, evaluate, even_odd, with_validation
-from tests.reporting.conftest import COSTS, EXPORTED
+from tests.reporting.conftest import COSTS, EXPORTED, changed
 
 HOSTILE = "<img src=/etc/passwd onerror=alert(1)> | ![cat](/etc/passwd) # {{ 7 * 7 }} $x^2$ <script>"
 SCREEN = {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": True}
@@ -36,25 +34,6 @@ def addresses(page: str) -> list[str]:
     assert not re.search(r"<script|\son\w+=", elements)
     assert "url(" not in page
     return re.findall(r'(?:src|href|srcset|action|data)="(.*?)"', elements)
-
-
-def changed(
-    evaluation: Evaluation,
-    comparison: Mapping[str, Any] = {},
-    data: Mapping[str, Any] = {},
-    parameters: Mapping[str, Any] = {},
-    **detail: Any,
-) -> Evaluation:
-    """The evaluation, of five seeds, changed: each comparison, the data set, each model's parameters, and the detail."""
-    models = {
-        name: entry | {"parameters": entry["parameters"] | parameters} for name, entry in evaluation.detail["models"].items()
-    }
-    comparisons = {}
-    for name, figures in evaluation.comparisons.items():
-        others = {metric: other | {"seeds": 5} for metric, other in figures["others"].items()}
-        comparisons[name] = figures | {"seeds": 5, "others": others} | comparison
-    whole = evaluation.detail | {"models": models, "dataset": evaluation.detail["dataset"] | data} | detail
-    return evaluation._replace(comparisons=comparisons, detail=whole)
 
 
 @pytest.mark.parametrize("format", ADDRESSES)
