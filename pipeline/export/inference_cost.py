@@ -1,7 +1,8 @@
 """What models cost to run on the CPU, each measured in a process of its own so that the peak memory is the model's alone.
 
 `python -m pipeline.export.inference_cost FILE` opens a checkpoint or an ONNX file, the latter without importing PyTorch. It
-writes two lines of JSON: `null` when the model is ready and, when it was sent a line, the figures of `measure`.
+writes three lines of JSON, the second and the third when it was sent a line: `null` when the model is ready, the figures of
+`measure`, those of `network_cost`.
 """
 
 import contextlib
@@ -12,20 +13,23 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from timeit import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.core.cli import run
 from pipeline.core.errors import UserError
 
+if TYPE_CHECKING:
+    from pipeline.networks.architectures import Classifier
+
 BATCH = 256  # images
 
 
 def inference_costs(paths: Sequence[Path]) -> list[dict[str, float]]:
-    """The figures of each model, of a checkpoint those of `network_cost` too. Raises UserError if a process ends before.
+    """The figures of each model. All processes start, and count what networks need, side by side; they measure one by one.
 
-    All processes start side by side; they measure one by one.
+    Raises UserError if a process ends before.
     """
     command = [sys.executable, "-m", "pipeline.export.inference_cost"]
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}  # a line at a time
@@ -34,15 +38,20 @@ def inference_costs(paths: Sequence[Path]) -> list[dict[str, float]]:
         for process in processes:
             stack.enter_context(process)
             stack.callback(process.kill)  # when all have answered, or one has failed
-        of_networks = [{} if path.suffix == ".onnx" else network_cost(path) for path in paths]  # while they start
         for process in processes:
             _answer(process)
         measured = []
         for process in processes:
-            with contextlib.suppress(BrokenPipeError):  # there will be no answer
-                process.stdin.write("\n")
+            _ask(process)
             measured.append(_answer(process))
-        return [figures | of_network for figures, of_network in zip(measured, of_networks, strict=True)]
+        for process in processes:
+            _ask(process)
+        return [figures | _answer(process) for figures, process in zip(measured, processes, strict=True)]
+
+
+def _ask(process: subprocess.Popen) -> None:
+    with contextlib.suppress(BrokenPipeError):  # there will be no answer
+        process.stdin.write("\n")
 
 
 def _answer(process: subprocess.Popen) -> Any:
@@ -69,43 +78,43 @@ def measure(model: Callable[[np.ndarray], Any], image_shape: tuple[int, int, int
     return figures
 
 
-def network_cost(path: Path) -> dict[str, int]:
-    """What a checkpoint's network needs on any machine: parameters, multiply-adds of one image."""
+def network_cost(classifier: "Classifier", image_shape: tuple[int, int, int]) -> dict[str, int]:
+    """What a network needs on any machine: parameters, multiply-adds of one image."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pipeline.networks.checkpoints import load_checkpoint
-
-    classifier, description = load_checkpoint(path, torch.device("cpu"))
-    image = torch.zeros((1, *description.dataset.image_shape), dtype=torch.uint8, device="meta")
+    image = torch.zeros((1, *image_shape), dtype=torch.uint8, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         classifier.to("meta")(image)
     parameters = sum(tensor.numel() for tensor in classifier.parameters())
     return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2}
 
 
-def _open(path: Path) -> tuple[Callable[[np.ndarray], Any], tuple[int, int, int]]:
-    """A function that predicts images with the model in `path`, and the shape (H, W, C) of its images."""
+def _open(path: Path) -> tuple[Callable[[np.ndarray], Any], tuple[int, int, int], "Classifier | None"]:
+    """A function that predicts images with the model in `path`, the shape (H, W, C) of its images, a checkpoint's network."""
     if path.suffix == ".onnx":
         from pipeline.export.onnx_model import Student
 
         student = Student(path)
-        return lambda images: student.session.run(None, {"images": images}), student.shape
+        return lambda images: student.session.run(None, {"images": images}), student.shape, None
     import torch
 
     from pipeline.networks.checkpoints import load_checkpoint
     from pipeline.networks.inference import predict
 
     classifier, description = load_checkpoint(path, torch.device("cpu"))
-    return lambda images: predict(classifier, torch.from_numpy(images)).softmax(dim=1), description.dataset.image_shape
+    image_shape = description.dataset.image_shape
+    return lambda images: predict(classifier, torch.from_numpy(images)).softmax(dim=1), image_shape, classifier
 
 
 def main(file: str) -> None:
     """What the process of one model does."""
-    model, image_shape = _open(Path(file))
+    model, image_shape, classifier = _open(Path(file))
     print("null", flush=True)
     sys.stdin.readline() or sys.exit()  # the one who asks is gone
-    print(json.dumps(measure(model, image_shape)))
+    print(json.dumps(measure(model, image_shape)), flush=True)
+    sys.stdin.readline() or sys.exit()
+    print(json.dumps(network_cost(classifier, image_shape) if classifier else {}))
 
 
 if __name__ == "__main__":
