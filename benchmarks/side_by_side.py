@@ -1,8 +1,9 @@
 """What trainings side by side cost, by the stages themselves: `python -m benchmarks.side_by_side` (minutes, quiet machine).
 
 SimpleCNN on PneumoniaMNIST (DATA_MIRROR may hold it), with params.yaml's epochs, in clones of this checkout:
-two checkouts at once against one after the other; two trainings of one thread at a time against one of two threads;
-one training alone with one and with two threads. The ways take turns; printed are medians, and their ranges, as Markdown.
+two checkouts at once against one after the other; two trainings of one thread at a time against one of two threads; five seeds
+two at a time and as `jobs: auto` spreads them; one training alone with one and with two threads. The ways take turns; printed
+are medians, and their ranges, as Markdown.
 """
 
 import argparse
@@ -26,6 +27,8 @@ WAYS = {  # checkouts, those of a group at once; then of params.yaml: seeds, thr
     "two checkouts, 2 seeds each, at once": (((0, 1),), 2, 1, "auto"),
     "2 seeds, 2 jobs of 1 thread": (((0,),), 2, 1, 2),
     "2 seeds, 1 job of 2 threads": (((0,),), 2, 2, 1),
+    "5 seeds, 2 jobs": (((0,),), 5, 1, 2),
+    "5 seeds, jobs: auto": (((0,),), 5, 1, "auto"),
     "1 seed, 1 thread": (((0,),), 1, 1, 1),
     "1 seed, 2 threads": (((0,),), 1, 2, 1),
 }
