@@ -117,7 +117,7 @@ def _cut(source: Source, validation: float) -> tuple[np.ndarray, np.ndarray]:
             options = {"stratify": labels, "random_state": SEED}
             return train_test_split(np.arange(len(labels)), test_size=validation, **options)
         parts = parted(labels, patients, max(2, min(round(1 / validation), len(np.unique(patients)))))
-        leaves_all_classes = [part for part in parts if len(np.unique(np.delete(labels, part))) == len(source.classes)]
+        leaves_all_classes = [part for part in parts if len(np.unique(np.delete(labels, part))) == len(np.unique(labels))]
         if not leaves_all_classes:
             raise ValueError("a class is of one patient alone")
         val = nearest(leaves_all_classes, labels, validation * np.bincount(labels))
