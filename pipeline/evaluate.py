@@ -1,5 +1,6 @@
 """Stage evaluate: predict the validation and test images with every checkpoint of a track and compare its models on test."""
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ def main(track: str) -> None:
     params, data, plan = load_params(), Path("data") / track, TRACKS[track]
     with predicted_meanwhile(Path("models") / track, data, plan.models, params.device, params.threads) as predictions:
         mirror = Mirror(params.tracking.experiment)
-        import pipeline.evaluation.metrics  # noqa: F401 (scikit-learn, which like MLflow takes a second)
-
+        for module in ("pipeline.evaluation.metrics", "pipeline.reporting.report"):  # else imported after the wait
+            importlib.import_module(module)
         evaluation = evaluate_track(
             track,
             predictions(),
