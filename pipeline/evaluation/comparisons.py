@@ -220,12 +220,15 @@ def write_evaluation(evaluation: Evaluation, root: Path) -> None:
     import pandas as pd
 
     from pipeline.evaluation.metrics import confusion
+    from pipeline.evaluation.statistics import FEWEST
 
     metrics, comparisons, detail, labels, probabilities, val_labels, val_probabilities, patients = evaluation
     (answer, *_) = comparisons.values()
     metric = answer["metric"]
     headline = {model: {metric: figures[metric]} for model, figures in metrics.items()}
-    headline |= {"gain": answer["gain"], "gain_low": answer["low"], "gain_high": answer["high"]}
+    headline["gain"] = answer["gain"]
+    if answer["seeds"] >= FEWEST:  # below, an interval says more than is known, and the report has none
+        headline |= {"gain_low": answer["low"], "gain_high": answer["high"]}
     track, classes = detail["track"], detail["dataset"]["classes"]
     counts = np.stack([confusion(*evaluation.pooled(model)) for model in probabilities])
     cells = np.argwhere(counts >= (len(classes) > MOST_CELLS))  # of many classes, nearly all cells are empty

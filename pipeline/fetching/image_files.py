@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 WHITE_IS_ZERO = (262, 0)  # a TIFF tag and its value
 DICM = b"DICM"  # after 128 bytes: files without a suffix are common
-NO_WINDOW = "its pixels have more than 8 bits: --window LOW HIGH says which of their values become 0 and 255"
 ENDS = np.array([-(2.0**40), 2.0**40])  # beyond every pixel
 
 Window = tuple[float, float]
@@ -60,7 +59,7 @@ def read_header(path: Path, window: Window | None) -> Header:
         return Header(dataset.SamplesPerPixel == 3, patient, (dataset.Columns, dataset.Rows))
     with open_image(path) as image:
         if image.mode in DEEP and window is None:
-            raise ValueError(NO_WINDOW)
+            raise _no_window(image)
         return Header(image.mode not in ("L", *DEEP), "", image.size)
 
 
@@ -78,11 +77,18 @@ def read_image_file(path: Path, window: Window | None) -> Image.Image:
         if image.mode not in DEEP:
             return ImageOps.exif_transpose(image)
         if window is None:
-            raise ValueError(NO_WINDOW)
+            raise _no_window(image)
         grey = _windowed(np.asarray(ImageOps.exif_transpose(image)), *window)
         tag, value = WHITE_IS_ZERO
         inverted = image.format == "TIFF" and image.tag_v2.get(tag) == value  # Pillow does this for 8 bits alone
         return Image.fromarray(255 - grey if inverted else grey)
+
+
+def _no_window(image: Image.Image) -> ValueError:
+    low, high = image.getextrema()
+    return ValueError(
+        f"its pixels have more than 8 bits, values {low:g} to {high:g}: --window LOW HIGH says which of them become 0 and 255"
+    )
 
 
 def _windowed(pixels: np.ndarray, low: float, high: float) -> np.ndarray:

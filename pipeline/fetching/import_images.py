@@ -9,6 +9,7 @@ summary is printed, and written beside out.npz. docs/data.md says how images are
 """
 
 import re
+import sys
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ PARTS = (*SPLITS, UNLABELLED)
 SIZES = range(8, 4097)
 FEW = 1000  # images, of which one test split settles nothing
 NAMED = 5  # files that an error names
+FEW_LEVELS = 64  # of 256, below which a window is doubtful
 T = TypeVar("T")
 
 
@@ -74,6 +76,9 @@ def main(
         pixels.flush()
         images = np.memmap(pixels, np.uint8, "r", shape=(len(files), *shape)) if files else np.empty((0, *shape), np.uint8)
         arrays = _arrays(source, files, images, resize)
+        if window and (levels := len(np.unique(images))) < FEW_LEVELS:
+            values = f"--window {window[0]:g} {window[1]:g} makes {levels} of 256 grey levels of these images"
+            print(f"warning: {values}: does it hold their values?", file=sys.stderr)
         pairs = _equal_images(files, arrays)
         if pairs and not allow_duplicates:
             raise UserError(f"{source}: {_several(pairs, 'images')} in two splits: remove one of each, or --allow-duplicates")

@@ -67,9 +67,9 @@ def main(
 def open_model(path: Path) -> Student:
     """A published model as it is; any other file after a trial, and only where the package `onnx` is installed."""
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file: dvc repro export_student or, of an experiment, dvc get . {path} --rev NAME -o FILE"
-        )
+        there = ", ".join(sorted(file.name for file in path.parent.glob("*.onnx")))
+        advice = "dvc repro export_student or, of an experiment, dvc get . models/exported/TRACK/student.onnx --rev NAME -o FILE"
+        raise UserError(f"{path}: no such file: {f'there are {there}' if there else advice}")
     if path.resolve().parent == PUBLISHED:
         return Student(path)
     with user_error(f"{path}: to try a file that is not in models/student", ImportError, then="pip install onnx"):
@@ -83,7 +83,8 @@ def images_in(folder: Path) -> list[Path]:
     paths = [path for path in files if _is_image(path)]
     for path in files:
         if path not in paths:
-            print(f"left out: {one_line(path)}: no PNG, JPEG, TIFF or DICOM", file=sys.stderr)
+            kind = "a folder: name it beside this one" if path.is_dir() else "no PNG, JPEG, TIFF or DICOM"
+            print(f"left out: {one_line(path)}: {kind}", file=sys.stderr)
     if not paths:
         raise UserError(f"{folder}: no PNG, JPEG, TIFF or DICOM files there")
     return paths

@@ -162,6 +162,15 @@ def test_more_than_8_bits_want_a_window(third: Path, name: str, pixels: np.gener
     assert "window 1000 to 2000" in (third.parents[2] / "out.md").read_text()
 
 
+def test_a_window_that_leaves_few_grey_levels_is_doubted(third: Path, capsys):
+    write_image(third / "x.png", RAMP.astype(np.uint16))
+    refuses(rf"values 0 to {RAMP.max()}: --window", third.parents[1])
+    for path in third.parents[1].rglob("*.png"):
+        write_image(path, 10 * RAMP.astype(np.uint16))
+    make(third.parents[1], window=(0, 65535), allow_duplicates=True)
+    assert "--window 0 65535 makes 11 of 256 grey levels" in capsys.readouterr().err
+
+
 def test_a_16_bit_tiff_in_which_white_is_zero_is_inverted(third: Path):
     write_image(third / "x.tif", RAMP.astype(np.uint16), tiffinfo={262: 0})
     with Image.open(third / "x.tif") as image:

@@ -68,8 +68,10 @@ def test_every_image_has_a_row_and_every_other_file_is_named(folder: Path, capsy
         with Path(os.fsdecode(name)).open("wb") as file:
             Image.fromarray(GREY).save(file, "JPEG" if name.endswith(b"jpg") else "PNG")
     Path("notes.txt").touch()
-    with pytest.raises(UserError, match=r"other\.onnx: no such file: dvc repro export_student or"):
+    with pytest.raises(UserError, match=r"other\.onnx: no such file: there are student\.onnx"):
         predict.main([Path()], Path("other.onnx"))
+    with pytest.raises(UserError, match=r"other\.onnx: no such file: dvc repro export_student or"):
+        predict.main([Path()], Path("none/other.onnx"))
     predict.main([Path()], Path("student.onnx"))
     printed = capsys.readouterr()
     table = pd.read_csv(io.StringIO(printed.out))
