@@ -41,7 +41,7 @@ def run(main: Callable[..., None], options: ArgumentParser | None = None, **choi
         from pipeline.core.provenance import code_digest  # needs packages that serving.predict does without
 
         code = code_digest()
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     try:
         if under_dvc:
             _refuse_shallow()
@@ -77,8 +77,8 @@ def _refuse_shallow() -> None:
         )
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the process that started it has ended, as by `kill -9`: nothing else would tell it."""
+def end_with(parent: int) -> None:
+    """End this process when `parent`, which started it, has ended, as by `kill -9`: nothing else would tell it."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pipeline.core.cli import end_with
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
 from pipeline.data.dataset import Dataset
@@ -62,13 +64,15 @@ def predicted_meanwhile(
     context = multiprocessing.get_context("spawn")  # the other platforms' way: this process may have threads
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(theirs, folder, data, models, device, threads), daemon=True)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the child has it: Ctrl-C is its parent's, which ends it
     process.start()
+    signal.signal(signal.SIGINT, handler)
     theirs.close()
 
     def wait() -> Predictions:
         try:
             result = ours.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the second in the middle of a message
             raise UserError(f"{folder}: the process that predicts was killed or failed, see above") from None
         if isinstance(result, Exception):
             raise result
@@ -82,12 +86,12 @@ def predicted_meanwhile(
 
 
 def _work(pipe: Connection, folder: Path, data: Path, models: Sequence[str], device: str, threads: int) -> None:
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process().pid,), daemon=True).start()
     import torch
 
     from pipeline.data.prepared import load_evaluation_data
     from pipeline.networks.inference import choose_device
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its child
     torch.set_num_threads(threads)
     try:
         result = predict_track(folder, load_evaluation_data(data, choose_device(device)), models)

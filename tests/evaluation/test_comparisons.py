@@ -1,10 +1,17 @@
+import contextlib
 import io
 import multiprocessing
+import os
+import signal
+import struct
 import subprocess
 import sys
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, recall_score
@@ -21,6 +28,7 @@ from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.description import checkpoint_path
 from pipeline.reporting.figures import draw_figures
 from pipeline.reporting.report import render
+from tests.checkout import ROOT
 from tests.evaluation.samples import PLAN, SEEDS, evaluate, even_odd, save, with_validation
 from tests.reporting.conftest import COSTS, EXPORTED
 
@@ -158,6 +166,49 @@ def test_a_process_that_cannot_predict_is_one_error(tmp_path: Path, npz: Path):
         with pytest.raises(UserError, match="killed or failed"):
             predictions()
     assert not multiprocessing.active_children()
+
+
+def die_while_sending(pipe: Connection, *_: object):
+    os.write(pipe.fileno(), struct.pack("!i", 1000) + b"of a thousand bytes")
+
+
+def test_a_process_that_dies_while_it_sends_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipeline.evaluation.predictions._work", die_while_sending)
+    with predicted_meanwhile(tmp_path, tmp_path, [], "cpu", 1) as predictions, pytest.raises(UserError, match="killed or failed"):
+        predictions()
+
+
+STAGE = """
+import multiprocessing
+from pathlib import Path
+from pipeline.core.cli import run
+from pipeline.evaluation.predictions import predicted_meanwhile
+
+def main():
+    with predicted_meanwhile(Path("models"), Path(), ["teacher"], "cpu", 1) as predictions:
+        print(multiprocessing.active_children()[0].pid, flush=True)
+        predictions()
+
+run(main)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_process_that_predicts_leaves_ctrl_c_to_its_parent_and_ends_with_it(tmp_path: Path, how: signal.Signals):
+    os.mkfifo(tmp_path / "dataset.json")  # where the child waits
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    with subprocess.Popen([sys.executable, "-c", STAGE], cwd=tmp_path, **options) as stage:
+        child, reading = psutil.Process(int(stage.stdout.readline())), None
+        while reading is None:
+            child.send_signal(signal.SIGINT)  # while it starts, too
+            with contextlib.suppress(OSError):  # nobody reads yet
+                reading = os.open(tmp_path / "dataset.json", os.O_WRONLY | os.O_NONBLOCK)
+            time.sleep(0.05)
+        stage.send_signal(how)
+        child.wait(20)
+        os.close(reading)
+        assert stage.stderr.read() == ("interrupted: the same command resumes\n" if how == signal.SIGINT else "")
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
