@@ -19,6 +19,7 @@ from sklearn.metrics import accuracy_score, recall_score
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
 from pipeline.data.prepared import TrainingData, load_evaluation_data
+from pipeline.evaluate import train_labels
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.comparisons import FILES, Evaluation, evaluate_track, loss_curves, read_evaluation, write_evaluation
 from pipeline.evaluation.predictions import predicted_meanwhile
@@ -215,6 +216,7 @@ def test_a_process_that_predicts_leaves_ctrl_c_to_its_parent_and_ends_with_it(tm
 def test_in_a_cross_validation_every_seed_is_measured_on_its_own_fold(tmp_path: Path, npz: Path):
     dataset = prepare(read_source(str(npz)), 0.1, tmp_path / "data", folds=3)
     held = load_evaluation_data(tmp_path / "data", torch.device("cpu"))
+    assert len(train_labels(tmp_path / "data")) == dataset.images["train"]
     for model in PLAN.models:
         for seed in range(6):
             save(tmp_path / "models", dataset, model, seed)

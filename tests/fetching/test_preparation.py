@@ -127,8 +127,8 @@ def test_a_validation_split_that_is_cut_parts_no_patient(tmp_path: Path):
     data = load_training_data(tmp_path / "out", CPU)
     train, val = ({whose[bytes(image)] for image in split.images.numpy()} for split in (data.train, data.val))
     assert not train & val
-    patients = np.arange(400) // 20  # the ninth class is of one alone, who would be the most like what is wanted
-    labels = {"train_labels": np.where(patients == 0, 9, np.arange(400) % 9), "test_labels": np.arange(200) % 10}
+    patients = np.arange(400) // 20  # one class is of one alone, who is the most like what is wanted
+    labels = {"train_labels": np.where(patients == 0, np.arange(400) % 10, patients % 9), "test_labels": np.arange(200) % 10}
     groups = {"train_groups": patients, "val_groups": np.arange(100), "test_groups": 100 + np.arange(200)}
     path = write_npz(tmp_path / "b.npz", val_images=None, val_labels=None, **labels, **groups)
     prepare(read_source(str(path)), 0.05, tmp_path / "whole")

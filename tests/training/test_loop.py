@@ -54,6 +54,17 @@ def test_training_learns(data: TrainingData):
     assert history[-1].val_accuracy > 0.7
 
 
+def test_a_loss_is_told_the_share_of_the_epochs_that_have_begun(data: TrainingData):
+    shares = []
+
+    def loss(logits, labels, done):
+        shares.append(done.item())
+        return {"hard": F.cross_entropy(logits, labels)}
+
+    run(student(data), data, loss, settings=Settings(4, 200, 0.003))
+    assert shares == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1, 1]
+
+
 def test_a_seed_decides_everything(data: TrainingData):
     models = [student(data), student(data), student(data, seed=1)]
     for model, seed in zip(models, (0, 0, 1), strict=True):
