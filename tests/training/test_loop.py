@@ -225,6 +225,15 @@ def test_one_cycle_rises_to_the_learning_rate_and_falls_again(data: TrainingData
     assert seen[0] < max(seen) > 100 * seen[-1]
 
 
+def test_every_step_takes_its_share_of_the_weights_whatever_the_gradient_is(data: TrainingData):
+    model = student(data)
+    before = copy.deepcopy([*model.parameters()])
+    settings = Settings(2, 100, 0.01, weight_decay=0.5, selection="last")
+    run(model, data, lambda logits, *_: {"none": 0 * logits.sum()}, settings=settings)
+    for ours, first in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(ours, first * (1 - 0.01 * 0.5) ** 8)
+
+
 @pytest.mark.parametrize(("selection", "best"), [("accuracy", 2), ("auc", 3), ("loss", 1), ("last", 4)])
 def test_the_epoch_is_selected_by(data: TrainingData, monkeypatch, selection: str, best: int):
     figures = iter([(0.1, 0.6, 0.7), (0.4, 0.8, 0.8), (0.5, 0.8, 0.9), (0.6, 0.7, 0.9)])  # loss, accuracy, AUC
