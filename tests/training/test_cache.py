@@ -61,6 +61,8 @@ def test_a_finished_training_needs_its_own_checkpoint_whole(tmp_path: Path, reco
     with open_entry(tmp_path, "abc") as entry:
         assert entry.is_finished()
         whole = entry.checkpoint.read_bytes()
+        entry.checkpoint.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # of the last weight
+        assert not entry.is_finished()
         for other in (b"other", whole.replace(b"abc", b"abd")):
             entry.checkpoint.write_bytes(other)
             assert not entry.is_finished()

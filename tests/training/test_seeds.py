@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -15,9 +16,10 @@ import pytest
 from pipeline.core.errors import UserError
 from pipeline.core.files import md5
 from pipeline.training import seeds
-from pipeline.training.cache import Record  # noqa: TC001
+from pipeline.training.cache import Record, working_place
 from pipeline.training.recipe import Recipe
 from pipeline.training.seeds import train_seeds
+from tests.checkout import wait_until
 from tests.training.conftest import SETTINGS
 
 LONG = SETTINGS | {"epochs": 300}
@@ -79,6 +81,17 @@ def test_trainings_that_share_a_process_have_the_bytes_of_those_that_do_not(
     records = list(train_seeds(recipes, tmp_path / "b", jobs, tmp_path / "together"))
     assert checkpoints(tmp_path / "together") == checkpoints(tmp_path / "apart")
     assert [sum(record.seed == recipe.seed for record in records) for recipe in recipes] == [4] * 3, "start, two epochs, end"
+
+
+def test_a_training_waits_while_those_of_other_stages_have_the_cores(teacher: Recipe, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    with ThreadPoolExecutor() as pool:
+        with working_place(tmp_path / "root", 1):
+            stage = pool.submit(lambda: [*train_seeds([teacher], tmp_path / "root", "auto", tmp_path / "models")])
+            wait_until(lambda: len([*(tmp_path / "root").glob("*.lock")]) > 1, 60)  # the training's own, after the imports
+            with pytest.raises(TimeoutError):
+                stage.result(1)
+        assert stage.result(60)[-1].finished
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
