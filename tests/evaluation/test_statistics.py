@@ -279,3 +279,11 @@ def test_less_is_better_of_a_loss():
 @pytest.mark.parametrize(("correct", "images", "chance"), [(119, 1000, 0.1), (408, 524, 0.742)])
 def test_better_than_guessing_is_more_than_luck_would_give(correct: int, images: int, chance: float):
     assert (above_chance(correct, images, chance), above_chance(correct + 1, images, chance)) == (False, True)
+
+
+def test_a_class_of_a_few_patients_has_no_interval_of_its_recall_however_many_images_they_have():
+    labels, *models = simulated(np.random.default_rng(0), **AUC["images vary"])
+    patients = np.where(labels == 1, np.arange(len(labels)), np.arange(len(labels)) % 5)
+    of_few, of_many = recall_gains(labels, *models, patients).values()
+    assert "low" in of_many
+    assert "low" not in of_few

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -431,6 +432,8 @@ def test_unlabelled_images_of_patients_in_val_and_test_are_left_out(tmp_path: Pa
 def test_equal_images_in_two_splits_are_listed_and_refused_unless_asked(tmp_path: Path, suffix: str):
     source = write_splits(tmp_path / "images")
     Image.open(source / "train" / "a" / "a03.png").save(source / "test" / "b" / f"copy{suffix}")
+    (source / "unlabelled").mkdir()
+    shutil.copy(source / "train" / "a" / "a04.png", source / "unlabelled")  # to train on an image twice is no fault
     refuses(rf"1 images \(test: test/b/copy\{suffix} = train: train/a/a03\.png\) in two splits.*--allow-dup", source)
     make(source, allow_duplicates=True)
     assert f"1 equal images in two splits\n\n- test: test/b/copy{suffix} = train: train" in (tmp_path / "out.md").read_text()
