@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.images import fit_image
+from pipeline.core.errors import UserError
+from pipeline.core.images import fit_image, open_image
 
 WIDE = np.array([[0, 0, 100, 100, 200, 200, 40, 40]] * 4, np.uint8)
 
@@ -40,3 +43,10 @@ def test_a_cameras_orientation_and_the_luma_of_colours():
     turned.getexif()[0x112] = 6
     expected = np.rot90(np.asarray(Image.fromarray(np.dstack([WIDE, WIDE // 2, 255 - WIDE])).convert("L")), -1)
     assert np.array_equal(fit_image(turned, (8, 4), "pad", 1)[..., 0], expected)
+
+
+@pytest.mark.parametrize(("mode", "options", "named"), [("P", {"transparency": 0}, "P with transparency"), ("LA", {}, "LA")])
+def test_transparent_pixels_are_refused(tmp_path: Path, mode: str, options: dict, named: str):
+    Image.fromarray(WIDE).convert(mode).save(tmp_path / "x.png", **options)
+    with pytest.raises(UserError, match=f"its pixels are {named}"), open_image(tmp_path / "x.png"):
+        pass
