@@ -67,9 +67,9 @@ def main(
 def open_model(path: Path) -> Student:
     """A published model as it is; any other file after a trial, and only where the package `onnx` is installed."""
     if not path.is_file():
-        there = ", ".join(sorted(file.name for file in path.parent.glob("*.onnx")))
+        models = ", ".join(sorted(file.name for file in path.parent.glob("*.onnx")))
         advice = "dvc repro export_student or, of an experiment, dvc get . models/exported/TRACK/student.onnx --rev NAME -o FILE"
-        raise UserError(f"{path}: no such file: {f'there are {there}' if there else advice}")
+        raise UserError(f"{path}: no such file: {f'there are {models}' if models else advice}")
     if path.resolve().parent == PUBLISHED:
         return Student(path)
     with user_error(f"{path}: to try a file that is not in models/student", ImportError, then="pip install onnx"):
